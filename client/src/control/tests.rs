@@ -1,0 +1,271 @@
+//! The client against control planes that answer from a script, over real sockets.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use prost::Message;
+use tokio::net::TcpListener;
+use tokio_stream::wrappers::TcpListenerStream;
+use tonic::{Request, transport::Server};
+use xsan_protocol::proto::cluster_server::{Cluster, ClusterServer};
+
+use super::*;
+
+/// What the node answers; the last answer repeats.
+#[derive(Clone, Debug)]
+enum Answer {
+    Good,
+    No(Code, &'static str, &'static str),
+    NoNumbered(u32),
+    LeaderIs(Address),
+    Hang,
+    Plain(tonic::Code),
+}
+
+#[derive(Clone)]
+struct Node {
+    script: Arc<Vec<Answer>>,
+    calls: Arc<AtomicUsize>,
+}
+
+fn refusal(code: u32, object: &str, message: &str) -> Status {
+    let detail = proto::ErrorDetail { code, object: object.into(), message: message.into() };
+    Status::with_details(tonic::Code::FailedPrecondition, message, detail.encode_to_vec().into())
+}
+
+impl Node {
+    async fn next<T>(&self, good: T) -> Result<Response<T>, Status> {
+        let call = self.calls.fetch_add(1, Ordering::SeqCst);
+        match self.script.get(call).or(self.script.last()).expect("a script has an answer").clone() {
+            Answer::Good => Ok(Response::new(good)),
+            Answer::No(code, object, message) => Err(refusal(code.number().into(), object, message)),
+            Answer::NoNumbered(number) => Err(refusal(number, "thing", "words of the future")),
+            Answer::LeaderIs(address) => {
+                Err(refusal(Code::NotLeader.number().into(), &address.to_string(), "not me"))
+            }
+            Answer::Hang => std::future::pending().await,
+            Answer::Plain(code) => Err(Status::new(code, "plain")),
+        }
+    }
+}
+
+macro_rules! service {
+    ($($method:ident($request:ident) -> $reply:ident;)*) => {
+        #[tonic::async_trait]
+        impl Cluster for Node {
+            $(async fn $method(&self, _: Request<proto::$request>) -> Result<Response<proto::$reply>, Status> {
+                self.next(proto::$reply::default()).await
+            })*
+        }
+    };
+}
+
+service! {
+    cluster_status(ClusterStatusRequest) -> ClusterStatusReply;
+    get_map(GetMapRequest) -> ClusterMap;
+    get_node(GetNodeRequest) -> NodeStatus;
+    create_volume(CreateVolumeRequest) -> Volume;
+    list_volumes(ListVolumesRequest) -> ListVolumesReply;
+    get_volume(GetVolumeRequest) -> VolumeStatus;
+    resize_volume(ResizeVolumeRequest) -> Volume;
+    delete_volume(DeleteVolumeRequest) -> DeleteVolumeReply;
+    locate_block(LocateBlockRequest) -> LocateBlockReply;
+    perf_stats(PerfStatsRequest) -> PerfStatsReply;
+}
+
+async fn node(script: &[Answer]) -> (Address, Arc<AtomicUsize>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let address = Address::from(listener.local_addr().expect("bound"));
+    let calls = Arc::new(AtomicUsize::new(0));
+    let node = Node { script: Arc::new(script.to_vec()), calls: calls.clone() };
+    let server = Server::builder().add_service(ClusterServer::new(node));
+    tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
+    (address, calls)
+}
+
+/// An address at which nothing listens.
+async fn dead() -> Address {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    listener.local_addr().expect("bound").into()
+}
+
+fn client(addresses: &[&Address]) -> ControlClient {
+    let options = Options {
+        connect_timeout: Duration::from_millis(500),
+        attempt_timeout: Duration::from_millis(300),
+        deadline: Duration::from_millis(1500),
+        unreachable_deadline: Duration::from_millis(300),
+    };
+    ControlClient::new(addresses.iter().map(|address| (*address).clone()).collect(), options)
+}
+
+fn create() -> proto::CreateVolumeRequest {
+    proto::CreateVolumeRequest { name: "vm-1".into(), size_bytes: 1 << 30, ..Default::default() }
+}
+
+#[tokio::test]
+async fn every_call_reaches_the_node() {
+    let (address, calls) = node(&[Answer::Good]).await;
+    let client = client(&[&address]);
+    client.cluster_status().await.expect("an answer");
+    client.get_map().await.expect("an answer");
+    client.get_node("node-001").await.expect("an answer");
+    client.create_volume(create()).await.expect("an answer");
+    client.list_volumes().await.expect("an answer");
+    client.get_volume("vm-1").await.expect("an answer");
+    client.resize_volume(proto::ResizeVolumeRequest::default()).await.expect("an answer");
+    client.delete_volume("vm-1").await.expect("an answer");
+    client.locate_block("vm-1", 7).await.expect("an answer");
+    client.perf_stats(None).await.expect("an answer");
+    assert_eq!(calls.load(Ordering::SeqCst), 10);
+}
+
+#[tokio::test]
+async fn the_next_node_answers_for_a_dead_one_and_is_asked_first_then() {
+    let nobody = dead().await;
+    let (address, calls) = node(&[Answer::Good]).await;
+    let client = client(&[&nobody, &address]);
+    client.create_volume(create()).await.expect("the second node answers");
+    assert_eq!(client.addresses(), [address, nobody]);
+    assert_eq!(calls.load(Ordering::SeqCst), 1);
+}
+
+#[tokio::test]
+async fn nobody_there_is_told_with_the_addresses() {
+    let nobody = dead().await;
+    let error = client(&[&nobody]).cluster_status().await.expect_err("nothing listens");
+    assert_eq!(error.code(), Code::Unreachable);
+    assert!(!error.is_uncertain());
+    assert_eq!(error.to_string(), format!("{nobody}: nothing answers (connection refused)"));
+}
+
+#[tokio::test]
+async fn a_refusal_is_final_and_keeps_number_and_words() {
+    let (address, calls) =
+        node(&[Answer::No(Code::VolumeExists, "volume vm-1", "volume vm-1 exists already")]).await;
+    let error = client(&[&address]).create_volume(create()).await.expect_err("refused");
+    assert_eq!(error.code(), Code::VolumeExists);
+    assert_eq!(error.to_string(), "volume vm-1 exists already");
+    assert!(!error.is_uncertain());
+    assert_eq!(calls.load(Ordering::SeqCst), 1);
+}
+
+#[tokio::test]
+async fn a_number_of_a_newer_release_is_kept() {
+    let (address, _) = node(&[Answer::NoNumbered(999)]).await;
+    let error = client(&[&address]).get_map().await.expect_err("refused");
+    assert!(matches!(&error, ClientError::Refused(refusal) if refusal.number == 999), "{error:?}");
+    assert_eq!(error.to_string(), "thing: words of the future");
+}
+
+#[tokio::test]
+async fn no_quorum_is_tried_again_until_it_is_there() {
+    let no = Answer::No(Code::NoQuorum, "", "");
+    let (address, calls) = node(&[no.clone(), no, Answer::Good]).await;
+    client(&[&address]).cluster_status().await.expect("the third try is answered");
+    assert_eq!(calls.load(Ordering::SeqCst), 3);
+}
+
+#[tokio::test]
+async fn no_quorum_for_good_ends_at_the_deadline() {
+    let (address, calls) = node(&[Answer::No(Code::NoQuorum, "", "no leader")]).await;
+    let begin = Instant::now();
+    let error = client(&[&address]).cluster_status().await.expect_err("there is no quorum");
+    assert_eq!(error.code(), Code::NoQuorum);
+    assert!(begin.elapsed() < Duration::from_secs(2));
+    assert!(calls.load(Ordering::SeqCst) > 2);
+}
+
+/// The entry of the first try may be committed by the next leader: the second try then meets its own volume.
+#[tokio::test]
+async fn a_refusal_after_a_doubtful_try_says_so() {
+    let exists = Answer::No(Code::VolumeExists, "volume vm-1", "volume vm-1 exists already");
+    let (address, _) = node(&[Answer::No(Code::NoQuorum, "", ""), exists]).await;
+    let error = client(&[&address]).create_volume(create()).await.expect_err("refused");
+    assert_eq!(error.code(), Code::VolumeExists);
+    assert!(error.is_uncertain());
+    assert!(error.to_string().contains("an earlier try"), "{error}");
+}
+
+#[tokio::test]
+async fn the_leader_that_a_follower_names_is_asked() {
+    let (leader, _) = node(&[Answer::Good]).await;
+    let (follower, calls) = node(&[Answer::LeaderIs(leader.clone())]).await;
+    let client = client(&[&follower]);
+    client.create_volume(create()).await.expect("the leader answers");
+    assert_eq!(client.addresses(), [leader, follower]);
+    assert_eq!(calls.load(Ordering::SeqCst), 1);
+}
+
+#[tokio::test]
+async fn a_read_goes_to_the_next_node_when_one_hangs() {
+    let (hanging, _) = node(&[Answer::Hang]).await;
+    let (good, _) = node(&[Answer::Good]).await;
+    client(&[&hanging, &good]).get_map().await.expect("the second node answers");
+}
+
+#[tokio::test]
+async fn a_change_is_not_repeated_after_silence() {
+    let (hanging, _) = node(&[Answer::Hang]).await;
+    let (good, calls) = node(&[Answer::Good]).await;
+    let error = client(&[&hanging, &good]).create_volume(create()).await.expect_err("no answer");
+    assert_eq!(error.code(), Code::Timeout);
+    assert!(error.is_uncertain());
+    assert!(error.to_string().contains("may or may not"), "{error}");
+    assert_eq!(calls.load(Ordering::SeqCst), 0);
+}
+
+#[tokio::test]
+async fn a_resize_is_repeated_after_silence() {
+    let (hanging, _) = node(&[Answer::Hang]).await;
+    let (good, _) = node(&[Answer::Good]).await;
+    let request = proto::ResizeVolumeRequest::default();
+    client(&[&hanging, &good]).resize_volume(request).await.expect("the second node answers");
+}
+
+#[tokio::test]
+async fn another_service_is_not_taken_for_a_control_plane() {
+    let (address, _) = node(&[Answer::Plain(tonic::Code::Unimplemented)]).await;
+    let error = client(&[&address]).get_map().await.expect_err("no such method");
+    assert_eq!(error.code(), Code::Unsupported);
+}
+
+#[tokio::test]
+async fn a_node_that_comes_back_is_connected_to_again() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let socket = listener.local_addr().expect("bound");
+    let serve = |listener| {
+        let node = Node { script: Arc::new(vec![Answer::Good]), calls: Arc::default() };
+        let server = Server::builder().add_service(ClusterServer::new(node));
+        tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)))
+    };
+    let first = serve(listener);
+    let client = client(&[&socket.into()]);
+    client.get_map().await.expect("an answer");
+    first.abort();
+    let _ = first.await;
+    let again = TcpListener::bind(socket).await.expect("the port is free again");
+    serve(again);
+    client.get_map().await.expect("an answer of the second life");
+}
+
+/// The sentence in the detail may be given with the number that the status' own message begins with.
+#[tokio::test]
+async fn the_number_is_not_told_twice() {
+    let words = "error 305 VolumeExists: volume vm-1 exists already";
+    let (address, _) = node(&[Answer::No(Code::VolumeExists, "volume vm-1", words)]).await;
+    let error = client(&[&address]).create_volume(create()).await.expect_err("refused");
+    assert_eq!(error.to_string(), "volume vm-1 exists already");
+}
+
+#[test]
+fn addresses_have_a_default_port() {
+    let show = |text: &str| text.parse::<Address>().map(|address| address.to_string());
+    assert_eq!(show("10.0.0.1"), Ok("10.0.0.1:8080".into()));
+    assert_eq!(show("10.0.0.1:81"), Ok("10.0.0.1:81".into()));
+    assert_eq!(show("fd00::1"), Ok("[fd00::1]:8080".into()));
+    assert_eq!(show("[fd00::1]:9"), Ok("[fd00::1]:9".into()));
+    assert_eq!(show("node-1.example.com"), Ok("node-1.example.com:8080".into()));
+    for bad in ["", ":8080", "host:", "host:0", "host:99999", "1.2.3.4:0", "a b", "http://x", "[fd00::1]"] {
+        assert!(show(bad).is_err(), "{bad}");
+    }
+}

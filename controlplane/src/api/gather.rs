@@ -1,0 +1,142 @@
+//! What only the nodes themselves know, asked of all at once, each within a deadline.
+
+use std::net::SocketAddr;
+
+use futures::future::join_all;
+use tonic::transport::Channel;
+use xsan_protocol::ids::{BlockIndex, NodeId};
+use xsan_protocol::map::{Group, Member, Node, Volume};
+use xsan_protocol::proto;
+use xsan_protocol::proto::link_message::Body;
+use xsan_protocol::proto::raft_client::RaftClient;
+
+use super::Context;
+use super::error::ApiError;
+use crate::clock::BootTime;
+use crate::state::ClusterState;
+use crate::timing::GATHER_WAIT;
+
+pub const RELEASE: &str = env!("CARGO_PKG_VERSION");
+
+/// What this node knows of itself; on the leader, of the others too.
+pub fn local_status(context: &Context) -> proto::LocalStatusReply {
+    proto::LocalStatusReply {
+        data: context.link.status(),
+        release: RELEASE.to_owned(),
+        health: context.leader.health(BootTime::now()),
+    }
+}
+
+/// The latencies and counters of this node's data process; `None` when it does not answer.
+pub async fn local_perf(context: &Context) -> Option<proto::PerfStatsReply> {
+    let ask = Body::PerfStatsRequest(proto::PerfStatsRequest::default());
+    match context.link.request(ask, GATHER_WAIT).await {
+        Ok(Body::PerfStats(reply)) => Some(reply),
+        _ => None,
+    }
+}
+
+/// Where this node's data process has a block; `None` when it does not answer.
+pub async fn local_block(context: &Context, query: proto::BlockQuery) -> Option<proto::BlockReplica> {
+    match context.link.request(Body::BlockQuery(query), GATHER_WAIT).await {
+        Ok(Body::BlockReplica(replica)) => Some(replica),
+        _ => None,
+    }
+}
+
+fn client(context: &Context, node: &Node) -> Option<RaftClient<Channel>> {
+    context.channels.client(&SocketAddr::new(node.address, node.control_port).to_string()).ok()
+}
+
+/// The answer of another node; `None` when it does not come in time.
+async fn within<T>(call: impl Future<Output = Result<tonic::Response<T>, tonic::Status>>) -> Option<T> {
+    Some(tokio::time::timeout(GATHER_WAIT * 2, call).await.ok()?.ok()?.into_inner())
+}
+
+pub async fn status(context: &Context, node: &Node) -> Option<proto::LocalStatusReply> {
+    if node.id == context.handle.node() {
+        return Some(local_status(context));
+    }
+    let mut client = client(context, node)?;
+    within(client.local_status(proto::LocalStatusRequest {})).await
+}
+
+pub async fn perf(context: &Context, nodes: &[&Node]) -> proto::PerfStatsReply {
+    let ask = async |node: &Node| {
+        let reply = if node.id == context.handle.node() {
+            local_perf(context).await
+        } else {
+            match client(context, node) {
+                Some(mut client) => within(client.local_perf(proto::PerfStatsRequest::default())).await,
+                None => None,
+            }
+        };
+        let reachable = reply.is_some();
+        let first = reply.and_then(|reply| reply.nodes.into_iter().next()).unwrap_or_default();
+        proto::NodePerf { node: node.id.0, name: node.name.clone(), reachable, ..first }
+    };
+    proto::PerfStatsReply { nodes: join_all(nodes.iter().map(|node| ask(node))).await }
+}
+
+pub async fn locate(
+    context: &Context,
+    state: &ClusterState,
+    volume: &Volume,
+    index: BlockIndex,
+) -> Result<proto::LocateBlockReply, ApiError> {
+    let pool = state.map().pools.get(&volume.pool).ok_or(ApiError::Unexpected)?;
+    let id = pool.group_of(volume.lineage, index);
+    let group = state.map().groups.get(&id).ok_or(ApiError::Unexpected)?;
+    let query = proto::BlockQuery {
+        group: id.0,
+        lineage: volume.lineage.0,
+        layer: volume.layer.0,
+        block_index: u64::from(index.0),
+    };
+    let replicas = group.members.iter().map(|member| replica(context, state, group, member, query));
+    Ok(proto::LocateBlockReply {
+        lineage: volume.lineage.0,
+        layer: volume.layer.0,
+        block_index: u64::from(index.0),
+        group: id.0,
+        epoch: group.epoch.0,
+        replicas: join_all(replicas).await,
+    })
+}
+
+async fn replica(
+    context: &Context,
+    state: &ClusterState,
+    group: &Group,
+    member: &Member,
+    query: proto::BlockQuery,
+) -> proto::BlockReplica {
+    let node = state.map().nodes.get(&member.node);
+    let found = match node {
+        Some(node) if node.id == context.handle.node() => local_block(context, query).await,
+        Some(node) => match client(context, node) {
+            Some(mut client) => within(client.local_block(query)).await,
+            None => None,
+        },
+        None => None,
+    };
+    let stores = node.and_then(|node| node.data.as_ref()).map_or(&[][..], |data| &data.stores);
+    let device = stores.iter().find(|store| store.id == member.store).map(|store| store.device.clone());
+    proto::BlockReplica {
+        node: member.node.0,
+        node_name: node.map_or_else(String::new, |node| node.name.clone()),
+        role: role(group, member.node, member.learner).to_owned(),
+        store: member.store.0,
+        device: device.unwrap_or_default(),
+        reachable: found.is_some(),
+        units: found.map(|found| found.units).unwrap_or_default(),
+    }
+}
+
+fn role(group: &Group, node: NodeId, learner: bool) -> &'static str {
+    match learner {
+        true => "learner",
+        false if group.primary == Some(node) => "primary",
+        false => "secondary",
+    }
+}

@@ -1,0 +1,230 @@
+//! The API: what xsan-cli, xsan-debug and the SDK ask, answered by any node.
+//!
+//! Changes go through the leader, wherever it is. Reads come from this node's own applied state; what only other
+//! nodes know (space, latencies, blocks) is gathered from them within a deadline, and a node that does not
+//! answer is marked and fails nothing.
+//!
+//! Invariants
+//! - Every error is a number of the one table, with its object, in the status's details.
+
+pub mod error;
+mod gather;
+pub mod internal;
+mod status;
+
+use std::sync::Arc;
+
+use tokio::runtime::Handle;
+use tonic::{Request, Response, Status};
+use xsan_protocol::ids::{BlockIndex, NodeId};
+use xsan_protocol::map::{Durability, Node, Volume};
+use xsan_protocol::proto;
+use xsan_protocol::proto::cluster_server::Cluster;
+use xsan_protocol::units::BLOCK_SIZE;
+
+use crate::controller::Leader;
+use crate::link::Link;
+use crate::raft::handle::RaftHandle;
+use crate::raft::network::Channels;
+use crate::state::ClusterState;
+use crate::state::command::{Command, NewVolume, Reply};
+use error::ApiError;
+
+/// What the services share.
+#[derive(Clone)]
+pub struct Context {
+    pub handle: RaftHandle,
+    pub leader: Arc<Leader>,
+    pub link: Arc<Link>,
+    pub channels: Channels,
+    pub default_replica_count: u8,
+    /// Where answers are worked out: not on Raft's own runtime, whose heartbeats must not wait.
+    pub runtime: Handle,
+}
+
+impl Context {
+    /// Works an answer out on the main runtime.
+    async fn answer<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = Result<T, ApiError>> + Send + 'static,
+    ) -> Result<Response<T>, Status> {
+        match self.runtime.spawn(work).await {
+            Ok(Ok(answer)) => Ok(Response::new(answer)),
+            Ok(Err(error)) => Err(error.into()),
+            Err(_) => Err(ApiError::Stopping.into()),
+        }
+    }
+
+    async fn propose(&self, command: Command) -> Result<Reply, ApiError> {
+        Ok(self.handle.propose(command).await?)
+    }
+
+    async fn propose_volume(&self, command: Command) -> Result<proto::Volume, ApiError> {
+        match self.propose(command).await? {
+            Reply::Volume(volume) => Ok(proto::Volume::from(&*volume)),
+            _ => Err(ApiError::Unexpected),
+        }
+    }
+}
+
+/// A node by its name, or else by its number.
+fn find_node<'a>(state: &'a ClusterState, name: &str) -> Result<&'a Node, ApiError> {
+    let by_number = || state.map().nodes.get(&NodeId(name.parse().ok()?));
+    state
+        .map()
+        .node_named(name)
+        .or_else(by_number)
+        .ok_or_else(|| ApiError::NodeNotFound { name: name.to_owned() })
+}
+
+fn find_volume<'a>(state: &'a ClusterState, name: &str) -> Result<&'a Volume, ApiError> {
+    state.map().volume_named(name).ok_or_else(|| ApiError::VolumeNotFound { name: name.to_owned() })
+}
+
+/// Milliseconds since 1970, for people to read.
+fn unix_ms() -> u64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+fn new_volume(request: proto::CreateVolumeRequest, default_replica_count: u8) -> Result<Command, ApiError> {
+    let durability = match request.durability() {
+        proto::Durability::OnFlush => Durability::OnFlush,
+        proto::Durability::EveryWrite => Durability::EveryWrite,
+    };
+    let replica_count = match u8::try_from(request.replica_count) {
+        Ok(0) => default_replica_count,
+        Ok(count) => count,
+        Err(_) => {
+            return Err(ApiError::Invalid {
+                field: "replica_count",
+                object: format!("volume {}", request.name),
+            });
+        }
+    };
+    Ok(Command::CreateVolume(NewVolume {
+        name: request.name,
+        size_bytes: request.size_bytes,
+        replica_count,
+        policy: request.policy,
+        durability,
+        created_unix_ms: unix_ms(),
+        request: crate::random::number(),
+    }))
+}
+
+#[tonic::async_trait]
+impl Cluster for Context {
+    async fn cluster_status(
+        &self,
+        _: Request<proto::ClusterStatusRequest>,
+    ) -> Result<Response<proto::ClusterStatusReply>, Status> {
+        let context = self.clone();
+        self.answer(async move { Ok(status::cluster(&context).await) }).await
+    }
+
+    async fn get_map(&self, _: Request<proto::GetMapRequest>) -> Result<Response<proto::ClusterMap>, Status> {
+        Ok(Response::new(self.handle.state().map().into()))
+    }
+
+    async fn get_node(
+        &self,
+        request: Request<proto::GetNodeRequest>,
+    ) -> Result<Response<proto::NodeStatus>, Status> {
+        let (context, name) = (self.clone(), request.into_inner().name);
+        self.answer(async move {
+            let id = find_node(&context.handle.state(), &name)?.id;
+            let nodes = status::cluster(&context).await.nodes;
+            let found = nodes.into_iter().find(|status| status.node.as_ref().is_some_and(|n| n.id == id.0));
+            found.ok_or(ApiError::NodeNotFound { name })
+        })
+        .await
+    }
+
+    async fn create_volume(
+        &self,
+        request: Request<proto::CreateVolumeRequest>,
+    ) -> Result<Response<proto::Volume>, Status> {
+        let command = new_volume(request.into_inner(), self.default_replica_count)?;
+        let context = self.clone();
+        self.answer(async move { context.propose_volume(command).await }).await
+    }
+
+    async fn list_volumes(
+        &self,
+        _: Request<proto::ListVolumesRequest>,
+    ) -> Result<Response<proto::ListVolumesReply>, Status> {
+        let state = self.handle.state();
+        let volumes = state.map().volumes.values().map(|volume| status::volume(&state, volume)).collect();
+        Ok(Response::new(proto::ListVolumesReply { volumes }))
+    }
+
+    async fn get_volume(
+        &self,
+        request: Request<proto::GetVolumeRequest>,
+    ) -> Result<Response<proto::VolumeStatus>, Status> {
+        let state = self.handle.state();
+        let volume = find_volume(&state, &request.into_inner().name)?;
+        Ok(Response::new(status::volume(&state, volume)))
+    }
+
+    async fn resize_volume(
+        &self,
+        request: Request<proto::ResizeVolumeRequest>,
+    ) -> Result<Response<proto::Volume>, Status> {
+        let proto::ResizeVolumeRequest { name, size_bytes, allow_shrink } = request.into_inner();
+        let context = self.clone();
+        let command = Command::ResizeVolume { name, size_bytes, allow_shrink };
+        self.answer(async move { context.propose_volume(command).await }).await
+    }
+
+    async fn delete_volume(
+        &self,
+        request: Request<proto::DeleteVolumeRequest>,
+    ) -> Result<Response<proto::DeleteVolumeReply>, Status> {
+        let (context, name) = (self.clone(), request.into_inner().name);
+        self.answer(async move {
+            context.propose(Command::DeleteVolume { name }).await?;
+            Ok(proto::DeleteVolumeReply {})
+        })
+        .await
+    }
+
+    async fn locate_block(
+        &self,
+        request: Request<proto::LocateBlockRequest>,
+    ) -> Result<Response<proto::LocateBlockReply>, Status> {
+        let (context, request) = (self.clone(), request.into_inner());
+        self.answer(async move {
+            let state = context.handle.state();
+            let volume = find_volume(&state, &request.volume)?;
+            let blocks = volume.size_bytes.div_ceil(BLOCK_SIZE as u64);
+            if request.block_index >= blocks {
+                return Err(ApiError::OutOfRange {
+                    volume: request.volume,
+                    block: request.block_index,
+                    blocks,
+                });
+            }
+            let index = u32::try_from(request.block_index).expect("limits keep block indexes in 32 bits");
+            gather::locate(&context, &state, volume, BlockIndex(index)).await
+        })
+        .await
+    }
+
+    async fn perf_stats(
+        &self,
+        request: Request<proto::PerfStatsRequest>,
+    ) -> Result<Response<proto::PerfStatsReply>, Status> {
+        let (context, name) = (self.clone(), request.into_inner().node);
+        self.answer(async move {
+            let state = context.handle.state();
+            let nodes = match name.as_str() {
+                "" => state.map().nodes.values().collect(),
+                name => vec![find_node(&state, name)?],
+            };
+            Ok(gather::perf(&context, &nodes).await)
+        })
+        .await
+    }
+}

@@ -1,0 +1,310 @@
+//! What the Raft leader does besides Raft: grants leases, and has the groups follow what becomes of the nodes.
+//!
+//! Runs on every node, and acts on the one that leads. `Leader` is shared with `membership::heartbeat`;
+//! `Controller` is the loop that runs the pure decisions of `placement` and commits them, one batch a moment.
+//!
+//! Invariants
+//! - One lease table per term: a leader of a new term starts with nothing but the grace time.
+//! - A batch is decided, and the nodes that it takes for gone are held, under one lock.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::{Notify, watch};
+use tokio::time::MissedTickBehavior;
+use xsan_protocol::ids::{Incarnation, NodeId};
+use xsan_protocol::map::Pool;
+use xsan_protocol::placement::{Candidate, place_what_fits};
+use xsan_protocol::proto;
+
+use crate::clock::BootTime;
+use crate::lease::{Beat, Health, LeaseTable};
+use crate::membership::heartbeat::Grant;
+use crate::membership::voters;
+use crate::placement::balance::balance;
+use crate::placement::decide::decide;
+use crate::placement::{Memory, NodeView, Proposal, Targets, View};
+use crate::raft::handle::RaftHandle;
+use crate::state::ClusterState;
+use crate::state::command::{Command, GroupChange};
+use crate::timing::{BEAT_AGE_MAX, CONTROLLER_TICK, OUT_AFTER};
+
+/// Between two looks at Raft's membership.
+const VOTERS_INTERVAL: Duration = Duration::from_millis(250);
+/// After an election: until a quorum has acknowledged the leader and its state is applied.
+const ELECTED_POLL: Duration = Duration::from_millis(5);
+/// Wishes of primaries that wait for the next decision; more are dropped, they are made again.
+const PROPOSALS_MAX: usize = 4096;
+
+/// The leader's view of the nodes; empty on the others but for the latest beats.
+pub struct Leader {
+    handle: RaftHandle,
+    inner: Mutex<Inner>,
+    wake: Notify,
+    elected: watch::Sender<u64>,
+}
+
+#[derive(Default)]
+struct Inner {
+    /// The term that this node leads, with its leases.
+    term: Option<(u64, LeaseTable)>,
+    /// Of every node, whoever leads: so that a new leader can answer them at once.
+    latest: BTreeMap<NodeId, (Beat, SocketAddr, BootTime)>,
+    proposals: Vec<Proposal>,
+}
+
+impl Inner {
+    /// The lease table of this node's present term as leader.
+    fn leases(&mut self, now: BootTime, term: u64, grace: Duration) -> &mut LeaseTable {
+        if self.term.as_ref().is_none_or(|(present, _)| *present != term) {
+            self.term = None;
+        }
+        &mut self.term.get_or_insert_with(|| (term, LeaseTable::new(now, grace))).1
+    }
+}
+
+fn registered(state: &ClusterState, node: NodeId) -> Option<Incarnation> {
+    state.map().nodes.get(&node)?.data.as_ref().map(|data| data.incarnation)
+}
+
+impl Leader {
+    pub fn new(handle: RaftHandle) -> Self {
+        let (elected, _) = watch::channel(0);
+        Self { handle, inner: Mutex::default(), wake: Notify::new(), elected }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A beat arrived. Returns the lease to answer with, if this node leads and may grant one.
+    pub fn on_beat(&self, now: BootTime, beat: Beat, from: SocketAddr) -> Option<Grant> {
+        let mut inner = self.lock();
+        inner.latest.insert(beat.node, (beat, from, now));
+        self.take(&mut inner, now, &beat)
+    }
+
+    fn take(&self, inner: &mut Inner, now: BootTime, beat: &Beat) -> Option<Grant> {
+        let leadership = self.handle.leadership()?;
+        // Read after the leadership: it includes all that was committed before this term.
+        let state = self.handle.state();
+        let registered = registered(&state, beat.node);
+        let grace = self.handle.timing().leader_grace();
+        let leases = inner.leases(now, leadership.term, grace);
+        let before = leases.health(now, beat.node, registered);
+        let granted = leases.on_beat(now, beat, registered, leadership.may_grant);
+        if before != leases.health(now, beat.node, registered) {
+            self.wake.notify_one();
+        }
+        let incarnation = beat.incarnation.filter(|_| granted)?;
+        Some(Grant::answer(beat, incarnation, state.version()))
+    }
+
+    /// Grants for the latest beats, as if they had just arrived.
+    pub fn grant_latest(&self, now: BootTime) -> Vec<(Grant, SocketAddr)> {
+        let mut inner = self.lock();
+        let fresh = |(_, _, heard): &&(Beat, SocketAddr, BootTime)| now.since(*heard) < BEAT_AGE_MAX;
+        let latest: Vec<_> = inner.latest.values().filter(fresh).copied().collect();
+        let grant = |(beat, from, _): (Beat, SocketAddr, BootTime)| {
+            self.take(&mut inner, now, &beat).map(|grant| (grant, from))
+        };
+        latest.into_iter().filter_map(grant).collect()
+    }
+
+    /// Changes each time this node has been elected and may grant leases.
+    pub fn watch_elected(&self) -> watch::Receiver<u64> {
+        self.elected.subscribe()
+    }
+
+    /// Wishes of primaries, from any node.
+    pub fn on_proposals(&self, proposals: impl IntoIterator<Item = Proposal>) {
+        let mut inner = self.lock();
+        let room = PROPOSALS_MAX.saturating_sub(inner.proposals.len());
+        inner.proposals.extend(proposals.into_iter().take(room));
+        self.wake.notify_one();
+    }
+
+    /// The nodes as this leader sees them, for the API; empty when it does not lead.
+    pub fn health(&self, now: BootTime) -> Vec<proto::NodeHealth> {
+        let state = self.handle.state();
+        let inner = self.lock();
+        let Some((_, leases)) = inner.term.as_ref().filter(|_| self.handle.leadership().is_some()) else {
+            return Vec::new();
+        };
+        let health = |node: &NodeId| {
+            let age = leases.age(now, *node);
+            proto::NodeHealth {
+                node: node.0,
+                up: leases.health(now, *node, registered(&state, *node)) == Health::Up,
+                heard: age.is_some_and(|age| age < BEAT_AGE_MAX),
+                heartbeat_age_ms: age.map_or(u64::MAX, |age| age.as_millis() as u64),
+            }
+        };
+        state.map().nodes.keys().map(health).collect()
+    }
+
+    /// Announces elections to `watch_elected`. Runs for ever.
+    pub async fn watch_elections(&self) {
+        let mut role = self.handle.watch_role();
+        let mut announced = 0;
+        loop {
+            match self.handle.leadership() {
+                Some(leadership) if leadership.term == announced => self.handle.role_changed(&mut role).await,
+                Some(leadership) if leadership.may_grant => {
+                    announced = leadership.term;
+                    tracing::info!(term = announced, "this node leads");
+                    self.elected.send_replace(announced);
+                    self.wake.notify_one();
+                }
+                Some(leadership) => {
+                    // The grace time counts from here, not from the first beat.
+                    let now = BootTime::now();
+                    self.lock().leases(now, leadership.term, self.handle.timing().leader_grace());
+                    tokio::time::sleep(ELECTED_POLL).await;
+                }
+                None => self.handle.role_changed(&mut role).await,
+            }
+        }
+    }
+}
+
+/// The loop, and what it remembers within one term.
+pub struct Controller {
+    handle: RaftHandle,
+    leader: Arc<Leader>,
+    term: u64,
+    memory: Memory,
+    gone_since: BTreeMap<NodeId, BootTime>,
+    placed: Placed,
+}
+
+/// Targets, and what they were computed from.
+#[derive(Default)]
+struct Placed {
+    pools: Vec<Pool>,
+    candidates: Vec<Candidate>,
+    targets: Targets,
+}
+
+impl Placed {
+    fn update(&mut self, state: &ClusterState, left_out: &BTreeSet<NodeId>) {
+        let candidates = state.candidates(left_out);
+        let pools: Vec<_> = state.map().pools.values().cloned().collect();
+        if candidates != self.candidates || pools != self.pools {
+            let placed = pools.iter().flat_map(|pool| place_what_fits(pool, &candidates));
+            self.targets = placed.map(|placement| (placement.group, placement.replicas)).collect();
+            (self.pools, self.candidates) = (pools, candidates);
+        }
+    }
+}
+
+impl Controller {
+    pub fn new(handle: RaftHandle, leader: Arc<Leader>) -> Self {
+        Self {
+            handle,
+            leader,
+            term: 0,
+            memory: Memory::default(),
+            gone_since: BTreeMap::new(),
+            placed: Placed::default(),
+        }
+    }
+
+    /// Decides whenever something changed, and at every tick. Runs for ever.
+    pub async fn run(mut self) {
+        let mut ticks = tokio::time::interval(CONTROLLER_TICK);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut state = self.handle.watch_state();
+        loop {
+            tokio::select! {
+                _ = ticks.tick() => {}
+                () = self.leader.wake.notified() => {}
+                changed = state.changed() => if changed.is_err() { return },
+            }
+            let Some(leadership) = self.handle.leadership().filter(|leadership| leadership.may_grant) else {
+                continue;
+            };
+            if leadership.term != self.term {
+                self.term = leadership.term;
+                self.memory = Memory::default();
+                self.gone_since.clear();
+            }
+            let changes = self.decide(BootTime::now());
+            if !changes.is_empty() {
+                self.commit(changes).await;
+            }
+        }
+    }
+
+    fn decide(&mut self, now: BootTime) -> Vec<GroupChange> {
+        let state = self.handle.state();
+        let leader = Arc::clone(&self.leader);
+        let mut inner = leader.lock();
+        let proposals = std::mem::take(&mut inner.proposals);
+        let leases = inner.leases(now, self.term, self.handle.timing().leader_grace());
+        let nodes: BTreeMap<NodeId, NodeView> = state
+            .map()
+            .nodes
+            .keys()
+            .map(|&node| {
+                let incarnation = registered(&state, node);
+                let confirmed = incarnation.map(|incarnation| leases.confirmed(node, incarnation));
+                let health = leases.health(now, node, incarnation);
+                (node, NodeView { health, confirmed: confirmed.unwrap_or_default() })
+            })
+            .collect();
+        let gone: BTreeSet<NodeId> =
+            nodes.iter().filter(|(_, view)| view.health == Health::Gone).map(|(node, _)| *node).collect();
+        let left_out = self.left_out(now, &gone);
+        self.placed.update(&state, &left_out);
+        let view = View { now, state: &state, nodes: &nodes, targets: &self.placed.targets };
+        let mut changes = decide(&view, &mut self.memory, &proposals);
+        if changes.is_empty() {
+            changes = balance(&view, &mut self.memory);
+        }
+        if !changes.is_empty() {
+            leases.hold(gone);
+        }
+        changes
+    }
+
+    /// Nodes gone for so long that their groups are rebuilt elsewhere.
+    fn left_out(&mut self, now: BootTime, gone: &BTreeSet<NodeId>) -> BTreeSet<NodeId> {
+        self.gone_since.retain(|node, _| gone.contains(node));
+        gone.iter().for_each(|node| {
+            self.gone_since.entry(*node).or_insert(now);
+        });
+        let long = self.gone_since.iter().filter(|(_, since)| now.since(**since) >= OUT_AFTER);
+        long.map(|(node, _)| *node).collect()
+    }
+
+    async fn commit(&self, changes: Vec<GroupChange>) {
+        let count = changes.len();
+        let reply = self.handle.propose_until(self.term, Command::ReconfigureGroups(changes)).await;
+        match reply {
+            Ok(reply) => tracing::info!(count, ?reply, "groups reconfigured"),
+            Err(error) => tracing::warn!(count, code = error.code().number(), "group changes: {error}"),
+        }
+        // Held until the outcome is known: applied, or this node leads no more in that term.
+        let mut inner = self.leader.lock();
+        if let Some((term, leases)) = &mut inner.term
+            && *term == self.term
+        {
+            leases.release();
+        }
+    }
+
+    /// Keeps Raft's membership in line with the nodes, while this node leads. Runs for ever.
+    pub async fn watch_voters(handle: RaftHandle) {
+        loop {
+            tokio::time::sleep(VOTERS_INTERVAL).await;
+            if handle.leadership().is_some_and(|leadership| leadership.may_grant)
+                && let Err(error) = voters::reconcile(&handle).await
+            {
+                tracing::debug!(code = error.code().number(), "voters: {error}");
+            }
+        }
+    }
+}

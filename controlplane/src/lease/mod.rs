@@ -1,0 +1,149 @@
+//! Leases as the Raft leader keeps them: whom it granted one, until when, and who is surely not serving.
+//!
+//! Driven by `membership::heartbeat` (beats) and `controller` (what follows from them); one table per term of
+//! leadership. Knows no socket and reads no clock.
+//!
+//! Invariants
+//! - A node is `Gone` only when no lease of its present incarnation can still run, on any clock, or its death
+//!   was reported by its own host.
+//! - While a decision that rests on a node being `Gone` is on its way into Raft's log, that node is granted
+//!   nothing: see `hold`.
+//!
+//! Source: see `timing`.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use xsan_protocol::ids::{Incarnation, MapVersion, NodeId};
+
+use crate::clock::BootTime;
+use crate::timing::{LEASE, LEASE_SLACK};
+
+/// What a node says of itself in a beat.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Beat {
+    pub node: NodeId,
+    /// Of the data process that is linked and answers; `None`: no lease is asked for.
+    pub incarnation: Option<Incarnation>,
+    /// The newest incarnation that its host knows to be dead.
+    pub stopped: Option<Incarnation>,
+    /// The sender's clock, given back with the grant.
+    pub sent: BootTime,
+    /// The map that every shard of the data process acts on.
+    pub map_version: MapVersion,
+}
+
+/// Whether a node's data process may be serving.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Health {
+    /// It has a lease from this leader.
+    Up,
+    /// Not heard of yet; it may have a lease from an earlier leader.
+    Assumed,
+    /// It surely serves nothing.
+    Gone,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Entry {
+    incarnation: Option<Incarnation>,
+    /// On the leader's clock, with slack: when the newest lease has surely ended.
+    until: BootTime,
+    confirmed: MapVersion,
+    stopped: Option<Incarnation>,
+    heard: BootTime,
+}
+
+#[derive(Debug)]
+pub struct LeaseTable {
+    /// Until then an earlier leader's leases may run.
+    grace_until: BootTime,
+    nodes: BTreeMap<NodeId, Entry>,
+    held: BTreeSet<NodeId>,
+}
+
+impl LeaseTable {
+    /// A table of a leader that found itself elected at `since`.
+    pub fn new(since: BootTime, grace: Duration) -> Self {
+        Self { grace_until: since + grace, nodes: BTreeMap::new(), held: BTreeSet::new() }
+    }
+
+    /// Takes a beat in. Returns whether the lease that it asks for is granted.
+    ///
+    /// - `registered`: the incarnation of the node's data process in the cluster's state.
+    /// - `may_grant`: a quorum acknowledged this leader lately, and all that was committed before it is applied.
+    pub fn on_beat(
+        &mut self,
+        now: BootTime,
+        beat: &Beat,
+        registered: Option<Incarnation>,
+        may_grant: bool,
+    ) -> bool {
+        let fresh = Entry {
+            incarnation: None,
+            until: BootTime(0),
+            confirmed: MapVersion(0),
+            stopped: None,
+            heard: now,
+        };
+        let entry = self.nodes.entry(beat.node).or_insert(fresh);
+        entry.heard = now;
+        entry.stopped = beat.stopped.or(entry.stopped);
+        let Some(incarnation) = beat.incarnation.filter(|incarnation| Some(*incarnation) == registered)
+        else {
+            return false;
+        };
+        if entry.incarnation != Some(incarnation) {
+            // The earlier life is over: a data process holds its devices locked as long as it lives.
+            entry.incarnation = Some(incarnation);
+            entry.confirmed = MapVersion(0);
+        }
+        // Beats may overtake each other on their way.
+        entry.confirmed = entry.confirmed.max(beat.map_version);
+        let granted = may_grant && entry.stopped != Some(incarnation) && !self.held.contains(&beat.node);
+        if granted {
+            entry.until = entry.until.max(now + LEASE + LEASE_SLACK);
+        }
+        granted
+    }
+
+    pub fn health(&self, now: BootTime, node: NodeId, registered: Option<Incarnation>) -> Health {
+        let Some(registered) = registered else { return Health::Gone };
+        let entry = self.nodes.get(&node);
+        if entry.is_some_and(|entry| entry.stopped == Some(registered)) {
+            return Health::Gone;
+        }
+        if entry.is_some_and(|entry| entry.incarnation == Some(registered) && now < entry.until) {
+            return Health::Up;
+        }
+        if now < self.grace_until { Health::Assumed } else { Health::Gone }
+    }
+
+    /// The newest map that the data process `incarnation` of `node` acts on, as far as it has said.
+    pub fn confirmed(&self, node: NodeId, incarnation: Incarnation) -> MapVersion {
+        let entry = self.nodes.get(&node).filter(|entry| entry.incarnation == Some(incarnation));
+        entry.map_or(MapVersion(0), |entry| entry.confirmed)
+    }
+
+    /// How long ago the node was heard of; `None`: never by this leader.
+    pub fn age(&self, now: BootTime, node: NodeId) -> Option<Duration> {
+        self.nodes.get(&node).map(|entry| now.since(entry.heard))
+    }
+
+    /// Grants nothing to `nodes` until `release`.
+    ///
+    /// Without it: (1) the lease of node A ends; (2) the leader proposes that A's groups move on; (3) A is heard
+    /// again and granted a lease; (4) the proposal commits, B serves; (5) A, with a valid lease and the map of
+    /// before, still answers reads.
+    pub fn hold(&mut self, nodes: BTreeSet<NodeId>) {
+        self.held = nodes;
+    }
+
+    /// What was proposed is applied: grants from now on carry a map version that includes it.
+    pub fn release(&mut self) {
+        self.held.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,228 @@
+//! What must change in the groups, now.
+//!
+//! For a group with acting set A, of which the members C are live:
+//!
+//! 1. C = A: learners are added where the group belongs, dead ones dropped, wishes of the primary granted.
+//! 2. |C| ≥ `min_replicas`: A becomes C.
+//! 3. |C| < `min_replicas`: A becomes C and the members that are back, when that holds everything that was
+//!    acknowledged: C is not empty (it has it all), or one of them lost nothing, or all of A are back.
+//! 4. After `REGROUP_AFTER` A becomes what there is of that, below `min_replicas`: no I/O yet, but learners can
+//!    be brought up from it.
+//!
+//! Source: DESIGN.md, replication, points 2, 3 and 6.
+
+use std::collections::HashMap;
+
+use xsan_protocol::ids::{GroupId, NodeId};
+use xsan_protocol::map::{Group, Member, Pool};
+
+use super::{Memory, PrimaryCounts, Proposal, ProposedChange, Standing, View};
+use crate::state::command::GroupChange;
+use crate::timing::REGROUP_AFTER;
+
+/// Every change that is due. `proposals` that do not fit the present epochs are ignored: who made them looks
+/// at the new map and asks again.
+pub fn decide(view: &View<'_>, memory: &mut Memory, proposals: &[Proposal]) -> Vec<GroupChange> {
+    let mut wishes: HashMap<GroupId, Vec<Proposal>> = HashMap::new();
+    proposals.iter().for_each(|proposal| wishes.entry(proposal.group).or_default().push(*proposal));
+    let mut counts = PrimaryCounts::of(view.state);
+    let map = view.state.map();
+    let mut changes = Vec::new();
+    for pool in map.pools.values() {
+        for group in pool.groups().map(|id| &map.groups[&id]) {
+            let wishes = wishes.get(&group.id).map_or(&[][..], Vec::as_slice);
+            let Some(change) = next(view, memory, pool, group, wishes, &counts) else { continue };
+            counts.moved(group.primary, change.primary);
+            changes.push(change);
+        }
+    }
+    memory.waiting.retain(|group, _| map.groups.contains_key(group));
+    changes
+}
+
+fn next(
+    view: &View<'_>,
+    memory: &mut Memory,
+    pool: &Pool,
+    group: &Group,
+    wishes: &[Proposal],
+    counts: &PrimaryCounts,
+) -> Option<GroupChange> {
+    let live = group.acting().filter(|member| view.standing(member) == Standing::Live).count();
+    let acting = if live == group.acting().count() {
+        memory.waiting.remove(&group.id);
+        return steady(view, pool, group, wishes, counts);
+    } else if live >= usize::from(pool.min_replicas) {
+        memory.waiting.remove(&group.id);
+        live_members(view, group)
+    } else {
+        regroup(view, memory, pool, group)?
+    };
+    let members = with_the_rest(view, group, acting);
+    change(view, group, members, counts)
+}
+
+fn live_members(view: &View<'_>, group: &Group) -> Vec<Member> {
+    group.acting().filter(|member| view.standing(member) == Standing::Live).copied().collect()
+}
+
+/// Cases 3 and 4: the acting set that holds everything acknowledged, or `None` to wait.
+fn regroup(view: &View<'_>, memory: &mut Memory, pool: &Pool, group: &Group) -> Option<Vec<Member>> {
+    let live = live_members(view, group);
+    let back: Vec<&Member> = group.acting().filter(|m| view.standing(m) == Standing::Back).collect();
+    let all_are_there = live.len() + back.len() == group.acting().count();
+    let holds_everything =
+        !live.is_empty() || all_are_there || back.iter().any(|member| view.intact(group.id, member));
+    let since = *memory.waiting.entry(group.id).or_insert(view.now);
+    if !holds_everything {
+        return None;
+    }
+    let renewed = |member: &&Member| {
+        let new = view.member(group.id, member.node, member.store, false)?;
+        Some(Member { damaged: view.damaged(group.id, member), ..new })
+    };
+    let mut all = live;
+    all.extend(back.iter().filter_map(renewed));
+    // A member that lost records is no source, unless there is no other.
+    let whole: Vec<Member> = all.iter().filter(|member| !member.damaged).copied().collect();
+    let chosen = if whole.is_empty() { all } else { whole };
+    let enough = chosen.len() >= usize::from(pool.min_replicas);
+    let waited = view.now.since(since) >= REGROUP_AFTER;
+    if chosen.is_empty() || !(enough || waited) {
+        return None;
+    }
+    memory.waiting.remove(&group.id);
+    Some(chosen)
+}
+
+/// `acting`, those who may not leave yet, and as learners whoever else is there.
+fn with_the_rest(view: &View<'_>, group: &Group, acting: Vec<Member>) -> Vec<Member> {
+    let mut members = acting;
+    for member in &group.members {
+        if members.iter().any(|m| m.node == member.node) {
+            continue;
+        }
+        if !member.learner && !view.may_leave(group, member) {
+            members.push(*member);
+        } else {
+            members.extend(as_learner(view, group, member));
+        }
+    }
+    members
+}
+
+/// A member as a learner of the present life of its data process; `None` when it can not be one.
+fn as_learner(view: &View<'_>, group: &Group, member: &Member) -> Option<Member> {
+    match view.standing(member) {
+        Standing::Live => Some(Member { learner: true, ..*member }),
+        Standing::Back => {
+            let new = view.member(group.id, member.node, member.store, true)?;
+            Some(Member { damaged: view.damaged(group.id, member), ..new })
+        }
+        Standing::Failed | Standing::Gone => None,
+    }
+}
+
+/// Case 1: every acting member is live.
+fn steady(
+    view: &View<'_>,
+    pool: &Pool,
+    group: &Group,
+    wishes: &[Proposal],
+    counts: &PrimaryCounts,
+) -> Option<GroupChange> {
+    let mut members: Vec<Member> = group.acting().copied().collect();
+    members.extend(group.learners().filter_map(|learner| as_learner(view, group, learner)));
+    for wish in wishes.iter().filter(|wish| wish.epoch == group.epoch) {
+        grant(view, pool, group, wish, &mut members);
+    }
+    drop_surplus(view, pool, group, &mut members);
+    let wanted = usize::from(pool.replica_count);
+    if members.iter().filter(|member| !member.learner).count() < wanted {
+        for target in view.targets.get(&group.id).into_iter().flatten() {
+            if members.len() < wanted && members.iter().all(|member| member.node != target.node) {
+                members.extend(view.member(group.id, target.node, target.store, true));
+            }
+        }
+    }
+    change(view, group, members, counts)
+}
+
+/// Grants a wish of the group's primary, if the group's safety allows it.
+fn grant(view: &View<'_>, pool: &Pool, group: &Group, wish: &Proposal, members: &mut [Member]) {
+    let acting = members.iter().filter(|member| !member.learner).count();
+    let Some(member) = members.iter_mut().find(|member| member.node == wish.node) else { return };
+    match wish.change {
+        ProposedChange::Promote => {
+            if member.learner && view.standing(member) == Standing::Live {
+                (member.learner, member.damaged) = (false, false);
+            }
+        }
+        ProposedChange::Demote => {
+            let spare = acting > usize::from(pool.min_replicas);
+            if !member.learner && spare && view.may_leave(group, member) {
+                member.learner = true;
+            }
+        }
+    }
+}
+
+/// With all the replicas that are wanted, learners elsewhere and acting members too many are let go.
+fn drop_surplus(view: &View<'_>, pool: &Pool, group: &Group, members: &mut Vec<Member>) {
+    let wanted = usize::from(pool.replica_count);
+    let acting = |members: &[Member]| members.iter().filter(|member| !member.learner).count();
+    if acting(members) >= wanted {
+        members.retain(|member| !member.learner || view.is_target(group.id, member.node));
+    }
+    while acting(members) > wanted {
+        let surplus = members.iter().position(|member| {
+            let elsewhere = !member.learner && !view.is_target(group.id, member.node);
+            elsewhere && view.may_leave(group, member)
+        });
+        let Some(surplus) = surplus else { return };
+        members.remove(surplus);
+    }
+}
+
+/// The change that leads to `members`; `None` when that is what the group is already.
+fn change(
+    view: &View<'_>,
+    group: &Group,
+    mut members: Vec<Member>,
+    counts: &PrimaryCounts,
+) -> Option<GroupChange> {
+    let primary = pick_primary(view, group, &members, counts);
+    let mut present = group.members.clone();
+    members.sort_by_key(|member| member.node);
+    present.sort_by_key(|member| member.node);
+    if members == present && primary == group.primary {
+        return None;
+    }
+    assert!(members.iter().any(|m| !m.learner && Some(m.node) == primary), "the primary is an acting member");
+    Some(GroupChange { group: group.id, expected: group.epoch, primary, members })
+}
+
+/// The present primary while it can be; else the acting member with the fewest primaries. One that is leaving
+/// because replicas moved elsewhere hands over first.
+fn pick_primary(
+    view: &View<'_>,
+    group: &Group,
+    members: &[Member],
+    counts: &PrimaryCounts,
+) -> Option<NodeId> {
+    let acting = || members.iter().filter(|member| !member.learner);
+    let able = |member: &&Member| {
+        // A member with its new incarnation stands as live; one that merely may not leave yet does not.
+        view.standing(member) == Standing::Live
+    };
+    let wanted = view.targets.get(&group.id).map_or(0, Vec::len);
+    let leaving = |node: NodeId| wanted > 0 && acting().count() > wanted && !view.is_target(group.id, node);
+    let keep = group
+        .primary
+        .filter(|primary| acting().filter(able).any(|member| member.node == *primary) && !leaving(*primary));
+    keep.or_else(|| {
+        counts.least(acting().filter(able).map(|member| member.node).filter(|node| !leaving(*node)))
+    })
+    .or_else(|| counts.least(acting().filter(able).map(|member| member.node)))
+    .or(group.primary)
+}

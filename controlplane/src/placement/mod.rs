@@ -1,0 +1,58 @@
+//! What becomes of the groups: decided by the Raft leader from the cluster's state and the health of its nodes.
+//!
+//! `decide` says what must change now; `balance` what may change when all is well. Pure functions: `controller`
+//! runs them and has their changes committed. Where replicas *belong* is `xsan_protocol::placement`.
+//!
+//! Invariants
+//! - A member that may still serve as primary, or may not know yet that it is not any more, stays in the
+//!   acting set.
+//! - An acting set below `min_replicas` is made only from members that hold everything acknowledged.
+//!
+//! Source: Lin et al., "PacificA: Replication in Log-Based Distributed Storage Systems", 2008.
+
+pub mod balance;
+pub mod decide;
+mod view;
+
+pub use view::{NodeView, PrimaryCounts, Standing, View};
+
+use std::collections::{BTreeMap, HashMap};
+
+use xsan_protocol::ids::{Epoch, GroupId, NodeId};
+use xsan_protocol::placement::Replica;
+
+use crate::clock::BootTime;
+
+/// Where each group belongs, the preferred primary first.
+pub type Targets = HashMap<GroupId, Vec<Replica>>;
+
+/// A primary's wish for its group, good for one epoch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Proposal {
+    pub group: GroupId,
+    pub epoch: Epoch,
+    pub node: NodeId,
+    pub change: ProposedChange,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ProposedChange {
+    /// The learner has everything.
+    Promote,
+    /// The member does not answer.
+    Demote,
+}
+
+/// What the controller remembers from one decision to the next, for one term of leadership.
+#[derive(Clone, Debug, Default)]
+pub struct Memory {
+    /// Since when each group has waited for members to come back.
+    pub waiting: BTreeMap<GroupId, BootTime>,
+    /// Since when every group has been well.
+    pub well_since: Option<BootTime>,
+    /// When balance was last worked on.
+    pub balanced_at: BootTime,
+}
+
+#[cfg(test)]
+mod tests;

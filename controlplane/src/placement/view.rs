@@ -1,0 +1,123 @@
+//! The cluster as one decision sees it: state, health of the nodes, and where groups belong.
+
+use std::collections::BTreeMap;
+
+use xsan_protocol::ids::{GroupId, MapVersion, NodeId, StoreId};
+use xsan_protocol::map::{Group, Member};
+
+use super::Targets;
+use crate::clock::BootTime;
+use crate::lease::Health;
+use crate::state::ClusterState;
+
+#[derive(Clone, Copy, Debug)]
+pub struct View<'a> {
+    pub now: BootTime,
+    pub state: &'a ClusterState,
+    pub nodes: &'a BTreeMap<NodeId, NodeView>,
+    pub targets: &'a Targets,
+}
+
+/// What the leader knows of a node beyond the state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NodeView {
+    pub health: Health,
+    /// The newest map that its present data process acts on.
+    pub confirmed: MapVersion,
+}
+
+/// How a member stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Standing {
+    /// Its data process is the one that the membership counts for, and its store works.
+    Live,
+    /// The same, but its store takes no more writes. It may still act as primary until it knows better.
+    Failed,
+    /// A later life of its data process is up, and has the store.
+    Back,
+    /// Its data process is surely not serving, and no later one is up.
+    Gone,
+}
+
+impl View<'_> {
+    pub fn standing(&self, member: &Member) -> Standing {
+        let data = self.state.map().nodes.get(&member.node).and_then(|node| node.data.as_ref());
+        let (Some(data), Some(node)) = (data, self.nodes.get(&member.node)) else { return Standing::Gone };
+        let store_works = data.stores.iter().any(|store| store.id == member.store && !store.failed);
+        let same_life = data.incarnation == member.incarnation;
+        match (same_life, node.health, store_works) {
+            (true, Health::Up | Health::Assumed, true) => Standing::Live,
+            (true, Health::Up | Health::Assumed, false) => Standing::Failed,
+            (false, Health::Up, true) => Standing::Back,
+            _ => Standing::Gone,
+        }
+    }
+
+    /// May `member` leave the acting set of `group`? Not while it might answer as its primary: it must be
+    /// surely silent, or act on a map in which another is.
+    pub fn may_leave(&self, group: &Group, member: &Member) -> bool {
+        match self.standing(member) {
+            Standing::Gone | Standing::Back => true,
+            Standing::Live | Standing::Failed => {
+                let confirmed = self.nodes.get(&member.node).map_or(MapVersion(0), |node| node.confirmed);
+                group.primary != Some(member.node) && confirmed >= self.state.primary_since(group.id)
+            }
+        }
+    }
+
+    /// A membership of `group` for the present life of `node`; `None` when it is not up.
+    pub fn member(&self, group: GroupId, node: NodeId, store: StoreId, learner: bool) -> Option<Member> {
+        let data = self.state.map().nodes.get(&node)?.data.as_ref()?;
+        let up = self.nodes.get(&node)?.health == Health::Up;
+        let works = data.stores.iter().any(|s| s.id == store && !s.failed);
+        (up && works).then(|| Member {
+            node,
+            store,
+            incarnation: data.incarnation,
+            boot_id: data.boot_id,
+            learner,
+            damaged: self.state.is_damaged(node, group),
+        })
+    }
+
+    /// Did nothing that `member` wrote get lost: the host has not restarted, and its records are whole?
+    pub fn intact(&self, group: GroupId, member: &Member) -> bool {
+        let data = self.state.map().nodes.get(&member.node).and_then(|node| node.data.as_ref());
+        data.is_some_and(|data| data.boot_id == member.boot_id) && !self.damaged(group, member)
+    }
+
+    pub fn damaged(&self, group: GroupId, member: &Member) -> bool {
+        member.damaged || self.state.is_damaged(member.node, group)
+    }
+
+    pub fn is_target(&self, group: GroupId, node: NodeId) -> bool {
+        self.targets.get(&group).is_some_and(|replicas| replicas.iter().any(|r| r.node == node))
+    }
+}
+
+/// Primaries per node, kept current over a batch of changes so that they spread evenly.
+#[derive(Clone, Debug, Default)]
+pub struct PrimaryCounts(BTreeMap<NodeId, u32>);
+
+impl PrimaryCounts {
+    pub fn of(state: &ClusterState) -> Self {
+        let mut counts = Self::default();
+        state.map().groups.values().for_each(|group| counts.moved(None, group.primary));
+        counts
+    }
+
+    pub fn moved(&mut self, from: Option<NodeId>, to: Option<NodeId>) {
+        if let Some(from) = from {
+            let count = self.0.entry(from).or_default();
+            *count = count.saturating_sub(1);
+        }
+        if let Some(to) = to {
+            *self.0.entry(to).or_default() += 1;
+        }
+    }
+
+    /// Of `nodes`, the one with the fewest primaries.
+    pub fn least(&self, nodes: impl Iterator<Item = NodeId>) -> Option<NodeId> {
+        nodes.min_by_key(|node| (self.0.get(node).copied().unwrap_or_default(), *node))
+    }
+}

@@ -1,0 +1,141 @@
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use openraft::entry::RaftEntry;
+use openraft::storage::{RaftLogStorage, RaftLogStorageExt, RaftStateMachine};
+use openraft::testing::log::{StoreBuilder, Suite};
+use openraft::vote::RaftLeaderId;
+use openraft::{EntryPayload, Membership, RaftLogReader, RaftSnapshotBuilder, StorageError, StorageHelper};
+
+use super::log_store::{LogStore, RaftIdentity};
+use super::state_machine::StateMachine;
+use super::*;
+use crate::state::ClusterState;
+use crate::state::command::NewNode;
+
+fn open(directory: &Path) -> (LogStore, StateMachine) {
+    let log = LogStore::open(&directory.join("raft.redb")).expect("a fresh directory");
+    let machine = StateMachine::open(&directory.join("state.sled"), log.clone()).expect("a fresh directory");
+    (log, machine)
+}
+
+struct Builder;
+
+impl StoreBuilder<TypeConfig, LogStore, StateMachine, tempfile::TempDir> for Builder {
+    async fn build(&self) -> Result<(tempfile::TempDir, LogStore, StateMachine), StorageError<TypeConfig>> {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let (log, machine) = open(directory.path());
+        Ok((directory, log, machine))
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn openrafts_storage_suite_passes() {
+    Suite::test_all(Builder).await.expect("every case passes");
+}
+
+fn command(index: u64, name: &str) -> Entry {
+    let new = NewNode {
+        cluster_id: "c1".into(),
+        name: name.into(),
+        address: "127.0.0.1".parse().expect("an address"),
+        control_port: 8080,
+        failure_domain: String::new(),
+        instance: index,
+        founder: index == 1,
+    };
+    Entry::new(LogId::new_term_index(1, index), EntryPayload::Normal(Command::AddNode(new)))
+}
+
+fn membership(index: u64) -> Entry {
+    let peer = BasicNode { addr: "127.0.0.1:1".into() };
+    let membership = Membership::new(
+        vec![BTreeSet::from([1])],
+        [(1, peer)].into_iter().collect::<std::collections::BTreeMap<_, _>>(),
+    );
+    let payload = EntryPayload::Membership(membership.expect("one voter, one peer"));
+    Entry::new(LogId::new_term_index(1, index), payload)
+}
+
+/// Puts entries in the log, commits them and applies those from `applied_from` on.
+async fn run(log: &mut LogStore, machine: &mut StateMachine, entries: Vec<Entry>) {
+    let last = entries.last().map(|entry| entry.log_id);
+    log.blocking_append(entries.clone()).await.expect("the disk is well");
+    log.save_committed(last).await.expect("the disk is well");
+    let items = entries.into_iter().map(|entry| Ok((entry, None)));
+    machine.apply(futures::stream::iter(items)).await.expect("the disk is well");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn everything_is_there_after_a_restart() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let vote = Vote { leader_id: openraft::alias::LeaderIdOf::<TypeConfig>::new(3, 2), committed: true };
+    let identity = RaftIdentity { instance: 77, node: 2 };
+    let state = {
+        let (mut log, mut machine) = open(directory.path());
+        log.save_vote(&vote).await.expect("saved");
+        log.save_identity(identity).expect("saved");
+        run(&mut log, &mut machine, vec![membership(0), command(1, "a"), command(2, "b")]).await;
+        machine.watch().borrow().clone()
+    };
+    let (mut log, mut machine) = open(directory.path());
+    assert_eq!(log.read_vote().await.expect("readable"), Some(vote));
+    assert_eq!(log.read_identity().expect("readable"), Some(identity));
+    assert_eq!(log.try_get_log_entries(..).await.expect("readable").len(), 3);
+    let (applied, stored) = machine.applied_state().await.expect("readable");
+    assert_eq!(applied, Some(LogId::new_term_index(1, 2)));
+    assert_eq!(stored.voter_ids().collect::<Vec<_>>(), [1]);
+    assert_eq!(*machine.watch().borrow(), state);
+}
+
+/// Rebuilds through openraft's own start-up, as a process does; returns the state.
+async fn restart(directory: &Path) -> std::sync::Arc<ClusterState> {
+    let (mut log, mut machine) = open(directory);
+    StorageHelper::new(&mut log, &mut machine).with_id(1).get_initial_state().await.expect("it starts");
+    machine.watch().borrow().clone()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lost_or_damaged_sled_is_rebuilt_from_snapshot_and_log() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let sled_path = directory.path().join("state.sled");
+    let state = {
+        let (mut log, mut machine) = open(directory.path());
+        run(&mut log, &mut machine, vec![membership(0), command(1, "a"), command(2, "b")]).await;
+        let snapshot = machine.get_snapshot_builder().await.build_snapshot().await.expect("built");
+        log.purge(snapshot.meta.last_log_id.expect("two were applied")).await.expect("purged");
+        run(&mut log, &mut machine, vec![command(3, "c")]).await;
+        machine.watch().borrow().clone()
+    };
+    assert_eq!(state.map().nodes.len(), 3);
+
+    std::fs::remove_dir_all(&sled_path).expect("it was there");
+    assert_eq!(restart(directory.path()).await, state, "from snapshot and log");
+
+    {
+        let database = sled::open(&sled_path).expect("it opens");
+        database
+            .remove(crate::state::image::Key::Node(xsan_protocol::ids::NodeId(2)).encode())
+            .expect("removed");
+    }
+    assert_eq!(restart(directory.path()).await, state, "a record that is missing is noticed");
+
+    std::fs::remove_dir_all(&sled_path).expect("it was there");
+    std::fs::write(&sled_path, b"not a directory").expect("writable");
+    std::fs::remove_file(&sled_path).expect("writable");
+    std::fs::create_dir(&sled_path).expect("writable");
+    std::fs::write(sled_path.join("conf"), b"garbage").expect("writable");
+    assert_eq!(restart(directory.path()).await, state, "what does not open is replaced");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_state_ahead_of_its_log_is_rebuilt() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    {
+        let (mut log, mut machine) = open(directory.path());
+        run(&mut log, &mut machine, vec![membership(0), command(1, "a"), command(2, "b")]).await;
+        log.truncate_after(Some(LogId::new_term_index(1, 1))).await.expect("truncated");
+        log.save_committed(Some(LogId::new_term_index(1, 1))).await.expect("saved");
+    }
+    assert_eq!(restart(directory.path()).await.map().nodes.len(), 1);
+}

@@ -1,0 +1,183 @@
+//! The cluster's state: nodes, pools, groups and volumes, changed only by commands from Raft's log.
+//!
+//! `raft::state_machine` applies and stores it; everyone else reads snapshots of it. Deterministic: knows no
+//! clock, no random number and no health of any node; two nodes that applied the same log are equal.
+//!
+//! Invariants
+//! - The map version grows with every command that changed something, and with no other.
+//! - Ids of nodes, volumes and pools are never given twice.
+//! - Every group's members are nodes of the map; its primary is an acting member; its epoch only grows.
+//!
+//! Source: DESIGN.md, placement and replication.
+
+pub mod command;
+pub mod error;
+mod group;
+pub mod image;
+mod node;
+mod volume;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use xsan_protocol::ids::{GroupId, MapVersion, NodeId, PoolId, VolumeId};
+use xsan_protocol::limits::NAME_BYTES_MAX;
+use xsan_protocol::map::ClusterMap;
+use xsan_protocol::placement::Candidate;
+
+use command::{Command, Reply};
+use error::StateError;
+
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ClusterState {
+    map: ClusterMap,
+    voters: BTreeSet<NodeId>,
+    nodes: BTreeMap<NodeId, NodePrivate>,
+    /// Map version at which each group's primary became primary: a member that acts on that map or a newer
+    /// one can not take itself for the primary any more.
+    primary_since: HashMap<GroupId, MapVersion>,
+    /// The request that made each volume.
+    requests: BTreeMap<VolumeId, u64>,
+    next: NextIds,
+}
+
+/// What the map does not show of a node.
+#[derive(Clone, Debug, Default, PartialEq)]
+struct NodePrivate {
+    instance: u64,
+    /// Groups whose records the present life of its data process has lost.
+    damaged: BTreeSet<GroupId>,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+struct NextIds {
+    node: NodeId,
+    volume: VolumeId,
+    pool: PoolId,
+}
+
+impl Default for NextIds {
+    fn default() -> Self {
+        Self { node: NodeId(1), volume: VolumeId(1), pool: PoolId(1) }
+    }
+}
+
+/// The objects that a command changed, so that only they are written to disk.
+#[derive(Debug, Default, PartialEq)]
+pub struct Touched {
+    pub nodes: BTreeSet<NodeId>,
+    pub pools: BTreeSet<PoolId>,
+    pub groups: BTreeSet<GroupId>,
+    pub volumes: BTreeSet<VolumeId>,
+}
+
+impl Touched {
+    pub fn is_empty(&self) -> bool {
+        self.nodes.is_empty() && self.pools.is_empty() && self.groups.is_empty() && self.volumes.is_empty()
+    }
+
+    pub fn add(&mut self, other: Self) {
+        self.nodes.extend(other.nodes);
+        self.pools.extend(other.pools);
+        self.groups.extend(other.groups);
+        self.volumes.extend(other.volumes);
+    }
+}
+
+impl ClusterState {
+    pub const fn map(&self) -> &ClusterMap {
+        &self.map
+    }
+
+    pub const fn version(&self) -> MapVersion {
+        self.map.version
+    }
+
+    /// Map version at which the group's present primary became it.
+    pub fn primary_since(&self, group: GroupId) -> MapVersion {
+        self.primary_since.get(&group).copied().unwrap_or_default()
+    }
+
+    /// Did the present data process of `node` report the loss of records of `group`?
+    pub fn is_damaged(&self, node: NodeId, group: GroupId) -> bool {
+        self.nodes.get(&node).is_some_and(|private| private.damaged.contains(&group))
+    }
+
+    /// Applies one committed command. Refusals change nothing.
+    pub fn apply(&mut self, command: &Command) -> (Reply, Touched) {
+        let mut touched = Touched::default();
+        let result = match command {
+            Command::AddNode(new) => self.add_node(new, &mut touched),
+            Command::DataStarted { node, process, damaged } => {
+                self.data_started(*node, process, damaged, &mut touched)
+            }
+            Command::StoreFailed { node, incarnation, store } => {
+                self.store_failed(*node, *incarnation, *store, &mut touched)
+            }
+            Command::ReconfigureGroups(changes) => Ok(self.reconfigure(changes, &mut touched)),
+            Command::CreateVolume(new) => self.create_volume(new, &mut touched),
+            Command::ResizeVolume { name, size_bytes, allow_shrink } => {
+                self.resize_volume(name, *size_bytes, *allow_shrink, &mut touched)
+            }
+            Command::DeleteVolume { name } => self.delete_volume(name, &mut touched),
+            Command::Attach { volume, node } => self.attach(volume, *node, &mut touched),
+            Command::Detach { volume, node } => self.detach(*volume, *node, &mut touched),
+        };
+        if !touched.is_empty() {
+            self.map.version = self.next_version();
+        }
+        match result {
+            Ok(reply) => (reply, touched),
+            Err(error) => {
+                assert!(touched.is_empty(), "a refused command changes nothing");
+                (Reply::Refused(error.into()), touched)
+            }
+        }
+    }
+
+    /// Raft's membership changed: `voters` is the new set.
+    pub fn set_voters(&mut self, voters: BTreeSet<NodeId>) -> Touched {
+        let mut touched = Touched::default();
+        for node in self.map.nodes.values_mut() {
+            if node.voter != voters.contains(&node.id) {
+                node.voter = !node.voter;
+                touched.nodes.insert(node.id);
+            }
+        }
+        self.voters = voters;
+        if !touched.is_empty() {
+            self.map.version = self.next_version();
+        }
+        touched
+    }
+
+    /// Nodes that can hold replicas: those with a store that works, but for `left_out`.
+    pub fn candidates(&self, left_out: &BTreeSet<NodeId>) -> Vec<Candidate> {
+        let nodes = self.map.nodes.values().filter(|node| !left_out.contains(&node.id));
+        nodes
+            .filter_map(|node| {
+                let data = node.data.as_ref()?;
+                let working = data.stores.iter().filter(|store| !store.failed);
+                let stores: Vec<_> = working.map(|store| (store.id, store.capacity_bytes)).collect();
+                let failure_domain = node.failure_domain.clone();
+                (!stores.is_empty()).then_some(Candidate { node: node.id, failure_domain, stores })
+            })
+            .collect()
+    }
+
+    /// The version that the command being applied leads to.
+    fn next_version(&self) -> MapVersion {
+        MapVersion(self.map.version.0 + 1)
+    }
+}
+
+/// Names are shown in logs and file names, so they are plain.
+fn check_name(what: &'static str, name: &str) -> Result<(), StateError> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    let valid = name.len() <= NAME_BYTES_MAX
+        && name.starts_with(|c: char| c.is_ascii_alphanumeric())
+        && name.chars().all(plain);
+    if valid { Ok(()) } else { Err(StateError::NameInvalid { what, name: name.to_owned() }) }
+}
+
+#[cfg(test)]
+mod tests;

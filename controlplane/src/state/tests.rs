@@ -1,0 +1,311 @@
+use super::command::{GroupChange, NewNode, NewVolume};
+use super::*;
+use xsan_protocol::error::Code;
+use xsan_protocol::ids::{BootId, Incarnation, ShardIndex, StoreId};
+use xsan_protocol::limits::GROUPS_PER_POOL;
+use xsan_protocol::map::{DataProcess, Durability, Store};
+
+fn new_node(name: &str, instance: u64) -> Command {
+    Command::AddNode(NewNode {
+        cluster_id: "c1".into(),
+        name: name.into(),
+        address: "127.0.0.1".parse().expect("an address"),
+        control_port: 8080,
+        failure_domain: "default".into(),
+        instance,
+        founder: instance == 1,
+    })
+}
+
+fn started(node: u32, incarnation: u64, damaged: Vec<GroupId>) -> Command {
+    let store = Store {
+        id: StoreId(u64::from(node) * 100),
+        capacity_bytes: 1 << 40,
+        shard: ShardIndex(0),
+        device: "/dev/x".into(),
+        media: "ssd".into(),
+        failed: false,
+    };
+    let process = DataProcess {
+        incarnation: Incarnation(incarnation),
+        boot_id: BootId(7),
+        shard_ports: vec![9100],
+        nbd_port: 10809,
+        stores: vec![store],
+    };
+    Command::DataStarted { node: NodeId(node), process, damaged }
+}
+
+fn new_volume(name: &str, request: u64) -> Command {
+    Command::CreateVolume(NewVolume {
+        name: name.into(),
+        size_bytes: 1 << 30,
+        replica_count: 3,
+        policy: String::new(),
+        durability: Durability::OnFlush,
+        created_unix_ms: 1,
+        request,
+    })
+}
+
+/// Three nodes with a store each.
+fn cluster() -> ClusterState {
+    let mut state = ClusterState::default();
+    for node in 1..=3 {
+        state.apply(&new_node(&format!("node-{node}"), u64::from(node)));
+        state.apply(&started(node, u64::from(node) * 1000, vec![]));
+    }
+    state
+}
+
+/// Applies what must be refused; returns the number.
+fn refused(state: &mut ClusterState, command: Command) -> Code {
+    let before = state.clone();
+    let (Reply::Refused(refusal), touched) = state.apply(&command) else { panic!("{command} was accepted") };
+    assert!(touched.is_empty());
+    assert_eq!(*state, before, "a refused command changes nothing");
+    assert!(!refusal.object.is_empty() && !refusal.message.is_empty());
+    refusal.code
+}
+
+fn any_group(state: &ClusterState) -> xsan_protocol::map::Group {
+    state.map.groups[&GroupId::new(PoolId(1), 5)].clone()
+}
+
+#[test]
+fn nodes_join_once_and_the_first_names_the_cluster() {
+    let mut state = ClusterState::default();
+    // A node that joined before the founder had its place once took the founder's id, and Raft had two nodes 1.
+    assert_eq!(refused(&mut state, new_node("early", 2)), Code::NoQuorum);
+    assert_eq!(state.apply(&new_node("a", 1)).0, Reply::Node(NodeId(1)));
+    assert_eq!(state.map().cluster_id, "c1");
+    let version = state.version();
+    assert_eq!(state.apply(&new_node("a", 1)).0, Reply::Node(NodeId(1)), "the same node asks again");
+    assert_eq!(state.version(), version, "nothing changed");
+    assert_eq!(refused(&mut state, new_node("a", 2)), Code::NodeIdTaken);
+    let Command::AddNode(mut other) = new_node("b", 3) else { unreachable!() };
+    other.cluster_id = "c2".into();
+    assert_eq!(refused(&mut state, Command::AddNode(other)), Code::ClusterIdMismatch);
+    assert_eq!(refused(&mut state, new_node("no spaces", 4)), Code::InvalidArgument);
+    assert_eq!(state.apply(&new_node("b", 3)).0, Reply::Node(NodeId(2)));
+}
+
+#[test]
+fn voters_are_shown_whichever_comes_first() {
+    let mut state = ClusterState::default();
+    assert!(state.set_voters([NodeId(1)].into()).is_empty());
+    state.apply(&new_node("a", 1));
+    state.apply(&new_node("b", 2));
+    assert!(state.map().nodes[&NodeId(1)].voter && !state.map().nodes[&NodeId(2)].voter);
+    let version = state.version();
+    let touched = state.set_voters([NodeId(1), NodeId(2)].into());
+    assert_eq!(touched.nodes, [NodeId(2)].into());
+    assert!(state.version() > version);
+}
+
+#[test]
+fn the_first_volume_of_a_replica_count_makes_its_pool() {
+    let mut state = cluster();
+    let (Reply::Volume(volume), touched) = state.apply(&new_volume("vm-1", 11)) else { panic!() };
+    assert_eq!(touched.groups.len(), usize::from(GROUPS_PER_POOL));
+    let pool = &state.map().pools[&volume.pool];
+    assert_eq!((pool.replica_count, pool.min_replicas), (3, 2));
+    let mut primaries = BTreeMap::<NodeId, u32>::new();
+    for group in pool.groups().map(|id| &state.map().groups[&id]) {
+        assert_eq!(group.acting().count(), 3);
+        *primaries.entry(group.primary.expect("a primary")).or_default() += 1;
+    }
+    assert!(primaries.values().all(|count| (75..=90).contains(count)), "{primaries:?}");
+
+    let (_, touched) = state.apply(&new_volume("vm-2", 12));
+    assert!(touched.groups.is_empty(), "the pool is there already");
+}
+
+#[test]
+fn a_repeated_request_makes_one_volume_and_ids_are_not_reused() {
+    let mut state = cluster();
+    let (Reply::Volume(first), _) = state.apply(&new_volume("vm-1", 11)) else { panic!() };
+    let (again, touched) = state.apply(&new_volume("vm-1", 11));
+    assert_eq!((again, touched.is_empty()), (Reply::Volume(first.clone()), true));
+    assert_eq!(refused(&mut state, new_volume("vm-1", 12)), Code::VolumeExists);
+    assert_eq!(state.apply(&Command::DeleteVolume { name: "vm-1".into() }).0, Reply::Done);
+    let (Reply::Volume(second), _) = state.apply(&new_volume("vm-1", 13)) else { panic!() };
+    assert!(second.id > first.id && second.lineage != first.lineage);
+}
+
+#[test]
+fn volumes_are_checked() {
+    let mut state = cluster();
+    let with = |change: fn(&mut NewVolume)| {
+        let Command::CreateVolume(mut new) = new_volume("vm", 1) else { unreachable!() };
+        change(&mut new);
+        Command::CreateVolume(new)
+    };
+    assert_eq!(refused(&mut state, with(|v| v.size_bytes = 0)), Code::InvalidArgument);
+    assert_eq!(refused(&mut state, with(|v| v.size_bytes = 1000)), Code::InvalidArgument);
+    assert_eq!(refused(&mut state, with(|v| v.name = "../etc".into())), Code::InvalidArgument);
+    assert_eq!(refused(&mut state, with(|v| v.replica_count = 0)), Code::InvalidArgument);
+    assert_eq!(refused(&mut state, with(|v| v.replica_count = 4)), Code::TooFewNodes);
+
+    state.apply(&new_volume("vm", 1));
+    let resize =
+        |size_bytes, allow_shrink| Command::ResizeVolume { name: "vm".into(), size_bytes, allow_shrink };
+    assert_eq!(refused(&mut state, resize(1 << 20, false)), Code::ShrinkLosesData);
+    let (Reply::Volume(volume), _) = state.apply(&resize(1 << 20, true)) else { panic!() };
+    assert_eq!(volume.size_bytes, 1 << 20);
+    assert_eq!(refused(&mut state, Command::DeleteVolume { name: "other".into() }), Code::VolumeNotFound);
+}
+
+#[test]
+fn an_attached_volume_is_not_deleted_until_its_data_process_ends() {
+    let mut state = cluster();
+    state.apply(&new_volume("vm", 1));
+    let attach = Command::Attach { volume: "vm".into(), node: NodeId(2) };
+    state.apply(&attach);
+    assert!(state.apply(&attach).1.is_empty(), "attached already");
+    assert_eq!(refused(&mut state, Command::DeleteVolume { name: "vm".into() }), Code::VolumeAttached);
+    state.apply(&started(2, 2001, vec![]));
+    assert_eq!(state.apply(&Command::DeleteVolume { name: "vm".into() }).0, Reply::Done);
+}
+
+#[test]
+fn a_group_changes_by_compare_and_set_on_its_epoch() {
+    let mut state = cluster();
+    state.apply(&new_volume("vm", 1));
+    let group = any_group(&state);
+    let since = state.primary_since(group.id);
+    let other = group.acting().find(|m| Some(m.node) != group.primary).expect("three members").node;
+    let change = GroupChange {
+        group: group.id,
+        expected: group.epoch,
+        primary: Some(other),
+        members: group.members.clone(),
+    };
+    let batch = Command::ReconfigureGroups(vec![change.clone(), change]);
+    assert_eq!(state.apply(&batch).0, Reply::Groups { changed: 1, refused: 1 });
+    let changed = any_group(&state);
+    assert_eq!((changed.epoch, changed.primary), (group.epoch.next(), Some(other)));
+    assert!(state.primary_since(group.id) > since);
+    assert_eq!(state.primary_since(group.id), state.version());
+    let version = state.version();
+    assert_eq!(state.apply(&batch).0, Reply::Groups { changed: 0, refused: 2 });
+    assert_eq!(state.version(), version, "no effect, no new version");
+}
+
+#[test]
+fn changes_that_do_not_hold_together_are_refused() {
+    let mut state = cluster();
+    state.apply(&new_volume("vm", 1));
+    let group = any_group(&state);
+    let valid = GroupChange {
+        group: group.id,
+        expected: group.epoch,
+        primary: group.primary,
+        members: group.members.clone(),
+    };
+    let broken: [fn(&mut GroupChange); 5] = [
+        |c| c.primary = None,
+        |c| c.members.clear(),
+        |c| c.members[1].node = c.members[0].node,
+        |c| c.members[0].node = NodeId(99),
+        |c| c.group = GroupId::new(PoolId(9), 0),
+    ];
+    for break_it in broken {
+        let mut change = valid.clone();
+        break_it(&mut change);
+        let reply = state.apply(&Command::ReconfigureGroups(vec![change])).0;
+        assert_eq!(reply, Reply::Groups { changed: 0, refused: 1 });
+    }
+}
+
+#[test]
+fn damage_is_remembered_until_the_learner_is_promoted() {
+    let mut state = cluster();
+    state.apply(&new_volume("vm", 1));
+    let group = any_group(&state);
+    state.apply(&started(2, 2001, vec![group.id]));
+    assert!(state.is_damaged(NodeId(2), group.id));
+    let mut change = GroupChange {
+        group: group.id,
+        expected: group.epoch,
+        primary: Some(NodeId(1)),
+        members: group.members.clone(),
+    };
+    for member in change.members.iter_mut().filter(|m| m.node == NodeId(2)) {
+        (member.learner, member.damaged) = (true, true);
+    }
+    state.apply(&Command::ReconfigureGroups(vec![change.clone()]));
+    assert!(state.is_damaged(NodeId(2), group.id));
+    change.expected = group.epoch.next();
+    change.members.iter_mut().for_each(|m| (m.learner, m.damaged) = (false, false));
+    state.apply(&Command::ReconfigureGroups(vec![change]));
+    assert!(!state.is_damaged(NodeId(2), group.id));
+}
+
+#[test]
+fn a_failed_store_of_an_earlier_life_is_old_news() {
+    let mut state = cluster();
+    let failed = |incarnation| Command::StoreFailed {
+        node: NodeId(2),
+        incarnation: Incarnation(incarnation),
+        store: StoreId(200),
+    };
+    assert!(state.apply(&failed(1)).1.is_empty());
+    assert_eq!(state.candidates(&BTreeSet::new()).len(), 3);
+    assert!(!state.apply(&failed(2000)).1.is_empty());
+    assert_eq!(state.candidates(&BTreeSet::new()).len(), 2);
+}
+
+#[test]
+fn records_and_images_give_the_same_state_again() {
+    let mut state = cluster();
+    state.set_voters([NodeId(1), NodeId(3)].into());
+    state.apply(&new_volume("vm", 1));
+    state.apply(&started(2, 2001, vec![GroupId(3)]));
+    assert_eq!(ClusterState::from_image(state.image()).expect("a good image"), state);
+    let records: Vec<_> = state.records(&state.all()).into_iter().map(|(k, v)| (k.encode(), v)).collect();
+    let pairs = records.iter().map(|(k, v)| (k.as_slice(), v.as_deref().expect("all exist")));
+    assert_eq!(ClusterState::load(pairs).expect("good records"), state);
+}
+
+#[test]
+fn commands_and_replies_survive_their_encoding() {
+    let state = {
+        let mut state = cluster();
+        state.apply(&new_volume("vm", 1));
+        state
+    };
+    let group = any_group(&state);
+    let commands = [
+        new_node("a", 1),
+        started(1, 2, vec![GroupId(9)]),
+        new_volume("v", 3),
+        Command::StoreFailed { node: NodeId(1), incarnation: Incarnation(2), store: StoreId(3) },
+        Command::ReconfigureGroups(vec![GroupChange {
+            group: group.id,
+            expected: group.epoch,
+            primary: group.primary,
+            members: group.members,
+        }]),
+        Command::ResizeVolume { name: "v".into(), size_bytes: 5, allow_shrink: true },
+        Command::DeleteVolume { name: "v".into() },
+        Command::Attach { volume: "v".into(), node: NodeId(1) },
+        Command::Detach { volume: VolumeId(1), node: NodeId(1) },
+    ];
+    for command in commands {
+        assert_eq!(Command::decode(&command.encode()), Ok(command.clone()));
+        let json = serde_json::to_string(&command).expect("commands are JSON strings");
+        assert_eq!(serde_json::from_str::<Command>(&json).expect("it was one"), command);
+    }
+    let volume = state.map().volumes.values().next().expect("one volume").clone();
+    let refusal = StateError::ClusterFull.into();
+    for reply in [
+        Reply::Done,
+        Reply::Node(NodeId(4)),
+        Reply::Volume(Box::new(volume)),
+        Reply::Groups { changed: 1, refused: 2 },
+        Reply::Refused(refusal),
+    ] {
+        assert_eq!(Reply::decode(&reply.encode()), Ok(reply));
+    }
+}

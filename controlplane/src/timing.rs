@@ -1,0 +1,80 @@
+//! Every time constant of leases and elections, with the reasons and the relations between them.
+//!
+//! Used by `raft`, `lease`, `membership`, `controller` and `link`.
+//!
+//! Why a lease is safe. A node counts its lease from when it *sent* the beat that the leader granted. A leader
+//! grants only while a quorum has acknowledged it within `quorum_ack_age_max`. Let a new leader be elected
+//! at E. One of its voters was in that quorum, and voted after it acknowledged, so the old leader's last
+//! acknowledged message was sent before E, and its last grant made before E + `quorum_ack_age_max`; the beat was
+//! sent before that. So every lease of the old leader has ended at E + `quorum_ack_age_max` + `LEASE`: that,
+//! with some slack, is how long a new leader waits before it takes a node for dead. It does not rest on what
+//! the Raft library promises about its own leases.
+//!
+//! Source: Gray and Cheriton, "Leases", SOSP '89; DESIGN.md, replication, point 3.
+
+use std::time::Duration;
+
+/// How long a node may serve after it sent a beat that was granted. Longer rides out longer elections; shorter
+/// fails over sooner from a host that is gone.
+pub const LEASE: Duration = Duration::from_millis(1500);
+/// Added by the leader before it takes a lease for ended: clock drift over one lease (CLOCK_BOOTTIME, at
+/// most 500 ppm: under 1 ms) and late timers on a loaded host.
+pub const LEASE_SLACK: Duration = Duration::from_millis(50);
+/// Beats are sent this often when the configuration does not say: six chances a lease.
+pub const BEAT_INTERVAL: Duration = Duration::from_millis(250);
+/// A data process that has not told its status for this long is taken to hang: no lease is asked for it.
+pub const STATUS_AGE_MAX: Duration = Duration::from_millis(1000);
+/// A control process not heard of for this long is shown as down.
+pub const BEAT_AGE_MAX: Duration = Duration::from_millis(2000);
+/// Groups that can not reach `min_replicas` wait this long for their members before they go on below it.
+pub const REGROUP_AFTER: Duration = Duration::from_secs(10);
+/// A node gone for this long is left out of placement: its groups are rebuilt on the others.
+pub const OUT_AFTER: Duration = Duration::from_secs(600);
+/// Everything must have been well for this long before primaries are moved for balance.
+pub const BALANCE_AFTER: Duration = Duration::from_secs(5);
+/// Between two steps of moving primaries or replicas for balance.
+pub const BALANCE_INTERVAL: Duration = Duration::from_secs(1);
+/// The controller looks at deadlines this often; changes wake it at once.
+pub const CONTROLLER_TICK: Duration = Duration::from_millis(100);
+/// How long an API request may look for a leader.
+pub const LEADER_WAIT: Duration = Duration::from_secs(10);
+/// How long the API waits for another node's own part of an answer.
+pub const GATHER_WAIT: Duration = Duration::from_millis(1500);
+
+const _: () = assert!(LEASE.as_millis() >= 4 * BEAT_INTERVAL.as_millis());
+const _: () = assert!(LEASE_SLACK.as_micros() > LEASE.as_micros() / 1000);
+const _: () = assert!(STATUS_AGE_MAX.as_millis() < LEASE.as_millis());
+
+/// Raft's times, from the configured election timeout T: the longest a cluster should be without a leader.
+///
+/// A follower calls an election once the leader's Raft lease (T/2 after its last message) and a random T/4 to
+/// T/2 have passed: 0.75 T to T after the last message, then two rounds of votes. With T = 1,000 ms a
+/// leader that dies is replaced 0.65 to 1.05 s later, before leases renewed 250 ms before its death
+/// (1,250 ms left) end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RaftTiming {
+    pub heartbeat: Duration,
+    pub election_min: Duration,
+    /// Also the length of the leader's Raft lease.
+    pub election_max: Duration,
+}
+
+impl RaftTiming {
+    /// Below this a loaded host would lose its leader for no reason.
+    pub const ELECTION_TIMEOUT_MIN: Duration = Duration::from_millis(400);
+
+    pub fn new(election_timeout: Duration) -> Self {
+        let total = election_timeout.max(Self::ELECTION_TIMEOUT_MIN);
+        Self { heartbeat: total / 10, election_min: total / 4, election_max: total / 2 }
+    }
+
+    /// A leader grants leases only while a quorum acknowledged it this lately.
+    pub const fn quorum_ack_age_max(&self) -> Duration {
+        self.election_min
+    }
+
+    /// How long a new leader takes every node for alive: see the argument above.
+    pub fn leader_grace(&self) -> Duration {
+        LEASE + LEASE_SLACK + self.quorum_ack_age_max()
+    }
+}

@@ -1,0 +1,3 @@
+//! Gateways: how clients reach volumes. Each turns its protocol into `volume::request::BlockRequest`s.
+
+pub mod nbd;

@@ -1,0 +1,270 @@
+//! The NBD gateway: fixed newstyle servers over TCP and Unix sockets, one [`Gateway`] per shard.
+//!
+//! `handshake` agrees on an export with the client, `session` carries out its requests; `receive`, `outbox` and
+//! `budget` are the two directions of a connection and its bounds; `wire` is the codec and `rules` the decisions
+//! that need no I/O. Hands every request to `volume`; knows nothing below it.
+//!
+//! Runs on a monoio runtime with timers enabled.
+//!
+//! Invariants
+//! - Whatever a client sends, only its own connection suffers.
+//! - A connection holds at most `bytes_in_flight_max` of the pool (or one piece, if that is larger).
+
+mod budget;
+mod handshake;
+mod outbox;
+mod rules;
+mod session;
+pub mod wire;
+
+use std::fmt;
+use std::io;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use monoio::io::{AsyncReadRent, AsyncWriteRent, Split, Splitable};
+use monoio::net::{TcpListener, UnixListener};
+use xsan_protocol::error::Code;
+
+use crate::disk::buffers::BufferPool;
+use crate::net::receive::{ReceiveError, Receiver};
+use crate::volume::request::{Export, Volumes};
+use budget::Budget;
+use wire::{Errno, Malformed};
+
+/// A listener that fails (out of file descriptors, most likely) is asked again after this.
+const ACCEPT_RETRY: Duration = Duration::from_millis(100);
+/// A client host that is gone without a word is noticed after about `IDLE + 4 * INTERVAL`.
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
+const KEEPALIVE_PROBES: u32 = 4;
+
+/// Bounds of the gateway.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Connections of all gateways that share one [`Counters`].
+    pub connections_max: usize,
+    /// Payload bytes under way on one connection, until their replies are written.
+    pub bytes_in_flight_max: usize,
+    /// Operations under way on one connection; a request is one per MiB.
+    pub operations_in_flight_max: usize,
+    /// Receive buffer of a connection: how much one system call takes.
+    pub receive_bytes: usize,
+    /// Longest wait for each step of the handshake.
+    pub handshake_timeout: Duration,
+    /// A client that takes nothing of its replies for this long (or up to twice as long) is sent away.
+    pub stall_timeout: Duration,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            connections_max: 1024,
+            bytes_in_flight_max: 16 * 1024 * 1024,
+            operations_in_flight_max: 256,
+            receive_bytes: 256 * 1024,
+            handshake_timeout: Duration::from_secs(10),
+            stall_timeout: Duration::from_secs(60),
+        }
+    }
+}
+
+/// State and statistics of the gateways of one process, readable from any thread.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Present connections.
+    connections: AtomicUsize,
+    /// New requests are refused with `Shutdown`, new connections closed.
+    stopping: AtomicBool,
+    pub accepted_connections: AtomicU64,
+    /// Turned away because there were too many.
+    pub refused_connections: AtomicU64,
+    /// Closed because of an error or because the client broke the protocol.
+    pub broken_connections: AtomicU64,
+    pub requests: AtomicU64,
+    pub failed_requests: AtomicU64,
+    pub read_bytes: AtomicU64,
+    pub written_bytes: AtomicU64,
+    /// Payload bytes copied in user space on their way from the socket.
+    pub copied_bytes: AtomicU64,
+    /// Times that the buffer pool was empty.
+    pub pool_waits: AtomicU64,
+}
+
+impl Counters {
+    pub fn connections(&self) -> usize {
+        self.connections.load(Ordering::Relaxed)
+    }
+
+    /// From now on requests are refused; those under way end as usual.
+    pub fn stop(&self) {
+        self.stopping.store(true, Ordering::Relaxed);
+    }
+
+    fn enter(self: &Arc<Self>, max: usize) -> Option<Connection> {
+        if self.stopping.load(Ordering::Relaxed) {
+            return None;
+        }
+        let enter = |count| (count < max).then_some(count + 1);
+        self.connections.fetch_update(Ordering::Relaxed, Ordering::Relaxed, enter).ok()?;
+        Some(Connection(Arc::clone(self)))
+    }
+}
+
+/// One of the present connections, until dropped.
+struct Connection(Arc<Counters>);
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.0.connections.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// An opened volume; closed when dropped.
+struct Attachment<V: Volumes> {
+    volumes: V,
+    export: Export,
+}
+
+impl<V: Volumes> Drop for Attachment<V> {
+    fn drop(&mut self) {
+        self.volumes.close(self.export.volume);
+    }
+}
+
+/// Why a connection was closed, other than by the client's wish.
+#[derive(Debug, thiserror::Error)]
+enum Closed {
+    #[error("{0}")]
+    Io(#[from] io::Error),
+    #[error(transparent)]
+    Receive(#[from] ReceiveError),
+    #[error("malformed: {0}")]
+    Malformed(#[from] Malformed),
+    #[error("a step of the handshake took too long")]
+    HandshakeTimeout,
+    #[error("unknown client flags {0:#x}")]
+    ClientFlags(u32),
+    #[error("option {0} from a client without fixed newstyle")]
+    NotFixedNewstyle(u32),
+    #[error("option {option} claims {length} bytes")]
+    OptionTooLong { option: u32, length: u32 },
+    #[error("the handshake does not end")]
+    TooManyOptions,
+    #[error("the export can not be opened: {0}")]
+    Open(Code),
+    #[error("the client takes no replies")]
+    Stalled,
+    #[error("a write claims {0} bytes")]
+    WriteTooLong(u32),
+    #[error("a read failed ({0:?}) after its reply had begun")]
+    ReadFailed(Errno),
+}
+
+/// The NBD server of one shard.
+pub struct Gateway<V> {
+    volumes: V,
+    pool: &'static BufferPool,
+    options: Options,
+    counters: Arc<Counters>,
+    assembly_budget: Rc<Budget>,
+}
+
+impl<V: Volumes> Clone for Gateway<V> {
+    fn clone(&self) -> Self {
+        Self {
+            volumes: self.volumes.clone(),
+            pool: self.pool,
+            options: self.options.clone(),
+            counters: Arc::clone(&self.counters),
+            assembly_budget: Rc::clone(&self.assembly_budget),
+        }
+    }
+}
+
+impl<V: Volumes> Gateway<V> {
+    /// - `counters`: shared by the gateways of all shards.
+    ///
+    /// # Panics
+    /// A bound is 0.
+    pub fn new(volumes: V, pool: &'static BufferPool, options: Options, counters: Arc<Counters>) -> Self {
+        assert!(options.connections_max > 0);
+        assert!(options.bytes_in_flight_max > 0);
+        assert!(options.operations_in_flight_max > 0);
+        let assembly_budget = Budget::new(rules::ASSEMBLED_BYTES_MAX as usize, usize::MAX);
+        Self { volumes, pool, options, counters, assembly_budget }
+    }
+
+    /// Accepts connections for ever; each is served by a task of its own.
+    pub async fn serve_tcp(self, listener: TcpListener) {
+        loop {
+            match listener.accept().await {
+                Ok((stream, peer)) => {
+                    let keepalive = (Some(KEEPALIVE_IDLE), Some(KEEPALIVE_INTERVAL), Some(KEEPALIVE_PROBES));
+                    let set = stream.set_nodelay(true);
+                    let set =
+                        set.and_then(|()| stream.set_tcp_keepalive(keepalive.0, keepalive.1, keepalive.2));
+                    if let Err(error) = set {
+                        tracing::warn!(%peer, %error, "socket options of an NBD connection were not set");
+                    }
+                    monoio::spawn(self.clone().serve(stream, peer));
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "NBD connection not accepted");
+                    monoio::time::sleep(ACCEPT_RETRY).await;
+                }
+            }
+        }
+    }
+
+    /// As [`Self::serve_tcp`], for a Unix socket.
+    pub async fn serve_unix(self, listener: UnixListener) {
+        loop {
+            match listener.accept().await {
+                Ok((stream, _)) => {
+                    monoio::spawn(self.clone().serve(stream, "unix"));
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "NBD connection not accepted");
+                    monoio::time::sleep(ACCEPT_RETRY).await;
+                }
+            }
+        }
+    }
+
+    /// Serves one connection from its greeting to its end; `peer` names the client in the log.
+    pub async fn serve<S>(self, stream: S, peer: impl fmt::Display)
+    where
+        S: AsyncReadRent + AsyncWriteRent + Split + 'static,
+    {
+        let Some(connection) = self.counters.enter(self.options.connections_max) else {
+            self.counters.refused_connections.fetch_add(1, Ordering::Relaxed);
+            tracing::warn!(%peer, max = self.options.connections_max, "NBD connection refused");
+            return;
+        };
+        self.counters.accepted_connections.fetch_add(1, Ordering::Relaxed);
+        match self.converse(stream).await {
+            Ok(()) => tracing::debug!(%peer, "NBD connection ended"),
+            Err(reason) => {
+                self.counters.broken_connections.fetch_add(1, Ordering::Relaxed);
+                tracing::warn!(%peer, %reason, "NBD connection closed");
+            }
+        }
+        drop(connection);
+    }
+
+    async fn converse<S>(&self, stream: S) -> Result<(), Closed>
+    where
+        S: AsyncReadRent + AsyncWriteRent + Split + 'static,
+    {
+        let (reader, mut writer) = stream.into_split();
+        let mut receiver = Receiver::new(reader, wire::Request::SIZE);
+        let timeout = self.options.handshake_timeout;
+        match handshake::negotiate(&mut receiver, &mut writer, &self.volumes, timeout).await? {
+            Some(negotiated) => session::run(receiver, writer, negotiated, self).await,
+            None => Ok(()),
+        }
+    }
+}

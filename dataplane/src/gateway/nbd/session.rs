@@ -1,0 +1,507 @@
+//! Session: the transmission phase of one connection, from its first request to its last reply.
+//!
+//! One task reads requests and starts one task for each piece of them; the pieces run concurrently and each
+//! request is answered when its last piece ends. Knows `volume::request`, nothing of groups and stores.
+//!
+//! Invariants
+//! - Every operation, also a refused one, holds a permit until its reply is written; without room nothing is
+//!   read from the socket.
+//! - The volume is closed after the last of its requests ended, however the connection ended.
+//!
+//! Source: <https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md>, "Transmission phase".
+
+use std::cell::{Cell, RefCell};
+use std::rc::{Rc, Weak};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use monoio::io::{AsyncReadRent, AsyncWriteRent};
+use xsan_protocol::units::PAGE_SIZE;
+
+use super::budget::{Budget, Permit};
+use super::handshake::Negotiated;
+use super::outbox::{Outbox, push_chunks, push_plain};
+use super::rules::{self, ASSEMBLED_BYTES_MAX, Agreed, Command, Piece, SKIPPED_BYTES_MAX};
+use super::wire::{self, Errno, Request, command};
+use super::{Attachment, Closed, Counters, Gateway};
+use crate::disk::buffers::{Buffer, BufferMut, BufferPool, Claim};
+use crate::net::receive::Receiver;
+use crate::volume::request::{BlockReply, BlockRequest, Operation, Segment, Volumes};
+
+/// Longest range that one block status request looks at; the answer covers that much and the client asks on.
+const BLOCK_STATUS_BYTES_MAX: u64 = 1 << 30;
+/// Most extents of one answer.
+const EXTENTS_MAX: usize = 4096;
+/// How soon an exhausted pool is asked again.
+const POOL_RETRY: Duration = Duration::from_millis(1);
+
+/// What the tasks of one connection share.
+struct Context<V: Volumes> {
+    attachment: Attachment<V>,
+    agreed: Agreed,
+    pool: &'static BufferPool,
+    budget: Rc<Budget>,
+    /// Of all connections of the gateway: bytes of reads that are being assembled.
+    assembly_budget: Rc<Budget>,
+    outbox: Outbox,
+    failure_logged: Cell<bool>,
+    counters: Arc<Counters>,
+}
+
+struct Session<R, V: Volumes> {
+    receiver: Receiver<R>,
+    context: Rc<Context<V>>,
+}
+
+/// Serves one connection until the client ends it or breaks the protocol, and every request has ended.
+pub(super) async fn run<R, W, V>(
+    mut receiver: Receiver<R>,
+    writer: W,
+    negotiated: Negotiated<V>,
+    gateway: &Gateway<V>,
+) -> Result<(), Closed>
+where
+    R: AsyncReadRent,
+    W: AsyncWriteRent + 'static,
+    V: Volumes,
+{
+    let options = &gateway.options;
+    receiver.grow(options.receive_bytes);
+    let context = Rc::new(Context {
+        attachment: negotiated.attachment,
+        agreed: negotiated.agreed,
+        pool: gateway.pool,
+        budget: Budget::new(options.bytes_in_flight_max, options.operations_in_flight_max),
+        assembly_budget: Rc::clone(&gateway.assembly_budget),
+        outbox: Outbox::new(),
+        failure_logged: Cell::new(false),
+        counters: Arc::clone(&gateway.counters),
+    });
+    monoio::spawn(end_when_stalled(Rc::downgrade(&context), options.stall_timeout));
+    let sender = Rc::clone(&context);
+    let writer = monoio::spawn(async move { sender.outbox.write_to(writer).await });
+    let mut session = Session { receiver, context: Rc::clone(&context) };
+    let end = context.outbox.read_unless_aborted(session.receive()).await;
+    if matches!(end, Some(Err(_))) {
+        context.outbox.abort();
+    }
+    drop(session);
+    context.budget.idle().await;
+    context.outbox.close();
+    writer.await?;
+    end.unwrap_or(Err(Closed::Stalled))
+}
+
+/// Ends a connection whose client takes nothing of its replies for between one and two `timeout`s: what it
+/// holds of the buffer pool is everybody's.
+async fn end_when_stalled<V: Volumes>(context: Weak<Context<V>>, timeout: Duration) {
+    let mut before = None;
+    loop {
+        monoio::time::sleep(timeout).await;
+        let Some(context) = context.upgrade() else { return };
+        let now = context.outbox.progress();
+        if now.is_some() && now == before {
+            return context.outbox.abort();
+        }
+        before = now;
+    }
+}
+
+impl<R: AsyncReadRent, V: Volumes> Session<R, V> {
+    /// Takes requests until the client disconnects.
+    async fn receive(&mut self) -> Result<(), Closed> {
+        while let Some(bytes) = self.receiver.array::<{ Request::SIZE }>().await? {
+            let request = Request::decode(&bytes)?;
+            if request.command == command::DISCONNECT {
+                break;
+            }
+            self.on_request(request).await?;
+        }
+        Ok(())
+    }
+
+    async fn on_request(&mut self, request: Request) -> Result<(), Closed> {
+        let context = Rc::clone(&self.context);
+        context.counters.requests.fetch_add(1, Ordering::Relaxed);
+        match context.check(&request) {
+            Err(error) => {
+                if request.command == command::WRITE {
+                    if request.length > SKIPPED_BYTES_MAX {
+                        return Err(Closed::WriteTooLong(request.length));
+                    }
+                    self.receiver.skip(request.length).await?;
+                }
+                let permit = context.budget.admit(0).await;
+                context.refuse(&request, error, permit);
+                Ok(())
+            }
+            Ok(Command::Write { fua }) => self.on_write(&request, fua).await,
+            Ok(Command::Read { dont_fragment }) => self.on_read(&request, dont_fragment).await,
+            Ok(Command::BlockStatus { one }) => {
+                let permit = context.budget.admit(0).await;
+                monoio::spawn(context.block_status(request, one, permit));
+                Ok(())
+            }
+            Ok(Command::Cache) => {
+                // Nothing lies above the stores that could be filled in advance; the hint is valid and done.
+                let permit = context.budget.admit(0).await;
+                context.outbox.push([permit], |out| out.push_head(&wire::simple_reply(request.cookie, None)));
+                Ok(())
+            }
+            Ok(Command::Flush) => self.start(&request, Operation::Flush).await,
+            Ok(Command::Trim { fua }) => self.start(&request, Operation::Trim { fua }).await,
+            Ok(Command::WriteZeroes { fua, no_hole }) => {
+                self.start(&request, Operation::WriteZeroes { fua, no_hole }).await
+            }
+        }
+    }
+
+    /// Starts a request without payload and without data in its answer.
+    async fn start(&mut self, request: &Request, operation: Operation) -> Result<(), Closed> {
+        let permit = self.context.budget.admit(0).await;
+        let (offset, length) = (request.offset, u64::from(request.length));
+        let progress = Progress::new(1);
+        monoio::spawn(Rc::clone(&self.context).change(
+            request.cookie,
+            (offset, length),
+            operation,
+            permit,
+            progress,
+        ));
+        Ok(())
+    }
+
+    /// Receives the payload piece by piece; each piece is on its way while the next is received.
+    async fn on_write(&mut self, request: &Request, fua: bool) -> Result<(), Closed> {
+        let pieces = rules::pieces(request.offset, request.length);
+        let progress = Progress::new(pieces.clone().count());
+        for Piece { offset, length } in pieces {
+            let permit = self.context.budget.admit(length).await;
+            let begin = (offset % PAGE_SIZE as u64) as usize;
+            let buffer = self.context.buffer(begin + length).await;
+            let buffer = self.receiver.payload(buffer, begin).await?;
+            let operation = Operation::Write { data: whole(buffer, begin), fua };
+            monoio::spawn(Rc::clone(&self.context).change(
+                request.cookie,
+                (offset, length as u64),
+                operation,
+                permit,
+                Rc::clone(&progress),
+            ));
+        }
+        let counters = &self.context.counters;
+        counters.written_bytes.fetch_add(u64::from(request.length), Ordering::Relaxed);
+        counters.copied_bytes.fetch_add(self.receiver.take_copied_bytes(), Ordering::Relaxed);
+        Ok(())
+    }
+
+    async fn on_read(&mut self, request: &Request, dont_fragment: bool) -> Result<(), Closed> {
+        let context = &self.context;
+        context.counters.read_bytes.fetch_add(u64::from(request.length), Ordering::Relaxed);
+        let chunks = context.agreed.structured && !dont_fragment;
+        if !chunks && request.length > ASSEMBLED_BYTES_MAX {
+            return self.stream_read(request).await;
+        }
+        let pieces = rules::pieces(request.offset, request.length);
+        let count = pieces.clone().count();
+        let reply = if chunks {
+            ReadReply::Chunks(Progress::new(count))
+        } else {
+            // A read that waits for a buffer while it holds others must not wait for its like.
+            let bytes = if count > 1 { request.length as usize } else { 0 };
+            let share = context.assembly_budget.admit(bytes).await;
+            ReadReply::Assembled(Assembly::new(count, share))
+        };
+        for (index, piece) in pieces.enumerate() {
+            let permit = context.budget.admit(piece.length).await;
+            monoio::spawn(Rc::clone(context).read_piece(*request, piece, index, permit, reply.clone()));
+        }
+        Ok(())
+    }
+
+    /// A long read in one run of data: alone on the connection, because nothing may come between its pieces.
+    ///
+    /// # Errors
+    /// `ReadFailed` after the reply has begun: it can only be ended by closing the connection.
+    async fn stream_read(&mut self, request: &Request) -> Result<(), Closed> {
+        let context = &self.context;
+        context.budget.idle().await;
+        for (index, piece) in rules::pieces(request.offset, request.length).enumerate() {
+            let permit = context.budget.admit(piece.length).await;
+            match context.read(piece).await {
+                Ok(segments) => context.outbox.push([permit], |out| {
+                    if index == 0 {
+                        out.push_head(&wire::simple_reply(request.cookie, None));
+                    }
+                    push_plain(out, segments);
+                }),
+                Err(error) if index == 0 => {
+                    context.refuse(request, error, permit);
+                    break;
+                }
+                Err(error) => return Err(Closed::ReadFailed(error)),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// How the pieces of a request stand.
+struct Progress {
+    left: Cell<usize>,
+    /// The first failure.
+    error: Cell<Option<Errno>>,
+}
+
+impl Progress {
+    fn new(pieces: usize) -> Rc<Self> {
+        assert!(pieces > 0);
+        Rc::new(Self { left: Cell::new(pieces), error: Cell::new(None) })
+    }
+
+    /// Takes note of the end of one piece; true when it was the last.
+    fn ended(&self, error: Option<Errno>) -> bool {
+        self.error.set(self.error.get().or(error));
+        self.left.set(self.left.get() - 1);
+        self.left.get() == 0
+    }
+}
+
+/// A piece of an assembled read, and the permit of what it holds.
+type HeldPiece = (Vec<Segment>, Permit);
+
+/// A read that is answered in one run of data.
+struct Assembly {
+    progress: Rc<Progress>,
+    pieces: RefCell<Vec<Option<HeldPiece>>>,
+    /// Its share of the buffers that reads may hold while they wait for more.
+    _share: Permit,
+}
+
+impl Assembly {
+    fn new(pieces: usize, share: Permit) -> Rc<Self> {
+        let held = (0..pieces).map(|_| None).collect();
+        Rc::new(Self { progress: Progress::new(pieces), pieces: RefCell::new(held), _share: share })
+    }
+}
+
+#[derive(Clone)]
+enum ReadReply {
+    /// Each piece is answered by chunks of its own.
+    Chunks(Rc<Progress>),
+    Assembled(Rc<Assembly>),
+}
+
+impl<V: Volumes> Context<V> {
+    fn check(&self, request: &Request) -> Result<Command, Errno> {
+        let size = self.attachment.volumes.size_bytes(self.attachment.export.volume);
+        match size {
+            Some(size_bytes) if !self.counters.stopping.load(Ordering::Relaxed) => {
+                rules::check(request, self.agreed, size_bytes)
+            }
+            _ => Err(Errno::Shutdown),
+        }
+    }
+
+    /// Answers a request with an error: reads and block status in the form that was agreed on.
+    fn refuse(&self, request: &Request, error: Errno, permit: Permit) {
+        self.counters.failed_requests.fetch_add(1, Ordering::Relaxed);
+        let chunk = matches!(request.command, command::READ | command::BLOCK_STATUS);
+        self.outbox.push([permit], |out| {
+            if chunk && self.agreed.structured {
+                out.push_head(&wire::chunk_error(request.cookie, error));
+            } else {
+                out.push_head(&wire::simple_reply(request.cookie, Some(error)));
+            }
+        });
+    }
+
+    async fn buffer(&self, length: usize) -> BufferMut {
+        loop {
+            match self.pool.alloc_for(Claim::Client, length) {
+                Some(buffer) => return buffer,
+                None => {
+                    self.counters.pool_waits.fetch_add(1, Ordering::Relaxed);
+                    monoio::time::sleep(POOL_RETRY).await;
+                }
+            }
+        }
+    }
+
+    async fn submit(
+        &self,
+        (offset, length): (u64, u64),
+        operation: Operation,
+        writes: bool,
+    ) -> Result<BlockReply, Errno> {
+        let volume = self.attachment.export.volume;
+        let request = BlockRequest { volume, offset, length, operation };
+        self.attachment.volumes.submit(request).await.map_err(|code| {
+            // A full pool fails thousands of writes a second: one line tells it.
+            if !self.failure_logged.replace(true) {
+                let export = &self.attachment.export.name;
+                tracing::warn!(%export, offset, length, %code, "first failed request of an NBD connection");
+            }
+            rules::errno(code, writes)
+        })
+    }
+
+    /// One piece of what changes the volume, or all of it; the last piece answers.
+    async fn change(
+        self: Rc<Self>,
+        cookie: u64,
+        range: (u64, u64),
+        operation: Operation,
+        mut permit: Permit,
+        progress: Rc<Progress>,
+    ) {
+        let error = match self.submit(range, operation, true).await {
+            Ok(BlockReply::Done) => None,
+            Ok(reply) => panic!("a change is answered with Done, not {reply:?}"),
+            Err(error) => Some(error),
+        };
+        permit.release_bytes();
+        if progress.ended(error) {
+            let error = progress.error.get();
+            self.counters.failed_requests.fetch_add(u64::from(error.is_some()), Ordering::Relaxed);
+            self.outbox.push([permit], |out| out.push_head(&wire::simple_reply(cookie, error)));
+        }
+    }
+
+    async fn read(&self, piece: Piece) -> Result<Vec<Segment>, Errno> {
+        let range = (piece.offset, piece.length as u64);
+        match self.submit(range, Operation::Read, false).await? {
+            BlockReply::Data(mut segments) => {
+                segments.retain(|segment| segment_bytes(segment) > 0);
+                let bytes: usize = segments.iter().map(segment_bytes).sum();
+                assert!(bytes == piece.length, "a read of {} bytes returned {bytes}", piece.length);
+                Ok(segments)
+            }
+            reply => panic!("a read is answered with Data, not {reply:?}"),
+        }
+    }
+
+    async fn read_piece(
+        self: Rc<Self>,
+        request: Request,
+        piece: Piece,
+        index: usize,
+        permit: Permit,
+        reply: ReadReply,
+    ) {
+        let result = self.read(piece).await;
+        match reply {
+            ReadReply::Chunks(progress) => self.answer_chunk(&request, piece, result, permit, &progress),
+            ReadReply::Assembled(assembly) => {
+                self.answer_assembled(&request, index, result, permit, &assembly);
+            }
+        }
+    }
+
+    fn answer_chunk(
+        &self,
+        request: &Request,
+        piece: Piece,
+        result: Result<Vec<Segment>, Errno>,
+        permit: Permit,
+        progress: &Progress,
+    ) {
+        let cookie = request.cookie;
+        let done = progress.ended(result.as_ref().err().copied());
+        if done && progress.error.get().is_some() {
+            self.counters.failed_requests.fetch_add(1, Ordering::Relaxed);
+        }
+        self.outbox.push([permit], |out| match result {
+            Ok(segments) => push_chunks(out, cookie, piece.offset, segments, done),
+            Err(error) => out.push_head(&wire::chunk_error_offset(cookie, error, piece.offset, done)),
+        });
+    }
+
+    fn answer_assembled(
+        &self,
+        request: &Request,
+        index: usize,
+        result: Result<Vec<Segment>, Errno>,
+        permit: Permit,
+        assembly: &Assembly,
+    ) {
+        let error = result.as_ref().err().copied();
+        assembly.pieces.borrow_mut()[index] = Some((result.unwrap_or_default(), permit));
+        if !assembly.progress.ended(error) {
+            return;
+        }
+        let (segments, mut permits): (Vec<_>, Vec<_>) = assembly.pieces.take().into_iter().flatten().unzip();
+        if let Some(error) = assembly.progress.error.get() {
+            let permit = permits.pop().expect("each piece has one");
+            return self.refuse(request, error, permit);
+        }
+        self.outbox.push(permits, |out| {
+            if self.agreed.structured {
+                let length = request.length as usize;
+                out.push_head(&wire::chunk_data(request.cookie, request.offset, length, true));
+            } else {
+                out.push_head(&wire::simple_reply(request.cookie, None));
+            }
+            segments.into_iter().for_each(|segments| push_plain(out, segments));
+        });
+    }
+
+    async fn block_status(self: Rc<Self>, request: Request, one: bool, permit: Permit) {
+        let length = u64::from(request.length).min(BLOCK_STATUS_BYTES_MAX);
+        match self.submit((request.offset, length), Operation::BlockStatus, false).await {
+            Ok(BlockReply::Extents(extents)) => {
+                let extents = merge(&extents, length, if one { 1 } else { EXTENTS_MAX });
+                let mut chunk = Vec::new();
+                wire::chunk_block_status(&mut chunk, request.cookie, &extents);
+                self.outbox.push([permit], |out| out.push_head(&chunk));
+            }
+            Ok(reply) => panic!("block status is answered with Extents, not {reply:?}"),
+            Err(error) => self.refuse(&request, error, permit),
+        }
+    }
+}
+
+/// Joins neighbours of one kind; at most `max` extents, the first ones.
+fn merge(extents: &[(u64, bool)], length: u64, max: usize) -> Vec<(u32, bool)> {
+    let covered: u64 = extents.iter().map(|(bytes, _)| bytes).sum();
+    assert!(covered == length, "extents of {length} bytes cover {covered}");
+    let mut merged: Vec<(u32, bool)> = Vec::new();
+    for &(bytes, data) in extents.iter().filter(|(bytes, _)| *bytes > 0) {
+        let bytes = u32::try_from(bytes).expect("the range is at most BLOCK_STATUS_BYTES_MAX");
+        let count = merged.len();
+        match merged.last_mut() {
+            Some(last) if last.1 == data => last.0 += bytes,
+            _ if count == max => break,
+            _ => merged.push((bytes, data)),
+        }
+    }
+    merged
+}
+
+fn segment_bytes(segment: &Segment) -> usize {
+    match segment {
+        Segment::Data(buffer) => buffer.len(),
+        Segment::Zero(bytes) => *bytes as usize,
+    }
+}
+
+/// Everything from `begin` on.
+fn whole(buffer: BufferMut, begin: usize) -> Buffer {
+    let length = buffer.len();
+    let buffer = buffer.freeze();
+    if begin == 0 { buffer } else { buffer.slice(begin..length) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn extents_are_joined_and_bounded() {
+        let extents = [(512, true), (512, true), (0, false), (4096, true), (512, false), (512, true)];
+        assert_eq!(merge(&extents, 6144, 16), [(5120, true), (512, false), (512, true)]);
+        assert_eq!(merge(&extents, 6144, 2), [(5120, true), (512, false)]);
+        assert_eq!(merge(&extents, 6144, 1), [(5120, true)]);
+    }
+}

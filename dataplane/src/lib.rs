@@ -1,0 +1,15 @@
+//! The data plane of one node: `xsan-data`.
+//!
+//! Modules, each importing only those below it: shard, gateway, volume, replication, store, net and disk, io.
+//! `replication` and `store` are deterministic state machines without I/O: they take events and return
+//! actions, and never read a clock, a socket, a random number or a file.
+
+pub mod disk;
+pub mod gateway;
+pub mod io;
+pub mod net;
+pub mod replication;
+pub mod shard;
+pub mod stats;
+pub mod store;
+pub mod volume;

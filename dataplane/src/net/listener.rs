@@ -1,0 +1,52 @@
+//! Listening sockets: bound with a clear error, accepting whatever happens to single connections.
+//!
+//! Used by `shard` and by gateways.
+
+use std::io;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use monoio::net::{ListenerOpts, TcpListener, TcpStream};
+use xsan_protocol::error::Code;
+
+/// How long to wait when the process has no file descriptor left for a connection.
+const EXHAUSTED_WAIT: Duration = Duration::from_millis(50);
+
+/// A port that can not be listened on.
+#[derive(Debug, thiserror::Error)]
+#[error("{address}: {source}")]
+pub struct BindError {
+    pub address: SocketAddr,
+    pub source: io::Error,
+}
+
+impl BindError {
+    pub fn code(&self) -> Code {
+        match self.source.kind() {
+            io::ErrorKind::AddrInUse => Code::AddressInUse,
+            _ => Code::InvalidArgument,
+        }
+    }
+}
+
+/// Listens on `address`; `shared` lets every shard of the process listen on the same port.
+///
+/// # Errors
+/// 10 `AddressInUse`, or 2 `InvalidArgument` for an address that this host does not have.
+pub fn bind(address: SocketAddr, shared: bool) -> Result<TcpListener, BindError> {
+    let options = ListenerOpts::new().reuse_addr(true).reuse_port(shared);
+    TcpListener::bind_with_config(address, &options).map_err(|source| BindError { address, source })
+}
+
+/// The next connection; a failed accept is logged and waited out.
+pub async fn accept(listener: &TcpListener) -> TcpStream {
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => return stream,
+            Err(error) => {
+                tracing::warn!(%error, "a connection could not be accepted");
+                monoio::time::sleep(EXHAUSTED_WAIT).await;
+            }
+        }
+    }
+}

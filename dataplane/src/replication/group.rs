@@ -1,0 +1,362 @@
+//! Group: one placement group as this node takes part in it, and which of its roles an event belongs to.
+//!
+//! Used by `Replication`. The primary's part is in `primary`, `reads`, `peering` and `resync`, the learner's in
+//! `learner`, everyone's in `replica`.
+//!
+//! Invariants
+//! - `epoch` only grows; it is the map's.
+//! - Between a new epoch of the map and the first Peer or LearnStart of it, frames of the old epoch's primary are still
+//!   taken: a member is fenced by its own answer, so nothing that it vouched for before is missing from that answer.
+
+use xsan_protocol::error::Code;
+use xsan_protocol::ids::{Epoch, GroupId, NodeId, Seq};
+use xsan_protocol::map;
+use xsan_protocol::wire::header::{Header, Opcode, flags};
+use xsan_protocol::wire::replication::PeerInfo;
+
+use super::call::{Call, ReadJob, ReadPurpose, Token};
+use super::flush::FlushWaiter;
+use super::frames;
+use super::learner::Learning;
+use super::primary::Primary;
+use super::replica::Replica;
+use crate::net::frame::{Frame, Meta};
+use crate::store::{ReadError, ReadPages};
+
+/// Frames of a newer epoch kept until the map arrives; a primary sends few before it is answered.
+const EARLY_FRAMES_MAX: usize = 4096;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Role {
+    None,
+    Learner,
+    Acting,
+    Primary,
+}
+
+/// Whom this member follows: the primary that it answered last.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Fence {
+    pub epoch: Epoch,
+    pub primary: NodeId,
+}
+
+#[derive(Debug)]
+pub(super) struct Group {
+    pub id: GroupId,
+    pub epoch: Epoch,
+    pub role: Role,
+    /// The primary of `epoch`.
+    pub leader: Option<NodeId>,
+    pub fence: Option<Fence>,
+    /// What was last reported to the primary that this member follows.
+    reported: Seq,
+    /// A gap or an overflow was reported; the primary peers again.
+    broken: bool,
+    pub replica: Replica,
+    pub learning: Option<Learning>,
+    pub primary: Option<Box<Primary>>,
+}
+
+impl Group {
+    pub fn new(id: GroupId, replica: Replica) -> Self {
+        Self {
+            id,
+            epoch: Epoch(0),
+            role: Role::None,
+            leader: None,
+            fence: None,
+            reported: Seq(0),
+            broken: false,
+            replica,
+            learning: None,
+            primary: None,
+        }
+    }
+
+    /// The map has the group at a newer epoch, or this node has a part in it for the first time.
+    pub fn on_map(&mut self, call: &mut Call<'_>, group: &map::Group, min_replicas: u8) {
+        assert!(group.epoch > self.epoch);
+        let member = group.member(call.node()).filter(|member| {
+            member.incarnation == call.core.incarnation && member.store == self.replica.store
+        });
+        let role = match member {
+            None => Role::None,
+            Some(member) if member.learner => Role::Learner,
+            Some(member) if group.primary == Some(member.node) => Role::Primary,
+            Some(_) => Role::Acting,
+        };
+        let continues =
+            role == Role::Primary && self.role == Role::Primary && group.epoch == self.epoch.next();
+        if self.role == Role::Primary && !continues {
+            self.abdicate(call);
+        }
+        self.epoch = group.epoch;
+        self.role = role;
+        self.leader = group.primary;
+        if role == Role::None {
+            self.fence = None;
+            self.learning = None;
+            self.replica.apply_limit = None;
+        }
+        if role == Role::Primary {
+            self.fence = None;
+            self.learning = None;
+            self.replica.apply_limit = None;
+            self.reign(call, group, min_replicas, continues);
+        }
+        self.replica.maybe_sync(call);
+        call.core.ticking.insert(self.id);
+    }
+
+    pub fn on_frame(&mut self, call: &mut Call<'_>, from: NodeId, frame: Frame) {
+        match frame.header.opcode {
+            Opcode::Append
+            | Opcode::Commit
+            | Opcode::Peer
+            | Opcode::Fetch
+            | Opcode::MemberFlush
+            | Opcode::LearnStart
+            | Opcode::Compare
+            | Opcode::Push
+            | Opcode::FetchPages => self.on_command(call, from, frame),
+            _ => self.on_answer(call, from, frame),
+        }
+    }
+
+    /// A frame from the primary to this member.
+    fn on_command(&mut self, call: &mut Call<'_>, from: NodeId, frame: Frame) {
+        let header = frame.header;
+        let follows = self.fence.is_some_and(|fence| fence.epoch == header.epoch && fence.primary == from);
+        if !follows {
+            if header.epoch > self.epoch {
+                return hold_early(call, from, frame);
+            }
+            if header.epoch < self.epoch {
+                return refuse(call, from, &header, Code::StaleEpoch);
+            }
+            if self.role == Role::None || self.leader != Some(from) {
+                return refuse(call, from, &header, Code::NotPrimary);
+            }
+            if !matches!(header.opcode, Opcode::Peer | Opcode::LearnStart) {
+                return refuse(call, from, &header, Code::ReplicaBehind);
+            }
+        }
+        if call.core.has_failed(self.replica.store) {
+            return refuse(call, from, &header, Code::StoreFailed);
+        }
+        match header.opcode {
+            Opcode::Append => self.on_append(call, from, frame),
+            Opcode::Commit => self.on_commit(call, Seq(header.request_id)),
+            Opcode::Peer => self.on_peer(call, from, &header),
+            Opcode::Fetch => self.on_fetch(call, from, &frame),
+            Opcode::MemberFlush => {
+                let Header { epoch, request_id, .. } = header;
+                let waiter = FlushWaiter::Member { group: self.id, epoch, to: from, request_id };
+                call.flush(self.replica.store, waiter);
+            }
+            Opcode::LearnStart => self.on_learn_start(call, from, &header),
+            Opcode::Compare | Opcode::Push => self.on_resync(call, from, frame),
+            Opcode::FetchPages => self.on_fetch_pages(call, from, &header),
+            _ => unreachable!("on_frame passes these opcodes only"),
+        }
+    }
+
+    fn on_append(&mut self, call: &mut Call<'_>, from: NodeId, frame: Frame) {
+        let header = frame.header;
+        let sync = header.flags & flags::FUA != 0;
+        let entry = match frames::entry_of(frame) {
+            Ok(entry) => entry,
+            Err(code) => return refuse(call, from, &header, code),
+        };
+        let (seq, last) = (entry.version.seq, self.replica.last);
+        if seq <= last.seq {
+            self.replica.on_acked(call, entry.acked);
+            return self.report(call, true);
+        }
+        if seq != last.seq.next() {
+            if !std::mem::replace(&mut self.broken, true) {
+                tracing::warn!(group = %self.id, %from, %seq, last = %last, "an append came out of order");
+                refuse(call, from, &header, Code::ReplicaBehind);
+            }
+            return;
+        }
+        if entry.version.epoch < last.epoch || entry.version.epoch > header.epoch {
+            return refuse(call, from, &header, Code::FrameInvalid);
+        }
+        let acked = entry.acked;
+        self.replica.on_append(call, entry, sync);
+        self.replica.on_acked(call, acked);
+        self.replica.trim(call.core.turn, Seq(u64::MAX));
+    }
+
+    fn on_commit(&mut self, call: &mut Call<'_>, acked: Seq) {
+        self.replica.on_acked(call, acked);
+        call.core.ticking.insert(self.id);
+    }
+
+    fn on_peer(&mut self, call: &mut Call<'_>, from: NodeId, header: &Header) {
+        let resumes = self.role == Role::Learner
+            && self.fence.is_some_and(|fence| fence.epoch == header.epoch)
+            && self.learning.as_ref().is_some_and(Learning::is_started);
+        if self.role != Role::Acting && !resumes {
+            return refuse(call, from, header, Code::ReplicaBehind);
+        }
+        if !resumes {
+            self.learning = None;
+            self.replica.apply_limit = None;
+        }
+        self.fence = Some(Fence { epoch: header.epoch, primary: from });
+        self.broken = false;
+        self.reported = self.replica.vouched();
+        let mut answer = frames::numbered(Opcode::PeerInfo, self.id, header.epoch, header.request_id);
+        answer.meta = Meta::PeerInfo(PeerInfo {
+            last: self.replica.last,
+            durable: self.reported,
+            acked: self.replica.acked,
+        });
+        call.send(from, answer);
+    }
+
+    /// The new primary lacks entries that this member has.
+    fn on_fetch(&mut self, call: &mut Call<'_>, from: NodeId, frame: &Frame) {
+        let header = frame.header;
+        let Meta::Fetch(meta) = frame.meta else { return refuse(call, from, &header, Code::FrameInvalid) };
+        if !self.replica.has_from(meta.from) || meta.to > self.replica.last.seq {
+            return refuse(call, from, &header, Code::ReplicaBehind);
+        }
+        let acked = self.replica.acked;
+        for entry in self.replica.entries_from(meta.from).take_while(|entry| entry.version.seq <= meta.to) {
+            call.send(from, frames::of_entry(Opcode::FetchReply, entry, header.epoch, acked, true));
+        }
+    }
+
+    /// The primary's own copy is damaged.
+    fn on_fetch_pages(&mut self, call: &mut Call<'_>, from: NodeId, header: &Header) {
+        let pages = frames::pages_of(header);
+        let Some(pages) = pages.filter(|pages| pages.bytes() <= xsan_protocol::limits::FRAME_DATA_MAX) else {
+            return refuse(call, from, header, Code::FrameInvalid);
+        };
+        let purpose = ReadPurpose::Serve { to: from, header: *header };
+        let job = ReadJob { group: self.id, reign: 0, key: header.key, pages, purpose, attempt: 0 };
+        if !call.read(self.replica.store, job) {
+            refuse(call, from, header, Code::Busy);
+        }
+    }
+
+    /// Answers FetchPages with what the store read.
+    pub fn serve_pages(
+        &mut self,
+        call: &mut Call<'_>,
+        to: NodeId,
+        header: &Header,
+        result: Result<ReadPages, ReadError>,
+    ) {
+        let read = match result {
+            Ok(read) => read,
+            Err(ReadError::Damaged { .. }) => return refuse(call, to, header, Code::ChecksumMismatch),
+            Err(ReadError::Failed) => return refuse(call, to, header, Code::StoreFailed),
+        };
+        let mut answer = frames::numbered(Opcode::FetchPagesReply, self.id, header.epoch, header.request_id);
+        (answer.header.key, answer.header.offset, answer.header.length) =
+            (header.key, header.offset, header.length);
+        (answer.data, answer.checksums) = (Some(read.buffer.freeze()), Some(read.checksums));
+        call.send(to, answer);
+    }
+
+    /// The store has everything up to `seq` in its journal.
+    pub fn on_durable(&mut self, call: &mut Call<'_>, seq: Seq) {
+        self.replica.on_durable(call, seq);
+        self.on_vouched(call);
+    }
+
+    /// What the replica vouches for may have grown.
+    pub fn on_vouched(&mut self, call: &mut Call<'_>) {
+        if self.primary.is_some() {
+            self.on_own_durable(call);
+        } else {
+            self.report(call, false);
+            self.learn(call);
+        }
+    }
+
+    /// Tells the primary what is durable here, if that is news or it asked again.
+    fn report(&mut self, call: &mut Call<'_>, again: bool) {
+        let Some(fence) = self.fence else { return };
+        let vouched = self.replica.vouched();
+        if vouched > self.reported || again {
+            self.reported = vouched;
+            call.send(fence.primary, frames::numbered(Opcode::AppendOk, self.id, fence.epoch, vouched.0));
+        }
+    }
+
+    /// This node starts anew as a learner: nothing was reported yet.
+    pub fn restart_reports(&mut self) {
+        self.reported = self.replica.last.seq;
+        self.broken = false;
+    }
+
+    pub fn on_tick(&mut self, call: &mut Call<'_>) {
+        self.replica.retry_refused(call);
+        if self.primary.is_some() {
+            self.on_primary_tick(call);
+        } else {
+            self.learn(call);
+            self.replica.trim(call.core.turn, Seq(u64::MAX));
+        }
+        let busy = match &self.primary {
+            Some(primary) => primary.is_busy(self.replica.acked) || self.replica.is_busy(),
+            None => self.replica.is_busy() || self.learning.as_ref().is_some_and(Learning::is_waiting),
+        };
+        if !busy {
+            call.core.ticking.remove(&self.id);
+        }
+    }
+
+    /// Goes on with what had to wait for the store to show an earlier decision.
+    pub fn on_deferred(&mut self, call: &mut Call<'_>) {
+        if self.primary.is_some() {
+            self.on_progress(call);
+        } else {
+            self.learn(call);
+        }
+    }
+}
+
+/// Refuses a frame of the primary with a code, when its family has an answer.
+pub(super) fn refuse(call: &mut Call<'_>, to: NodeId, header: &Header, code: Code) {
+    if !matches!(code, Code::StaleEpoch | Code::Busy) {
+        tracing::warn!(group = %header.group, from = %to, opcode = ?header.opcode, ?code, "frame refused");
+        call.core.counters.frames_refused += 1;
+    }
+    if let Some(frame) = frames::refusal(header, code) {
+        call.send(to, frame);
+    }
+}
+
+/// Keeps a frame of an epoch that the map has not reached, within bounds.
+pub(super) fn hold_early(call: &mut Call<'_>, from: NodeId, frame: Frame) {
+    let worth = matches!(frame.header.opcode, Opcode::Peer | Opcode::LearnStart);
+    if worth && call.core.early.len() < EARLY_FRAMES_MAX {
+        // A primary repeats itself until it is answered: the newest of a kind is enough.
+        let same = |(node, held): &(NodeId, Frame)| {
+            *node == from
+                && held.header.group == frame.header.group
+                && held.header.opcode == frame.header.opcode
+        };
+        match call.core.early.iter_mut().find(|held| same(held)) {
+            Some(held) => held.1 = frame,
+            None => call.core.early.push((from, frame)),
+        }
+    } else {
+        refuse(call, from, &frame.header, Code::Busy);
+    }
+}
+
+/// A learner's unit is in its journal.
+pub(super) fn answer_push(call: &mut Call<'_>, token: u64, code: Option<Code>) {
+    let Some(Token::Pushed { group, to, header }) = call.core.take(token) else { return };
+    let mut answer = frames::numbered(Opcode::PushReply, group, header.epoch, header.request_id);
+    (answer.header.key, answer.header.offset, answer.header.status) = (header.key, header.offset, code);
+    call.send(to, answer);
+}

@@ -1,0 +1,398 @@
+//! Replication: every group of one shard, as one deterministic state machine.
+//!
+//! Takes requests, frames, store events, maps and ticks; appends [`Action`]s, which the shard carries out in
+//! order. Reads no clock, socket or file. Knows no volume and no gateway.
+//!
+//! Contract with the shard
+//! - The actions of one call are carried out, in order, before the next call: the stores then show what was decided.
+//! - When a store refuses a record, the later records of the same group in the same `out` are not offered to it; all of
+//!   them, in order, go to [`Replication::on_append_refused`].
+//! - Frames of one group to one node travel in order, on one connection. Frames are lost only when it breaks, which is told
+//!   by [`Replication::on_peer_lost`], and its return by [`Replication::on_peer_up`].
+//!
+//! Source: DESIGN.md §6; Lin et al., "PacificA", 2008, for leaving the configuration to a separate consensus.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use xsan_protocol::error::Code;
+use xsan_protocol::ids::{Epoch, GroupId, Incarnation, MapVersion, NodeId, ShardIndex, StoreId};
+use xsan_protocol::map::ClusterMap;
+use xsan_protocol::wire::header::Opcode;
+
+mod action;
+mod call;
+mod flush;
+mod frames;
+mod group;
+mod learner;
+mod peering;
+mod primary;
+mod quorum;
+mod reads;
+mod replica;
+mod resync;
+mod status;
+
+pub use action::{Action, Change, Operation, Origin, Reply, Request, RequestId};
+pub use call::Stores;
+pub use status::{Counters, ReplicationStatus, SlowMember, Stage};
+
+use crate::disk::buffers::BufferPool;
+use crate::net::frame::Frame;
+use crate::store::{Entry, GroupTail, Record, StoreError, StoreEvent};
+use call::{Call, Core, MendJob, ReadPurpose, Token};
+use flush::FlushWaiter;
+use group::{Group, Role};
+use replica::Replica;
+
+/// One group as a store recovered it.
+#[derive(Clone, Debug)]
+pub struct RecoveredGroup {
+    pub group: GroupId,
+    pub tail: GroupTail,
+    /// The entries after `tail.acked`, in order, with their payload.
+    pub pending: Vec<Entry>,
+}
+
+/// All groups of one shard.
+#[derive(Debug)]
+pub struct Replication {
+    core: Core,
+    groups: BTreeMap<GroupId, Group>,
+    /// What the stores recovered of groups that the map has not mentioned yet.
+    recovered: BTreeMap<(StoreId, GroupId), RecoveredGroup>,
+    map_version: Option<MapVersion>,
+}
+
+impl Replication {
+    pub fn new(node: NodeId, incarnation: Incarnation, shard: ShardIndex, pool: &'static BufferPool) -> Self {
+        tracing::debug!(%node, %incarnation, %shard, "replication starts");
+        let core = Core::new(node, incarnation, pool);
+        Self { core, groups: BTreeMap::new(), recovered: BTreeMap::new(), map_version: None }
+    }
+
+    /// Makes a store of this shard known, with what it recovered. A damaged one may lack acknowledged entries: the
+    /// control plane makes its groups learners as long as there is any other source.
+    pub fn add_store(&mut self, store: StoreId, recovered: Vec<RecoveredGroup>, damaged: bool) {
+        self.core.stores.insert(store, false);
+        if damaged {
+            tracing::error!(%store, "the store lost records: its groups are rebuilt from their peers");
+        }
+        for group in recovered {
+            self.recovered.insert((store, group.group), group);
+        }
+    }
+
+    /// A newer map. Groups that changed are taken over, left or followed; frames that waited for it are taken.
+    pub fn on_map(&mut self, map: &Arc<ClusterMap>, stores: &dyn Stores, now_ns: u64, out: &mut Vec<Action>) {
+        if self.map_version.is_some_and(|version| version >= map.version) {
+            return;
+        }
+        self.begin(stores, now_ns, out);
+        self.map_version = Some(map.version);
+        let mut changed: Vec<_> = map
+            .groups
+            .values()
+            .filter(|group| group.epoch > self.groups.get(&group.id).map_or(Epoch(0), |own| own.epoch))
+            .collect();
+        changed.sort_unstable_by_key(|group| group.id);
+        for group in changed {
+            let member = group.member(self.core.node).filter(|member| {
+                member.incarnation == self.core.incarnation && self.core.stores.contains_key(&member.store)
+            });
+            if let Some(member) = member {
+                self.place(group.id, member.store, stores, now_ns, out);
+            }
+            let min_replicas = map.pools.get(&group.id.pool()).map_or(1, |pool| pool.min_replicas);
+            self.with(group.id, stores, now_ns, out, |own, call| own.on_map(call, group, min_replicas));
+            // Their answers are of an older epoch: they would not be taken.
+            let of_group = |mend: &MendJob| mend.read.group == group.id;
+            for mend in self.core.take_mends(of_group) {
+                self.with(group.id, stores, now_ns, out, |own, call| own.go_on_mending(call, mend));
+            }
+        }
+        for (from, frame) in std::mem::take(&mut self.core.early) {
+            self.take_frame(from, frame, stores, now_ns, out);
+        }
+    }
+
+    /// The group is kept in `store` from now on.
+    fn place(
+        &mut self,
+        id: GroupId,
+        store: StoreId,
+        stores: &dyn Stores,
+        now_ns: u64,
+        out: &mut Vec<Action>,
+    ) {
+        if self.groups.get(&id).is_some_and(|group| group.replica.store == store) {
+            return;
+        }
+        self.with(id, stores, now_ns, out, |group, call| group.abdicate(call));
+        let recovered = self.recovered.remove(&(store, id));
+        let (tail, pending) = recovered.map(|group| (group.tail, group.pending)).unwrap_or_default();
+        self.groups.insert(id, Group::new(id, Replica::new(id, store, tail, pending)));
+    }
+
+    /// The node may serve until this moment.
+    pub fn on_lease(&mut self, until_ns: u64) {
+        self.core.lease_until_ns = until_ns;
+    }
+
+    pub fn on_request(&mut self, request: Request, stores: &dyn Stores, now_ns: u64, out: &mut Vec<Action>) {
+        self.begin(stores, now_ns, out);
+        if self.groups.contains_key(&request.group) {
+            self.with(request.group, stores, now_ns, out, |group, call| group.on_request(call, request));
+        } else {
+            out.push(Action::Complete { request: request.id, result: Err(Code::NotPrimary) });
+        }
+    }
+
+    /// A frame of the replication family from another node.
+    pub fn on_frame(
+        &mut self,
+        from: NodeId,
+        frame: Frame,
+        stores: &dyn Stores,
+        now_ns: u64,
+        out: &mut Vec<Action>,
+    ) {
+        self.begin(stores, now_ns, out);
+        self.take_frame(from, frame, stores, now_ns, out);
+    }
+
+    fn take_frame(
+        &mut self,
+        from: NodeId,
+        frame: Frame,
+        stores: &dyn Stores,
+        now_ns: u64,
+        out: &mut Vec<Action>,
+    ) {
+        let id = frame.header.group;
+        if self.groups.contains_key(&id) {
+            self.with(id, stores, now_ns, out, |group, call| group.on_frame(call, from, frame));
+        } else {
+            // Soon after a start, peers may know the map before this node does.
+            let mut call = Call { core: &mut self.core, stores, now_ns, out };
+            group::hold_early(&mut call, from, frame);
+        }
+    }
+
+    pub fn on_store_event(
+        &mut self,
+        store: StoreId,
+        event: StoreEvent,
+        stores: &dyn Stores,
+        now_ns: u64,
+        out: &mut Vec<Action>,
+    ) {
+        self.begin(stores, now_ns, out);
+        match event {
+            StoreEvent::Damaged { group, key, pages } => {
+                tracing::warn!(%store, %group, block = %key, ?pages, "destage met damaged pages; reading them repairs them");
+            }
+            StoreEvent::Durable { group, seq } => {
+                if self.groups.get(&group).is_some_and(|group| group.replica.store == store) {
+                    self.with(group, stores, now_ns, out, |group, call| group.on_durable(call, seq));
+                }
+            }
+            StoreEvent::Pushed { token } => {
+                let mut call = Call { core: &mut self.core, stores, now_ns, out };
+                group::answer_push(&mut call, token, None);
+            }
+            StoreEvent::Flushed { token } => self.on_flushed(store, token, stores, now_ns, out),
+            StoreEvent::ReadDone { token, result } => match self.core.take(token) {
+                Some(Token::Read(job)) if matches!(job.purpose, ReadPurpose::Dropped) => {}
+                Some(Token::Read(job)) => {
+                    self.with(job.group, stores, now_ns, out, |group, call| {
+                        group.on_read_done(call, job, result);
+                    });
+                }
+                Some(other) => self.core.put_back(token, other),
+                None => {}
+            },
+            StoreEvent::Repaired { pages, .. } => tracing::info!(%store, ?pages, "damaged pages are mended"),
+            StoreEvent::Failed => {
+                tracing::error!(%store, "the store has failed: its groups go on without it");
+                self.core.stores.insert(store, true);
+            }
+        }
+    }
+
+    fn on_flushed(
+        &mut self,
+        store: StoreId,
+        token: u64,
+        stores: &dyn Stores,
+        now_ns: u64,
+        out: &mut Vec<Action>,
+    ) {
+        match self.core.take(token) {
+            Some(Token::Flush(of)) if of == store => {}
+            Some(other) => return self.core.put_back(token, other),
+            None => return,
+        }
+        let released = Call { core: &mut self.core, stores, now_ns, out }.flushed(store, token);
+        for waiter in released {
+            match waiter {
+                FlushWaiter::Replica { group, ticket } => {
+                    self.with(group, stores, now_ns, out, |group, call| {
+                        group.replica.on_stable(call, ticket);
+                        group.on_vouched(call);
+                    });
+                }
+                FlushWaiter::Member { group, epoch, to, request_id } => {
+                    let frame = frames::numbered(Opcode::MemberFlushReply, group, epoch, request_id);
+                    out.push(Action::Send { to, frame });
+                }
+                FlushWaiter::Round { group, round } => {
+                    let own = self.core.node;
+                    self.with(group, stores, now_ns, out, |group, call| {
+                        group.on_round_flushed(call, own, round, true);
+                    });
+                }
+            }
+        }
+    }
+
+    /// The store did not take a record. Entries are offered again at the next tick; the primary sees a slow member.
+    pub fn on_append_refused(
+        &mut self,
+        store: StoreId,
+        record: Record,
+        error: StoreError,
+        stores: &dyn Stores,
+        now_ns: u64,
+        out: &mut Vec<Action>,
+    ) {
+        self.begin(stores, now_ns, out);
+        tracing::warn!(%store, %error, "the store refuses a record");
+        match record {
+            Record::Entry(entry) => self.with(entry.group, stores, now_ns, out, |group, call| {
+                group.replica.on_refused(call, entry.version.seq);
+            }),
+            Record::Reset { group, .. } => self.with(group, stores, now_ns, out, |group, call| {
+                group.replica.on_reset_refused(call);
+            }),
+            Record::Push { token, .. } => {
+                let code = match error {
+                    StoreError::JournalFull => Code::JournalFull,
+                    StoreError::Full => Code::StorageFull,
+                    StoreError::Failed => Code::StoreFailed,
+                };
+                let mut call = Call { core: &mut self.core, stores, now_ns, out };
+                group::answer_push(&mut call, token, Some(code));
+            }
+        }
+    }
+
+    /// A connection to `node` is there, for the first time or again.
+    pub fn on_peer_up(&mut self, node: NodeId, stores: &dyn Stores, now_ns: u64, out: &mut Vec<Action>) {
+        self.begin(stores, now_ns, out);
+        let mut call = Call { core: &mut self.core, stores, now_ns, out };
+        for group in self.groups.values_mut() {
+            group.on_peer_up(&mut call, node);
+        }
+    }
+
+    /// The connection to `node` is broken: frames under way in both directions are lost.
+    pub fn on_peer_lost(&mut self, node: NodeId, stores: &dyn Stores, now_ns: u64, out: &mut Vec<Action>) {
+        self.begin(stores, now_ns, out);
+        self.core.early.retain(|(from, _)| *from != node);
+        let mut call = Call { core: &mut self.core, stores, now_ns, out };
+        for group in self.groups.values_mut() {
+            group.on_peer_lost(&mut call, node);
+        }
+        for mend in self.core.take_mends(|mend| mend.asked == node) {
+            self.with(mend.read.group, stores, now_ns, out, |group, call| group.go_on_mending(call, mend));
+        }
+    }
+
+    /// A session is fenced: its requests that have no place in the order yet are dropped, none is answered any more.
+    pub fn on_origin_gone(&mut self, origin: Origin) {
+        for group in self.groups.values_mut() {
+            if group.on_origin_gone(origin) {
+                self.core.deferred.insert(group.id);
+            }
+        }
+        self.core.drop_reads(|request| request.origin == origin);
+    }
+
+    /// Time passes: questions are repeated, the silent proposed out, acknowledgements announced. Idle groups cost nothing.
+    pub fn on_tick(&mut self, now_ns: u64, stores: &dyn Stores, out: &mut Vec<Action>) {
+        self.begin(stores, now_ns, out);
+        let ticking: Vec<GroupId> = self.core.ticking.iter().copied().collect();
+        for id in ticking {
+            if self.groups.contains_key(&id) {
+                self.with(id, stores, now_ns, out, |group, call| group.on_tick(call));
+            } else {
+                self.core.ticking.remove(&id);
+            }
+        }
+    }
+
+    /// Is there something that only waits for the next call, whatever it is?
+    pub fn has_deferred(&self) -> bool {
+        !self.core.deferred.is_empty()
+    }
+
+    pub fn status(&self) -> ReplicationStatus {
+        let mut status = ReplicationStatus {
+            counters: self.core.counters,
+            slow_members: self.core.latencies.slow_members(),
+            ..ReplicationStatus::default()
+        };
+        for group in self.groups.values() {
+            match group.role {
+                Role::None => {}
+                Role::Learner => status.groups_learner += 1,
+                Role::Acting => status.groups_secondary += 1,
+                Role::Primary => status.groups_primary += 1,
+            }
+            let Some(primary) = &group.primary else { continue };
+            status.groups_active += usize::from(primary.is_active() && primary.serves());
+            status.writes_in_flight += primary.in_flight.len();
+            status.requests_waiting += primary.waiting.len();
+            status.resync_bytes_left += primary.learners.iter().map(resync::Learner::bytes_left).sum::<u64>();
+        }
+        status
+    }
+
+    /// Moves the latencies measured since the last call to `samples`.
+    pub fn drain_latencies(&mut self, samples: &mut Vec<(Stage, u64)>) {
+        self.core.latencies.drain(samples);
+    }
+
+    /// The newest entry of a group here, and how far it is known to be acknowledged.
+    pub fn tail(&self, group: GroupId) -> Option<GroupTail> {
+        let replica = &self.groups.get(&group)?.replica;
+        Some(GroupTail { last: replica.last, acked: replica.acked })
+    }
+
+    /// A new call: the stores show what the last one decided, so what waited for that goes on.
+    fn begin(&mut self, stores: &dyn Stores, now_ns: u64, out: &mut Vec<Action>) {
+        assert!(out.is_empty(), "the actions of one call are carried out before the next");
+        self.core.turn += 1;
+        for id in std::mem::take(&mut self.core.deferred) {
+            self.with(id, stores, now_ns, out, |group, call| group.on_deferred(call));
+        }
+    }
+
+    fn with(
+        &mut self,
+        id: GroupId,
+        stores: &dyn Stores,
+        now_ns: u64,
+        out: &mut Vec<Action>,
+        act: impl FnOnce(&mut Group, &mut Call<'_>),
+    ) {
+        if let Some(group) = self.groups.get_mut(&id) {
+            act(group, &mut Call { core: &mut self.core, stores, now_ns, out });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

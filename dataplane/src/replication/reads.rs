@@ -1,0 +1,314 @@
+//! Reads at the primary: for clients, for merging parts of pages, and for pushing units; and the mending of damaged pages.
+//!
+//! A page that does not match its checksum is fetched from another replica, accepted only when it has the checksum that
+//! this store expects, and written back. Used by `group`, `primary` and `resync`.
+//!
+//! Invariants
+//! - What a client gets was read under a lease that holds when it is answered, in one reign of this primary.
+//! - No page is returned, merged or pushed that does not match its checksum.
+
+use std::sync::Arc;
+
+use xsan_protocol::checksum::crc32c;
+use xsan_protocol::error::Code;
+use xsan_protocol::ids::{BlockKey, NodeId, Seq, Version};
+use xsan_protocol::units::{PAGE_SIZE, PageRange};
+use xsan_protocol::wire::header::Opcode;
+
+use super::action::{Action, Operation, Reply, Request, RequestId};
+use super::call::{Call, MendJob, Merge, ReadJob, ReadPurpose, Token};
+use super::frames;
+use super::group::Group;
+use super::primary::{MergeLock, Waiting};
+use super::status::Stage;
+use crate::disk::buffers::BufferMut;
+use crate::net::frame::Frame;
+use crate::store::{PageData, ReadError, ReadPages};
+
+/// Reads of the store for one request: a page may be overwritten while its older content is being mended.
+const READ_ATTEMPTS_MAX: u8 = 3;
+
+impl Group {
+    fn reign_now(&self) -> u64 {
+        self.primary.as_ref().map_or(0, |primary| primary.reign)
+    }
+
+    /// Does the store hold nothing in these pages, neither now nor once it applies what it was told to?
+    fn is_empty(&self, call: &Call<'_>, key: BlockKey, pages: PageRange) -> bool {
+        let view = call.stores.view(self.replica.store);
+        let empty = |unit: u8| view.unit_version(self.id, key, unit) == Version::ZERO;
+        let mut unseen =
+            self.replica.unseen(call.core.turn).take_while(|entry| entry.version.seq <= self.replica.applied);
+        pages.units().all(empty) && !unseen.any(|entry| entry.key == key && entry.pages.overlaps(pages))
+    }
+
+    pub(super) fn start_read(
+        &mut self,
+        call: &mut Call<'_>,
+        request: RequestId,
+        key: BlockKey,
+        pages: PageRange,
+    ) {
+        call.core.counters.reads += 1;
+        if self.is_empty(call, key, pages) {
+            return self.answer_read(call, request, Reply::Data(None));
+        }
+        let purpose = ReadPurpose::Client { request, started_ns: call.now_ns };
+        let job = ReadJob { group: self.id, reign: self.reign_now(), key, pages, purpose, attempt: 1 };
+        if !call.read(self.replica.store, job) {
+            call.complete(request, Err(Code::Busy));
+        }
+    }
+
+    /// What was read is answered under the lease or not at all: later it may be the past.
+    fn answer_read(&mut self, call: &mut Call<'_>, request: RequestId, reply: Reply) {
+        let result = if call.has_lease() { Ok(reply) } else { Err(Code::LeaseEnded) };
+        call.complete(request, result);
+    }
+
+    pub(super) fn answer_status(
+        &mut self,
+        call: &mut Call<'_>,
+        request: RequestId,
+        key: BlockKey,
+        pages: PageRange,
+    ) {
+        let mut flags = call.stores.view(self.replica.store).allocated(self.id, key, pages);
+        let unseen = self.replica.unseen(call.core.turn);
+        let applied = unseen.take_while(|entry| entry.version.seq <= self.replica.applied);
+        for entry in applied.filter(|entry| entry.key == key && entry.pages.overlaps(pages)) {
+            for page in pages.pages().filter(|page| entry.pages.contains(*page)) {
+                flags[usize::from(page - pages.first)] = entry.data.is_some();
+            }
+        }
+        self.answer_read(call, request, Reply::Status(flags));
+    }
+
+    /// Begins a write of part of a page: nothing else starts on the page until it has its place in the order.
+    pub(super) fn start_merge(&mut self, call: &mut Call<'_>, key: BlockKey, pages: PageRange, merge: Merge) {
+        let request = merge.request;
+        if self.is_empty(call, key, pages) {
+            let Some(mut buffer) = call.core.pool.alloc(PAGE_SIZE) else {
+                return call.complete(request, Err(Code::Busy));
+            };
+            buffer.fill(0);
+            return self.finish_merge(call, key, pages, merge, buffer);
+        }
+        let purpose = ReadPurpose::Merge(merge);
+        let job = ReadJob { group: self.id, reign: self.reign_now(), key, pages, purpose, attempt: 1 };
+        if !call.read(self.replica.store, job) {
+            return call.complete(request, Err(Code::Busy));
+        }
+        if let Some(primary) = &mut self.primary {
+            primary.merges.push(MergeLock { request, key, pages });
+        }
+    }
+
+    /// The page is there: puts the sectors into it, and goes on as a write of the whole page.
+    fn finish_merge(
+        &mut self,
+        call: &mut Call<'_>,
+        key: BlockKey,
+        pages: PageRange,
+        merge: Merge,
+        mut buffer: BufferMut,
+    ) {
+        let Some(primary) = &mut self.primary else { return };
+        let start = merge.offset as usize % PAGE_SIZE;
+        buffer[start..start + merge.bytes.len()].copy_from_slice(&merge.bytes);
+        let checksums = Arc::from([crc32c(&buffer)]);
+        let data = PageData { bytes: buffer.freeze(), checksums };
+        if primary.is_active() {
+            return self.on_write(call, merge.request, key, pages, Some(data), merge.fua, merge.durability);
+        }
+        // A new epoch began meanwhile. At the head of the queue the write keeps its place before all that waited for it.
+        let operation = Operation::Write { key, pages, data, fua: merge.fua };
+        let request = Request {
+            id: merge.request,
+            group: self.id,
+            epoch: primary.epoch,
+            durability: merge.durability,
+            operation,
+        };
+        primary.waiting.push_front(Waiting { request, after: Seq(0) });
+    }
+
+    pub(super) fn on_read_done(
+        &mut self,
+        call: &mut Call<'_>,
+        job: ReadJob,
+        result: Result<ReadPages, ReadError>,
+    ) {
+        if let ReadPurpose::Serve { to, header } = &job.purpose {
+            return self.serve_pages(call, *to, header, result);
+        }
+        if job.reign != self.reign_now() {
+            return self.fail_read(call, job, Code::NotPrimary);
+        }
+        match result {
+            Ok(read) => self.finish_read(call, job, read),
+            Err(ReadError::Failed) => self.fail_read(call, job, Code::StoreFailed),
+            Err(ReadError::Damaged { buffer, expected, .. }) => {
+                self.start_mending(call, job, buffer, expected)
+            }
+        }
+    }
+
+    fn finish_read(&mut self, call: &mut Call<'_>, job: ReadJob, read: ReadPages) {
+        let ReadJob { key, pages, .. } = job;
+        match job.purpose {
+            ReadPurpose::Client { request, started_ns } => {
+                call.sample(Stage::Read, started_ns);
+                let data = PageData { bytes: read.buffer.freeze(), checksums: read.checksums };
+                self.answer_read(call, request, Reply::Data(Some(data)));
+            }
+            ReadPurpose::Merge(merge) => {
+                // Without its lock, it was answered or fenced meanwhile.
+                if self.release_merge(merge.request) {
+                    self.finish_merge(call, key, pages, merge, read.buffer);
+                    self.on_progress(call);
+                }
+            }
+            ReadPurpose::Push { learner, attempt, unit, version, as_of } => {
+                let data = PageData { bytes: read.buffer.freeze(), checksums: read.checksums };
+                self.send_push(call, (learner, attempt), (key, unit), (version, as_of), Some(data));
+                self.on_progress(call);
+            }
+            ReadPurpose::Serve { .. } | ReadPurpose::Dropped => {}
+        }
+    }
+
+    fn release_merge(&mut self, request: RequestId) -> bool {
+        let Some(primary) = &mut self.primary else { return false };
+        let before = primary.merges.len();
+        primary.merges.retain(|lock| lock.request != request);
+        primary.merges.len() < before
+    }
+
+    fn fail_read(&mut self, call: &mut Call<'_>, job: ReadJob, code: Code) {
+        let current = job.reign == self.reign_now();
+        match job.purpose {
+            ReadPurpose::Client { request, .. } => call.complete(request, Err(code)),
+            ReadPurpose::Merge(merge) => {
+                // Without its lock, it was answered or fenced when the reign or the service ended.
+                if current && self.release_merge(merge.request) {
+                    call.complete(merge.request, Err(code));
+                }
+            }
+            ReadPurpose::Push { learner, attempt, unit, .. } if current => {
+                self.drop_push(call, (learner, attempt), (job.key, unit));
+            }
+            ReadPurpose::Push { .. } | ReadPurpose::Dropped => {}
+            ReadPurpose::Serve { .. } => unreachable!("on_read_done answers these"),
+        }
+        if current {
+            self.on_progress(call);
+        }
+    }
+
+    fn start_mending(&mut self, call: &mut Call<'_>, job: ReadJob, buffer: BufferMut, expected: Arc<[u32]>) {
+        let damaged = wrong_pages(&buffer, &expected, job.pages);
+        tracing::warn!(
+            group = %self.id, block = %job.key, pages = ?damaged,
+            "stored pages do not match their checksums, asking another replica"
+        );
+        let mend = MendJob { read: job, buffer, damaged, expected, asked: NodeId(0), tried: Vec::new() };
+        self.go_on_mending(call, mend);
+    }
+
+    /// Asks the next member for the damaged pages, once the last one answered or is gone; or gives up.
+    pub(super) fn go_on_mending(&mut self, call: &mut Call<'_>, mut mend: MendJob) {
+        if mend.read.reign != self.reign_now() {
+            return self.fail_read(call, mend.read, Code::NotPrimary);
+        }
+        if mend.damaged.is_empty() {
+            let read = ReadPages { buffer: mend.buffer, checksums: mend.expected };
+            return self.finish_read(call, mend.read, read);
+        }
+        let Some(primary) = &self.primary else { return };
+        let own = call.node();
+        let members = primary.members.iter().filter(|member| member.synced && member.node != own);
+        let learners = primary.learners.iter().filter(|learner| learner.is_running());
+        // A learner's page is as good when it has the checksum; it may be the only other copy.
+        let mut nodes = members.map(|member| member.node).chain(learners.map(|learner| learner.node));
+        let Some(next) = nodes.find(|node| !mend.tried.contains(node)) else {
+            return self.give_up_mending(call, mend);
+        };
+        let epoch = primary.epoch;
+        mend.asked = next;
+        mend.tried.push(next);
+        let (key, pages) = (mend.read.key, mend.read.pages);
+        let number = call.core.keep(Token::Mend(mend));
+        // The member must have applied what this store had when it read.
+        call.send(next, frames::numbered(Opcode::Commit, self.id, epoch, self.replica.acked.0));
+        let mut ask = frames::numbered(Opcode::FetchPages, self.id, epoch, number);
+        ask.header.key = key;
+        ask.header.offset = pages.byte_offset();
+        ask.header.length = pages.bytes() as u32;
+        call.send(next, ask);
+    }
+
+    fn give_up_mending(&mut self, call: &mut Call<'_>, mend: MendJob) {
+        let MendJob { mut read, buffer, damaged, .. } = mend;
+        if read.attempt < READ_ATTEMPTS_MAX && !matches!(read.purpose, ReadPurpose::Dropped) {
+            // The others may hold newer content of these pages, which this store has by now.
+            read.attempt += 1;
+            return call.read_into(self.replica.store, read, buffer);
+        }
+        tracing::error!(group = %self.id, block = %read.key, pages = ?damaged, "no replica has undamaged pages");
+        call.core.counters.reads_lost += 1;
+        self.fail_read(call, read, Code::ChecksumMismatch);
+    }
+
+    /// A member's pages, or its refusal.
+    pub(super) fn on_pages(&mut self, call: &mut Call<'_>, from: NodeId, mut frame: Frame) {
+        let number = frame.header.request_id;
+        let mut mend = match call.core.take(number) {
+            Some(Token::Mend(mend)) if mend.read.group == self.id && mend.asked == from => mend,
+            Some(other) => return call.core.put_back(number, other),
+            None => return,
+        };
+        if frame.header.status.is_none()
+            && let Some(data) = frames::page_data(&mut frame, mend.read.pages)
+        {
+            self.mend(call, from, &mut mend, &data);
+        }
+        self.go_on_mending(call, mend);
+    }
+
+    /// Takes those of the member's pages that are what this store should have.
+    fn mend(&mut self, call: &mut Call<'_>, from: NodeId, mend: &mut MendJob, data: &PageData) {
+        let pages = mend.read.pages;
+        let index = |page: u16| usize::from(page - pages.first);
+        let good = |page: &u16| data.checksums[index(*page)] == mend.expected[index(*page)];
+        let mended: Vec<u16> = mend.damaged.iter().copied().filter(good).collect();
+        mend.damaged.retain(|page| !mended.contains(page));
+        for &page in &mended {
+            let bytes = index(page) * PAGE_SIZE..(index(page) + 1) * PAGE_SIZE;
+            mend.buffer[bytes.clone()].copy_from_slice(&data.bytes[bytes]);
+        }
+        tracing::warn!(
+            group = %self.id, block = %mend.read.key, pages = ?mended, node = %from,
+            "damaged pages replaced with another replica's"
+        );
+        call.core.counters.pages_mended += mended.len() as u64;
+        for run in mended.chunk_by(|a, b| *a + 1 == *b) {
+            let range = PageRange::new(run[0], run.len() as u16);
+            let (first, end) = (index(range.first), index(range.first) + run.len());
+            let part = PageData {
+                bytes: data.bytes.slice(first * PAGE_SIZE..end * PAGE_SIZE),
+                checksums: Arc::from(&data.checksums[first..end]),
+            };
+            let token = call.core.fresh_token();
+            let (store, group, key) = (self.replica.store, self.id, mend.read.key);
+            call.out.push(Action::Repair { store, token, group, key, pages: range, data: part });
+        }
+    }
+}
+
+/// Pages of the block whose bytes do not match.
+fn wrong_pages(bytes: &[u8], expected: &[u32], pages: PageRange) -> Vec<u16> {
+    let matches =
+        |(page, (bytes, expected)): (u16, (&[u8], &u32))| (crc32c(bytes) != *expected).then_some(page);
+    pages.pages().zip(bytes.chunks_exact(PAGE_SIZE).zip(expected)).filter_map(matches).collect()
+}

@@ -1,0 +1,521 @@
+//! Start of the data process: devices and stores are opened, each shard gets its thread, and all begin to serve.
+//!
+//! Every shard opens its own stores on its own thread, with its own memory; only when all have, the process
+//! tells the control plane what it is. Used by `main`.
+
+use std::cell::{Cell, RefCell};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::sync::mpsc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use monoio::net::{TcpListener, UnixListener};
+use xsan_nodekit::config::{Media, NodeConfig, Role};
+use xsan_protocol::error::Code;
+use xsan_protocol::ids::{BootId, Incarnation, ShardIndex, StoreId};
+use xsan_protocol::map;
+use xsan_protocol::proto::link_message::Body;
+use xsan_protocol::proto::{self, LinkMessage};
+
+use super::link::{self, LinkSender};
+use super::mailbox::{Inbox, MeshEnd, mesh};
+use super::port::ShardPort;
+use super::tasks::{self, Connections};
+use super::topology::{self, Core, TopologyError};
+use super::{
+    Control, Event, Handle, Identity, Message, Opens, OwnedStore, Peers, Scratch, Shard, StoreTable,
+};
+use crate::disk::buffers::BufferPool;
+use crate::disk::device::{DeviceError, DeviceOptions, FileDevice};
+use crate::disk::os;
+use crate::disk::ring::{DiskRing, RingError};
+use crate::gateway::nbd;
+use crate::net::connection::Memory;
+use crate::net::listener::{self, BindError};
+use crate::replication::{RecoveredGroup, Replication};
+use crate::stats::Stats;
+use crate::store::{Content, FormatError, FormatParameters, OpenError, Options, Recovered, Store};
+use crate::volume::VolumeClient;
+use crate::volume::calls::Calls;
+
+/// Messages that a shard may have under way to another.
+const MESH_CAPACITY: usize = 1024;
+/// Device operations of one shard at the kernel at once.
+const RING_DEPTH: u32 = 256;
+/// Smallest store worth formatting.
+const STORE_BYTES_MIN: u64 = 128 << 20;
+/// How long a clean stop may take.
+const STOP_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Why the data process can not start.
+#[derive(Debug, thiserror::Error)]
+pub enum BootError {
+    #[error(transparent)]
+    Topology(#[from] TopologyError),
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    #[error("{}: {}", path.display(), content)]
+    Foreign { path: PathBuf, content: String },
+    #[error("{}: {source}", path.display())]
+    Format { path: PathBuf, source: FormatError },
+    #[error("{}: {source}", path.display())]
+    Open { path: PathBuf, source: OpenError },
+    #[error(transparent)]
+    Ring(#[from] RingError),
+    #[error(transparent)]
+    Bind(#[from] BindError),
+    #[error("{}: {source}", path.display())]
+    Path { path: PathBuf, source: std::io::Error },
+    #[error("{what}: {source}")]
+    System { what: &'static str, source: std::io::Error },
+}
+
+impl BootError {
+    pub fn code(&self) -> Code {
+        match self {
+            Self::Topology(error) => error.code(),
+            Self::Device(error) => error.code(),
+            Self::Foreign { .. } => Code::DeviceInUse,
+            Self::Format { source, .. } => source.code(),
+            Self::Open { source, .. } => source.code(),
+            Self::Ring(error) => error.code(),
+            Self::Bind(error) => error.code(),
+            Self::Path { .. } => Code::DataDirUnusable,
+            Self::System { .. } => Code::Internal,
+        }
+    }
+}
+
+/// A store to open, as the configuration has it.
+#[derive(Clone, Debug)]
+struct StorePlan {
+    capacity: DeviceOptions,
+    cache: Option<DeviceOptions>,
+    media: Media,
+    format_anyway: bool,
+}
+
+/// The stores of a node: one for each capacity device, or the files of an embedded one.
+fn plan(config: &NodeConfig) -> Vec<StorePlan> {
+    let forced = |path: &Path| config.force_format.iter().any(|forced| forced == path);
+    let device = |path: &Path| DeviceOptions::new(path).minimum(STORE_BYTES_MIN);
+    if config.storage.devices.is_empty() {
+        let directory = config.cluster.data_dir.join("data");
+        let file = |index| {
+            let path = directory.join(format!("store-{index}.img"));
+            let format_anyway = forced(&path);
+            let capacity = device(&path).create(config.dataplane.file_size);
+            StorePlan { capacity, cache: None, media: Media::Ssd, format_anyway }
+        };
+        return (0..config.dataplane.stores).map(file).collect();
+    }
+    let of_role = |role| config.storage.devices.iter().filter(move |device| device.role == role);
+    let mut caches = of_role(Role::Cache).map(|cache| device(&cache.path));
+    of_role(Role::Capacity)
+        .map(|capacity| StorePlan {
+            capacity: device(&capacity.path),
+            cache: caches.next(),
+            media: capacity.media,
+            format_anyway: forced(&capacity.path),
+        })
+        .collect()
+}
+
+/// A store that is open, with its devices.
+struct OpenStore {
+    store: Store,
+    recovered: Recovered,
+    capacity: FileDevice,
+    cache: Option<FileDevice>,
+    media: Media,
+}
+
+/// Opens a planned store; formats its devices first when they are blank, or named by `--force-format`.
+fn open_store(plan: &StorePlan, cluster_id: &str, pool: &'static BufferPool) -> Result<OpenStore, BootError> {
+    let capacity = FileDevice::open(&plan.capacity)?;
+    let cache = plan.cache.as_ref().map(FileDevice::open).transpose()?;
+    let path = capacity.path().to_owned();
+    let format_error = |source| BootError::Format { path: path.clone(), source };
+    let mut blank = true;
+    for device in std::iter::once(&capacity).chain(&cache) {
+        let content = Store::probe(device, pool).map_err(format_error)?;
+        let foreign = |content: String| BootError::Foreign { path: device.path().to_owned(), content };
+        match content {
+            Content::Blank => {}
+            Content::Ours { cluster_id: found, .. } if found == cluster_id => blank = false,
+            _ if plan.format_anyway => {}
+            Content::Ours { cluster_id: found, .. } => {
+                return Err(foreign(format!("holds a store of cluster {found}")));
+            }
+            Content::Foreign(kind) => return Err(foreign(format!("holds {}", kind.name()))),
+        }
+    }
+    if blank {
+        let created_ns = wall_clock_ns();
+        let parameters = FormatParameters {
+            cluster_id: cluster_id.to_owned(),
+            store: StoreId(draw()),
+            created_ns,
+            journal_bytes: None,
+        };
+        tracing::info!(device = %path.display(), store = %parameters.store, "formatting a store");
+        Store::format(&capacity, cache.as_ref().map(|device| device as _), &parameters, pool)
+            .map_err(format_error)?;
+    }
+    let options =
+        Options { now_ns: os::boottime_ns(), cluster_id: Some(cluster_id.to_owned()), ..Options::default() };
+    let opened = Store::open(&capacity, cache.as_ref().map(|device| device as _), pool, options);
+    let (store, recovered) = opened.map_err(|source| BootError::Open { path: path.clone(), source })?;
+    tracing::info!(device = %path.display(), store = %store.id(), groups = recovered.groups.len(), damaged = recovered.damaged, "store open");
+    Ok(OpenStore { store, recovered, capacity, cache, media: plan.media })
+}
+
+fn wall_clock_ns() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos() as u64)
+}
+
+/// A random number, from the hasher's per-process keys and the clock.
+fn draw() -> u64 {
+    use std::hash::{BuildHasher, RandomState};
+    RandomState::new().hash_one((std::process::id(), wall_clock_ns(), os::boottime_ns())).max(1)
+}
+
+/// This power-on of the host.
+fn boot_id() -> Result<BootId, BootError> {
+    let what = "/proc/sys/kernel/random/boot_id";
+    let text = std::fs::read(what).map_err(|source| BootError::System { what, source })?;
+    Ok(BootId(xsan_protocol::checksum::crc64(&text)))
+}
+
+/// What a shard says when its stores are open.
+struct Ready {
+    shard: ShardIndex,
+    stores: Vec<map::Store>,
+    damaged: Vec<u32>,
+}
+
+/// What every shard learns when all are ready.
+#[derive(Clone)]
+struct Go {
+    process: Arc<map::DataProcess>,
+    damaged: Arc<Vec<u32>>,
+}
+
+/// What a shard's thread begins with.
+struct ShardPlan {
+    config: Arc<NodeConfig>,
+    shard: ShardIndex,
+    shard_count: u16,
+    core: Core,
+    stores: Vec<StorePlan>,
+    incarnation: Incarnation,
+    lease_until_ns: Arc<AtomicU64>,
+    nbd: Arc<nbd::Counters>,
+    mesh: MeshEnd<Message>,
+    ready: mpsc::Sender<Result<Ready, BootError>>,
+    go: mpsc::Receiver<Go>,
+    stopped: mpsc::Sender<ShardIndex>,
+}
+
+/// The running process, as the main thread holds it.
+pub struct Process {
+    inboxes: Vec<Inbox<Message>>,
+    nbd: Arc<nbd::Counters>,
+    stopped: mpsc::Receiver<ShardIndex>,
+}
+
+impl Process {
+    /// Starts every shard; returns when all of them serve.
+    ///
+    /// # Errors
+    /// A device, port, core or memory that can not be had.
+    pub fn start(config: NodeConfig) -> Result<Self, BootError> {
+        let config = Arc::new(config);
+        let cores = topology::cores(&config.dataplane.cores)?;
+        let shard_count = cores.len() as u16;
+        let incarnation = Incarnation(wall_clock_ns().max(1));
+        let lease_until_ns = Arc::new(AtomicU64::new(0));
+        let counters = Arc::new(nbd::Counters::default());
+        let (ready, from_shards) = mpsc::channel();
+        let (stopped, all_stopped) = mpsc::channel();
+        let directory = config.cluster.data_dir.join("data");
+        std::fs::create_dir_all(&directory).map_err(|source| BootError::Path { path: directory, source })?;
+        let plans = plan(&config);
+        let (mut inboxes, mut starts) = (Vec::new(), Vec::new());
+        for (index, (core, mesh)) in
+            cores.into_iter().zip(mesh(usize::from(shard_count), MESH_CAPACITY)).enumerate()
+        {
+            let (start, go) = mpsc::channel();
+            inboxes.push(mesh.inbox());
+            starts.push(start);
+            let own = plans.iter().skip(index).step_by(usize::from(shard_count));
+            let shard_plan = ShardPlan {
+                config: config.clone(),
+                shard: ShardIndex(index as u16),
+                shard_count,
+                core,
+                stores: own.cloned().collect(),
+                incarnation,
+                lease_until_ns: lease_until_ns.clone(),
+                nbd: counters.clone(),
+                mesh,
+                ready: ready.clone(),
+                go,
+                stopped: stopped.clone(),
+            };
+            let spawned =
+                std::thread::Builder::new().name(format!("shard-{index}")).spawn(|| run(shard_plan));
+            spawned.map_err(|source| BootError::System { what: "starting a thread", source })?;
+        }
+        let mut stores = Vec::new();
+        let mut damaged = Vec::new();
+        for _ in 0..shard_count {
+            let shard = from_shards.recv().expect("every shard answers before it ends")?;
+            tracing::debug!(shard = %shard.shard, stores = shard.stores.len(), "shard ready");
+            stores.extend(shard.stores);
+            damaged.extend(shard.damaged);
+        }
+        let port = config.dataplane.port;
+        let process = map::DataProcess {
+            incarnation,
+            boot_id: boot_id()?,
+            shard_ports: (0..shard_count).map(|shard| port + shard).collect(),
+            nbd_port: config.dataplane.nbd_port,
+            stores,
+        };
+        let go = Go { process: Arc::new(process), damaged: Arc::new(damaged) };
+        for start in starts {
+            start.send(go.clone()).expect("a shard that is ready waits for this");
+        }
+        for _ in 0..shard_count {
+            from_shards.recv().expect("every shard answers before it ends")?;
+        }
+        Ok(Self { inboxes, nbd: counters, stopped: all_stopped })
+    }
+
+    /// Stops cleanly: no new requests, stores flushed; gives up after a while, since a crash loses nothing either.
+    pub fn stop(self) {
+        self.nbd.stop();
+        for inbox in &self.inboxes {
+            if inbox.send(Message::Shutdown).is_err() {
+                tracing::warn!("a shard takes no messages: it is stuck");
+            }
+        }
+        for _ in &self.inboxes {
+            if self.stopped.recv_timeout(STOP_TIMEOUT).is_err() {
+                tracing::warn!("a shard did not flush its stores in time");
+            }
+        }
+    }
+}
+
+/// A shard's thread.
+fn run(plan: ShardPlan) {
+    let ready = plan.ready.clone();
+    if let Err(error) = serve(plan) {
+        // The main thread ends the process.
+        ready.send(Err(error)).expect("the main thread waits for every shard");
+    }
+}
+
+/// Sockets that must be there before the shard says that it serves.
+struct Sockets {
+    wire: TcpListener,
+    nbd: TcpListener,
+    nbd_unix: Option<UnixListener>,
+}
+
+fn serve(plan: ShardPlan) -> Result<(), BootError> {
+    let config = plan.config.clone();
+    topology::pin(&plan.core);
+    let memory = config.dataplane.memory_bytes(usize::from(plan.shard_count)) / u64::from(plan.shard_count);
+    let pool = topology::memory(&plan.core, memory as usize, config.dataplane.numa)?;
+    let opened: Vec<OpenStore> = plan
+        .stores
+        .iter()
+        .map(|store| open_store(store, &config.cluster.cluster_id, pool))
+        .collect::<Result<_, _>>()?;
+    let damaged = opened.iter().flat_map(|open| &open.recovered.groups).filter(|group| group.damaged);
+    let ready = Ready {
+        shard: plan.shard,
+        stores: opened.iter().map(|open| map_store(open, plan.shard)).collect(),
+        damaged: damaged.map(|group| group.group.0).collect(),
+    };
+    plan.ready.send(Ok(ready)).expect("the main thread waits for every shard");
+    // The main thread gives up when another shard fails; there is nobody left to tell.
+    let Ok(go) = plan.go.recv() else { return Ok(()) };
+    let driver = monoio::RuntimeBuilder::<monoio::IoUringDriver>::new().enable_timer().build();
+    let mut runtime = driver.map_err(|source| BootError::System { what: "the io_uring runtime", source })?;
+    runtime.block_on(async {
+        let sockets = bind(&config, plan.shard)?;
+        let (index, ready) = (plan.shard, plan.ready.clone());
+        let shard = assemble(plan, pool, opened, &go, sockets)?;
+        ready
+            .send(Ok(Ready { shard: index, stores: Vec::new(), damaged: Vec::new() }))
+            .expect("the main thread waits for every shard");
+        shard.run().await;
+        Ok(())
+    })
+}
+
+fn map_store(open: &OpenStore, shard: ShardIndex) -> map::Store {
+    map::Store {
+        id: open.store.id(),
+        capacity_bytes: open.store.status().capacity_bytes,
+        shard,
+        device: open.capacity.path().display().to_string(),
+        media: media_name(open.media).to_owned(),
+        failed: false,
+    }
+}
+
+const fn media_name(media: Media) -> &'static str {
+    match media {
+        Media::Ssd => "ssd",
+        Media::Hdd => "hdd",
+    }
+}
+
+fn bind(config: &NodeConfig, shard: ShardIndex) -> Result<Sockets, BootError> {
+    let address = |port| SocketAddr::new(config.cluster.bind_ip, port);
+    let mut nbd_unix = None;
+    if shard == ShardIndex(0) {
+        let path = config.cluster.nbd_socket();
+        // What a dead predecessor left; the device locks say that none lives.
+        let removed = std::fs::remove_file(&path);
+        let bound = match removed {
+            Err(source) if source.kind() != std::io::ErrorKind::NotFound => Err(source),
+            _ => std::os::unix::net::UnixListener::bind(&path).and_then(UnixListener::from_std),
+        };
+        nbd_unix = Some(bound.map_err(|source| BootError::Path { path, source })?);
+    }
+    Ok(Sockets {
+        wire: listener::bind(address(config.dataplane.port + shard.0), false)?,
+        nbd: listener::bind(address(config.dataplane.nbd_port), true)?,
+        nbd_unix,
+    })
+}
+
+/// Puts the shard together and starts its tasks.
+fn assemble(
+    plan: ShardPlan,
+    pool: &'static BufferPool,
+    opened: Vec<OpenStore>,
+    go: &Go,
+    sockets: Sockets,
+) -> Result<Shard, BootError> {
+    let config = plan.config.clone();
+    let identity = Rc::new(Identity {
+        node: config.numeric_id,
+        incarnation: plan.incarnation,
+        shard: plan.shard,
+        shard_count: plan.shard_count,
+        cluster_id: config.cluster.cluster_id.clone(),
+    });
+    let handle = Handle::new();
+    let stats = Rc::new(RefCell::new(Stats::new()));
+    let (calls, opens) = (Calls::default(), Opens::default());
+    let port = ShardPort {
+        identity: identity.clone(),
+        handle: handle.clone(),
+        opens: opens.clone(),
+        stats: stats.clone(),
+    };
+    let client = VolumeClient::new(Rc::new(port), calls.clone(), pool);
+    let connections = Connections {
+        identity: identity.clone(),
+        handle: handle.clone(),
+        memory: Memory { pool, overflow: Rc::default() },
+        counters: Rc::default(),
+        open: Rc::default(),
+        open_max: config.network.max_connections,
+        sessions: Rc::new(Cell::new(plan.incarnation.0)),
+    };
+    let mut replication = Replication::new(identity.node, identity.incarnation, identity.shard, pool);
+    let (stores, ring) = take_stores(opened, pool, &mut replication)?;
+    monoio::spawn(tasks::watch(ring.eventfd().clone(), handle.clone()));
+    monoio::spawn(tasks::watch(plan.mesh.eventfd().clone(), handle.clone()));
+    monoio::spawn(tasks::tick(handle.clone()));
+    monoio::spawn(connections.clone().serve(sockets.wire));
+    let options =
+        nbd::Options { connections_max: config.network.max_connections as usize, ..nbd::Options::default() };
+    let gateway = nbd::Gateway::new(client.clone(), pool, options, plan.nbd.clone());
+    if let Some(unix) = sockets.nbd_unix {
+        monoio::spawn(gateway.clone().serve_unix(unix));
+    }
+    monoio::spawn(gateway.serve_tcp(sockets.nbd));
+    let control = (plan.shard == ShardIndex(0)).then(|| start_link(&plan, &handle, go));
+    Ok(Shard {
+        identity,
+        handle,
+        client,
+        replication,
+        stores,
+        ring,
+        peers: Peers::default(),
+        connections,
+        dialled: Default::default(),
+        map: Arc::default(),
+        calls,
+        opens,
+        buffers: pool,
+        lease_until_ns: plan.lease_until_ns,
+        stats,
+        mesh: RefCell::new(plan.mesh),
+        control,
+        stopping: None,
+        stopped: plan.stopped,
+        scratch: Scratch::default(),
+    })
+}
+
+/// Registers the stores' devices with a ring, and gives replication what was recovered.
+fn take_stores(
+    opened: Vec<OpenStore>,
+    pool: &'static BufferPool,
+    replication: &mut Replication,
+) -> Result<(StoreTable, DiskRing), BootError> {
+    let devices: Vec<&FileDevice> =
+        opened.iter().flat_map(|open| std::iter::once(&open.capacity).chain(&open.cache)).collect();
+    let ring = DiskRing::new(&devices, &[pool], RING_DEPTH)?;
+    let mut stores = StoreTable::default();
+    let mut slot = 0;
+    for OpenStore { store, recovered, capacity, cache, media } in opened {
+        let groups = recovered.groups.into_iter().map(|group| RecoveredGroup {
+            group: group.group,
+            tail: group.tail,
+            pending: group.pending,
+        });
+        replication.add_store(store.id(), groups.collect(), recovered.damaged);
+        let cache_slot = cache.as_ref().map(|_| slot + 1);
+        let device = capacity.path().display().to_string();
+        let media = media_name(media).to_owned();
+        let owned = OwnedStore { store, device, media, capacity_slot: slot, cache_slot };
+        slot += 1 + usize::from(cache.is_some());
+        stores.0.insert(owned.store.id(), owned);
+        // The devices stay open and locked for the life of the process.
+        std::mem::forget((capacity, cache));
+    }
+    Ok((stores, ring))
+}
+
+/// Starts the link to the control process; shard 0 alone.
+fn start_link(plan: &ShardPlan, handle: &Handle, go: &Go) -> Control {
+    let config = &plan.config;
+    let sender = LinkSender::default();
+    let hello = proto::DataHello {
+        pid: std::process::id(),
+        process: Some(proto::DataProcess::from(&*go.process)),
+        damaged: go.damaged.iter().map(|group| proto::GroupReport { group: *group }).collect(),
+    };
+    let hello = LinkMessage { request_id: 0, body: Some(Body::Hello(hello)) };
+    let events = handle.clone();
+    let on_event = move |event| events.push(Event::Link(event));
+    monoio::spawn(link::run(config.cluster.link_socket(), sender.clone(), move || hello.clone(), on_event));
+    monoio::spawn(tasks::status(handle.clone(), config.network.heartbeat_interval));
+    let cluster_id = config.cluster.cluster_id.as_str().into();
+    Control::new(sender, usize::from(plan.shard_count), cluster_id, plan.lease_until_ns.clone())
+}

@@ -1,0 +1,232 @@
+//! Shard 0's side of the link: what the data process tells the control process and what it is told.
+//!
+//! Used by the shard's turn. Other shards reach it by messages. Knows no group, store or socket: questions
+//! are put to every shard and their reports are put together here.
+
+use std::collections::HashMap;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use xsan_protocol::error::Code;
+use xsan_protocol::ids::{BlockIndex, BlockKey, GroupId, Layer, Lineage, MapVersion, ShardIndex};
+use xsan_protocol::map::{ClusterMap, Volume};
+use xsan_protocol::proto::link_message::Body;
+use xsan_protocol::proto::{self, LinkMessage};
+
+use super::link::{LinkEvent, LinkSender};
+use super::message::{Message, Question, Report};
+use crate::stats::Stats;
+
+/// What the shard is to do after a link event.
+pub enum Outcome {
+    Nothing,
+    /// Put this question to every shard; their reports come back with `number`.
+    Ask {
+        number: u64,
+        question: Question,
+    },
+    /// A newer map, for every shard.
+    Map(Arc<ClusterMap>),
+    /// Messages for shards.
+    Tell(Vec<(ShardIndex, Message)>),
+}
+
+/// A question that shards are answering.
+struct Asked {
+    /// The control process's request; `None` for the regular status.
+    request_id: Option<u64>,
+    waiting: usize,
+    reports: Vec<Report>,
+}
+
+pub struct Control {
+    link: LinkSender,
+    shard_count: usize,
+    cluster_id: Rc<str>,
+    lease_until_ns: Arc<AtomicU64>,
+    next_number: u64,
+    opens: HashMap<u64, (ShardIndex, u64)>,
+    asked: HashMap<u64, Asked>,
+}
+
+impl Control {
+    pub fn new(
+        link: LinkSender,
+        shard_count: usize,
+        cluster_id: Rc<str>,
+        lease_until_ns: Arc<AtomicU64>,
+    ) -> Self {
+        let (opens, asked) = (HashMap::new(), HashMap::new());
+        Self { link, shard_count, cluster_id, lease_until_ns, next_number: 1, opens, asked }
+    }
+
+    fn number(&mut self) -> u64 {
+        self.next_number += 1;
+        self.next_number
+    }
+
+    fn send(&self, request_id: u64, body: Body) -> bool {
+        self.link.send(LinkMessage { request_id, body: Some(body) })
+    }
+
+    /// A message that only shard 0 takes.
+    pub fn on_message(&mut self, from: ShardIndex, message: Message) -> Outcome {
+        match message {
+            Message::Open { number, name } => {
+                let request_id = self.number();
+                if self.send(request_id, Body::OpenVolume(proto::OpenVolume { name })) {
+                    self.opens.insert(request_id, (from, number));
+                } else {
+                    return Outcome::Tell(vec![(
+                        from,
+                        Message::Opened { number, result: Err(Code::NoQuorum) },
+                    )]);
+                }
+            }
+            Message::Close(volume) => {
+                // With the link down nothing is lost: a control process that starts anew counts no opens of before.
+                self.send(0, Body::CloseVolume(proto::CloseVolume { volume: volume.0 }));
+            }
+            Message::Propose(proposals) => {
+                // Lost while the link is down: primaries propose again until the map changes.
+                self.send(0, Body::Proposals(proto::GroupProposals { proposals }));
+            }
+            Message::Report { number, report } => self.on_report(number, *report),
+            Message::MapTaken => return self.ask_status(),
+            other => unreachable!("{other:?} is taken by every shard"),
+        }
+        Outcome::Nothing
+    }
+
+    /// Starts the regular status.
+    pub fn ask_status(&mut self) -> Outcome {
+        self.ask(None, Question::Status)
+    }
+
+    fn ask(&mut self, request_id: Option<u64>, question: Question) -> Outcome {
+        let number = self.number();
+        self.asked.insert(number, Asked { request_id, waiting: self.shard_count, reports: Vec::new() });
+        Outcome::Ask { number, question }
+    }
+
+    pub fn on_link(&mut self, event: LinkEvent) -> Outcome {
+        match event {
+            LinkEvent::Down => {
+                let lost = self.opens.drain().map(|(_, (shard, number))| {
+                    (shard, Message::Opened { number, result: Err(Code::NoQuorum) })
+                });
+                Outcome::Tell(lost.collect())
+            }
+            LinkEvent::Message(message) => self.on_link_message(message),
+        }
+    }
+
+    fn on_link_message(&mut self, message: LinkMessage) -> Outcome {
+        let request_id = message.request_id;
+        match message.body {
+            Some(Body::Lease(lease)) => {
+                self.lease_until_ns.store(lease.until_boottime_ns, Ordering::Release);
+                Outcome::Nothing
+            }
+            Some(Body::Map(map)) => match ClusterMap::try_from(map) {
+                Ok(map) => Outcome::Map(Arc::new(map)),
+                Err(error) => {
+                    tracing::error!(code = %error.code(), %error, "the control process sent a map that is not valid; the old one stays");
+                    Outcome::Nothing
+                }
+            },
+            Some(Body::Welcome(welcome)) => {
+                assert!(*welcome.cluster_id == *self.cluster_id, "both processes read one node.json");
+                Outcome::Nothing
+            }
+            Some(Body::OpenVolumeReply(reply)) => {
+                let result = reply
+                    .volume
+                    .ok_or(Code::FrameInvalid)
+                    .and_then(|volume| Volume::try_from(volume).map_err(|error| error.code()));
+                let version = MapVersion(reply.map_version);
+                self.opened(request_id, result.map(|volume| Box::new((volume, version))))
+            }
+            Some(Body::Error(error)) => {
+                let code =
+                    u16::try_from(error.code).ok().and_then(Code::from_number).unwrap_or(Code::Internal);
+                self.opened(request_id, Err(code))
+            }
+            Some(Body::PerfStatsRequest(_)) => self.ask(Some(request_id), Question::Perf),
+            Some(Body::BlockQuery(query)) => {
+                let Ok(index) = u32::try_from(query.block_index) else { return Outcome::Nothing };
+                let key = BlockKey {
+                    lineage: Lineage(query.lineage),
+                    layer: Layer(query.layer),
+                    index: BlockIndex(index),
+                };
+                self.ask(Some(request_id), Question::Block { group: GroupId(query.group), key })
+            }
+            other => {
+                tracing::warn!(?other, "a link message that a data process does not take");
+                Outcome::Nothing
+            }
+        }
+    }
+
+    fn opened(&mut self, request_id: u64, result: Result<Box<(Volume, MapVersion)>, Code>) -> Outcome {
+        match self.opens.remove(&request_id) {
+            Some((shard, number)) => Outcome::Tell(vec![(shard, Message::Opened { number, result })]),
+            None => Outcome::Nothing,
+        }
+    }
+
+    /// One shard's report; the last one completes the answer.
+    fn on_report(&mut self, number: u64, report: Report) {
+        let Some(asked) = self.asked.get_mut(&number) else { return };
+        asked.reports.push(report);
+        asked.waiting -= 1;
+        if asked.waiting > 0 {
+            return;
+        }
+        let asked = self.asked.remove(&number).expect("it was there above");
+        if let Some(body) = put_together(asked.reports) {
+            self.send(asked.request_id.unwrap_or(0), body);
+        }
+    }
+}
+
+/// One answer of the process from the reports of its shards; all are of one kind.
+fn put_together(reports: Vec<Report>) -> Option<Body> {
+    let mut stats: Option<Stats> = None;
+    let mut status: Option<proto::DataStatus> = None;
+    let mut block = None;
+    for report in reports {
+        match report {
+            Report::Perf(one) => match &mut stats {
+                Some(all) => all.merge(&one),
+                None => stats = Some(*one),
+            },
+            Report::Status(one) => match &mut status {
+                Some(all) => add_status(all, one),
+                None => status = Some(one),
+            },
+            Report::Block(one) => {
+                block = block
+                    .or(Some(one.unwrap_or_default()))
+                    .filter(|b: &proto::BlockReplica| !b.units.is_empty())
+            }
+        }
+    }
+    if let Some(stats) = stats {
+        let (latencies, counters) = stats.to_messages();
+        let node = proto::NodePerf { latencies, counters, reachable: true, ..proto::NodePerf::default() };
+        return Some(Body::PerfStats(proto::PerfStatsReply { nodes: vec![node] }));
+    }
+    status.map(Body::Status).or(Some(Body::BlockReplica(block.unwrap_or_default())))
+}
+
+fn add_status(all: &mut proto::DataStatus, one: proto::DataStatus) {
+    // The newest map that *every* shard acts on.
+    all.map_version = all.map_version.min(one.map_version);
+    all.stores.extend(one.stores);
+    all.resync_bytes_moved += one.resync_bytes_moved;
+    all.resync_bytes_left += one.resync_bytes_left;
+    all.slow_members.extend(one.slow_members);
+}

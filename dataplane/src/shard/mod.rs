@@ -1,0 +1,230 @@
+//! Shard: one pinned core's thread and all that it owns. Here events become actions, a turn at a time.
+//!
+//! A turn takes everything that is there (frames, requests, messages, device completions), runs the state
+//! machines, carries out what they ask for, and only then issues one journal append for each store, one send
+//! for each connection and one system call for the device ring. It waits for nothing to fill a batch: the
+//! first event starts a turn, and what arrived meanwhile is in the next.
+//!
+//! Invariants
+//! - State machines are entered from a turn alone: a task that receives something queues an [`Event`].
+//! - Actions are carried out in order, right after the call that asked for them.
+//!
+//! Source: DESIGN.md, crates and their direction.
+
+use std::cell::{Cell, RefCell};
+use std::collections::{HashMap, VecDeque};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{self, AtomicU64, Ordering};
+
+use xsan_protocol::error::Code;
+use xsan_protocol::ids::{GroupId, Incarnation, MapVersion, NodeId, PoolId, ShardIndex, StoreId};
+use xsan_protocol::map::{ClusterMap, Volume};
+use xsan_protocol::proto;
+use xsan_protocol::wire::header::Opcode;
+use xsan_protocol::wire::session::Hello;
+
+use crate::disk::buffers::BufferPool;
+use crate::disk::os;
+use crate::disk::ring::DiskRing;
+use crate::io::{DiskAction, DiskCompletion};
+use crate::net::connection::Outbox;
+use crate::net::frame::Frame;
+use crate::net::notify::Notify;
+use crate::replication::{Action, Change, Origin, Replication, Reply, Request, RequestId, Stores};
+use crate::stats::Stats;
+use crate::store::{Store, StoreEvent, StoreView};
+use crate::volume::calls::{Answer, Calls};
+use crate::volume::{VolumeClient, wire};
+
+pub mod boot;
+mod control;
+pub mod link;
+pub mod mailbox;
+mod message;
+mod parker;
+mod peers;
+mod port;
+mod report;
+mod tasks;
+pub mod topology;
+mod turn;
+
+use control::Control;
+use link::LinkEvent;
+use mailbox::MeshEnd;
+pub use message::{Message, Question, Report};
+use peers::{ConnectionId, PeerShard, Peers};
+
+/// Flush token of a clean stop; replication's tokens count from 1.
+const SHUTDOWN_TOKEN: u64 = u64::MAX;
+
+/// What a task of the shard's thread has for the next turn.
+pub enum Event {
+    Frames {
+        connection: ConnectionId,
+        frames: Vec<Frame>,
+    },
+    Accepted {
+        connection: ConnectionId,
+        hello: Hello,
+        outbox: Outbox,
+    },
+    Dialled {
+        connection: ConnectionId,
+        peer: PeerShard,
+        outbox: Outbox,
+    },
+    Closed(ConnectionId),
+    /// A gateway's request of a group of this shard.
+    Request(Box<Request>),
+    /// A gateway's request of another node's group; call `number` waits for the answer.
+    Send {
+        number: u64,
+        peer: PeerShard,
+        frame: Frame,
+    },
+    /// A message for another shard of this process.
+    Tell(ShardIndex, Message),
+    /// A message from shard `.0` of this process.
+    Message(ShardIndex, Message),
+    /// The groups of a pool that this shard leads are flushed.
+    Flushed {
+        asker: Asker,
+        number: u64,
+        groups: Vec<GroupId>,
+    },
+    Link(LinkEvent),
+    /// The device ring has completions, or another shard has sent something.
+    Wake,
+    Tick,
+    /// The heartbeat interval has passed: tell the control process how the stores are.
+    Status,
+}
+
+/// Who waits for a flush of this shard's groups.
+#[derive(Clone, Copy, Debug)]
+pub enum Asker {
+    Shard(ShardIndex),
+    Connection(ConnectionId),
+}
+
+/// What never changes in a shard's life.
+#[derive(Debug)]
+pub struct Identity {
+    pub node: NodeId,
+    pub incarnation: Incarnation,
+    pub shard: ShardIndex,
+    pub shard_count: u16,
+    pub cluster_id: String,
+}
+
+/// One store of the shard, and the ring's slots of its devices.
+struct OwnedStore {
+    store: Store,
+    device: String,
+    media: String,
+    capacity_slot: usize,
+    cache_slot: Option<usize>,
+}
+
+impl OwnedStore {
+    fn has_slot(&self, slot: usize) -> bool {
+        self.capacity_slot == slot || self.cache_slot == Some(slot)
+    }
+}
+
+/// The shard's stores, as replication asks for them.
+#[derive(Default)]
+struct StoreTable(HashMap<StoreId, OwnedStore>);
+
+impl StoreTable {
+    /// # Panics
+    /// The store is not of this shard: replication names only those that it was given.
+    fn get(&mut self, id: StoreId) -> &mut Store {
+        &mut self.0.get_mut(&id).expect("replication names only this shard's stores").store
+    }
+}
+
+impl Stores for StoreTable {
+    fn view(&self, id: StoreId) -> &dyn StoreView {
+        &self.0[&id].store
+    }
+}
+
+/// The shard's state: owned by the task that runs its turns.
+pub struct Shard {
+    identity: Rc<Identity>,
+    handle: Handle,
+    client: VolumeClient,
+    replication: Replication,
+    stores: StoreTable,
+    ring: DiskRing,
+    peers: Peers,
+    connections: tasks::Connections,
+    dialled: HashMap<PeerShard, tasks::Dialling>,
+    map: Arc<ClusterMap>,
+    calls: Calls,
+    opens: Opens,
+    buffers: &'static BufferPool,
+    lease_until_ns: Arc<AtomicU64>,
+    stats: Rc<RefCell<Stats>>,
+    mesh: RefCell<MeshEnd<Message>>,
+    /// Shard 0 alone.
+    control: Option<Control>,
+    /// Set when the process is to end: the stores that are not flushed yet.
+    stopping: Option<usize>,
+    stopped: std::sync::mpsc::Sender<ShardIndex>,
+    scratch: Scratch,
+}
+
+/// Calls that attach volumes.
+type Opens = Calls<(), Box<(Volume, MapVersion)>>;
+
+/// Vectors that every turn fills and empties.
+#[derive(Default)]
+struct Scratch {
+    actions: Vec<Action>,
+    operations: Vec<DiskAction>,
+    completions: Vec<(usize, DiskCompletion)>,
+    events: Vec<StoreEvent>,
+    proposals: Vec<proto::GroupProposal>,
+}
+
+/// How the tasks of the shard's thread reach its turn.
+#[derive(Clone)]
+pub struct Handle(Rc<Inner>);
+
+struct Inner {
+    events: RefCell<VecDeque<Event>>,
+    wake: Notify,
+    map: RefCell<Arc<ClusterMap>>,
+    next_connection: Cell<ConnectionId>,
+}
+
+impl Handle {
+    fn new() -> Self {
+        Self(Rc::new(Inner {
+            events: RefCell::default(),
+            wake: Notify::default(),
+            map: RefCell::default(),
+            next_connection: Cell::new(1),
+        }))
+    }
+
+    /// Queues an event; the next turn takes it.
+    fn push(&self, event: Event) {
+        self.0.events.borrow_mut().push_back(event);
+        self.0.wake.notify();
+    }
+
+    fn map(&self) -> Arc<ClusterMap> {
+        self.0.map.borrow().clone()
+    }
+
+    fn connection_id(&self) -> ConnectionId {
+        let id = self.0.next_connection.get();
+        self.0.next_connection.set(id + 1);
+        id
+    }
+}

@@ -1,0 +1,154 @@
+//! Connections of a shard: dialled ones to the shards of other nodes, accepted ones from them and from clients.
+//!
+//! Requests go out on the connection that this side dialled, answers return on the one that brought the
+//! request: so the frames of one group to one member stay in order on one connection.
+//! Knows frames and nodes; no group and no request.
+//!
+//! Invariants
+//! - Of one sender (client id) only the newest session is kept: an older connection is closed when a newer
+//!   session says hello, and its queued frames are dropped with it.
+
+use std::collections::HashMap;
+
+use xsan_protocol::ids::{NodeId, ShardIndex};
+use xsan_protocol::wire::header::Opcode;
+use xsan_protocol::wire::session::Hello;
+
+use crate::net::connection::Outbox;
+use crate::net::frame::Frame;
+
+/// Numbers a shard's connections; never reused in a process's life.
+pub type ConnectionId = u64;
+
+/// One shard of one node.
+pub type PeerShard = (NodeId, ShardIndex);
+
+pub struct Connection {
+    pub outbox: Outbox,
+    /// Who is at the other end; node 0 is a client.
+    pub peer: PeerShard,
+    dialled: bool,
+    client_id: u64,
+    session: u64,
+}
+
+#[derive(Default)]
+pub struct Peers {
+    connections: HashMap<ConnectionId, Connection>,
+    dialled: HashMap<PeerShard, ConnectionId>,
+    accepted: HashMap<PeerShard, ConnectionId>,
+    /// Newest session of each sender, kept after its connection closed.
+    sessions: HashMap<u64, (u64, Option<ConnectionId>)>,
+    /// Connections with frames that were queued in this turn.
+    dirty: Vec<ConnectionId>,
+}
+
+/// What came of an accepted hello.
+pub enum Accepted {
+    Kept,
+    /// Kept; this older connection of the same sender is fenced.
+    Replaces(ConnectionId),
+    /// A newer session of the sender was seen: this one is to be closed.
+    Outdated(Outbox),
+}
+
+impl Peers {
+    pub fn add_dialled(&mut self, id: ConnectionId, peer: PeerShard, outbox: Outbox) {
+        let connection = Connection { outbox, peer, dialled: true, client_id: 0, session: 0 };
+        self.connections.insert(id, connection);
+        self.dialled.insert(peer, id);
+    }
+
+    pub fn add_accepted(&mut self, id: ConnectionId, hello: &Hello, outbox: Outbox) -> Accepted {
+        let newest = self.sessions.entry(hello.client_id).or_insert((0, None));
+        if hello.session < newest.0 {
+            return Accepted::Outdated(outbox);
+        }
+        let older = std::mem::replace(newest, (hello.session, Some(id))).1;
+        let peer = (hello.node, hello.shard);
+        let (client_id, session) = (hello.client_id, hello.session);
+        self.connections.insert(id, Connection { outbox, peer, dialled: false, client_id, session });
+        if hello.node != NodeId(0) {
+            self.accepted.insert(peer, id);
+        }
+        older.map_or(Accepted::Kept, Accepted::Replaces)
+    }
+
+    /// Forgets a connection; tells what it was.
+    pub fn remove(&mut self, id: ConnectionId) -> Option<Closed> {
+        let connection = self.connections.remove(&id)?;
+        connection.outbox.close();
+        let table = if connection.dialled { &mut self.dialled } else { &mut self.accepted };
+        if table.get(&connection.peer) == Some(&id) {
+            table.remove(&connection.peer);
+        }
+        if !connection.dialled
+            && let Some(newest) = self.sessions.get_mut(&connection.client_id)
+            && *newest == (connection.session, Some(id))
+        {
+            newest.1 = None;
+        }
+        Some(Closed { peer: connection.peer, dialled: connection.dialled })
+    }
+
+    pub fn peer_of(&self, id: ConnectionId) -> Option<PeerShard> {
+        Some(self.connections.get(&id)?.peer)
+    }
+
+    /// Ends the dialled connection to `peer`, if there is one: it leads to an older life of it.
+    pub fn close_dialled(&mut self, peer: PeerShard) {
+        if let Some(connection) = self.dialled.get(&peer).and_then(|id| self.connections.get(id)) {
+            connection.outbox.close();
+        }
+    }
+
+    /// Queues a frame for `peer`; `false` when no connection is there: the frame is lost, as on a
+    /// broken connection.
+    pub fn send(&mut self, peer: PeerShard, frame: Frame) -> bool {
+        let table = if is_answer(frame.header.opcode) { &self.accepted } else { &self.dialled };
+        match table.get(&peer) {
+            Some(&id) => self.send_on(id, frame),
+            None => false,
+        }
+    }
+
+    /// Queues a frame on one connection.
+    pub fn send_on(&mut self, id: ConnectionId, frame: Frame) -> bool {
+        let Some(connection) = self.connections.get(&id) else { return false };
+        connection.outbox.push(frame);
+        if self.dirty.last() != Some(&id) {
+            self.dirty.push(id);
+        }
+        true
+    }
+
+    /// Starts sending what this turn queued: one wake for each connection.
+    pub fn flush(&mut self) {
+        for id in self.dirty.drain(..) {
+            if let Some(connection) = self.connections.get(&id) {
+                connection.outbox.wake();
+            }
+        }
+    }
+}
+
+#[derive(Debug, PartialEq, Eq)]
+pub struct Closed {
+    pub peer: PeerShard,
+    pub dialled: bool,
+}
+
+/// Does a frame of `opcode` answer one that came on an accepted connection?
+pub const fn is_answer(opcode: Opcode) -> bool {
+    matches!(
+        opcode,
+        Opcode::AppendOk
+            | Opcode::PeerInfo
+            | Opcode::FetchReply
+            | Opcode::MemberFlushReply
+            | Opcode::LearnStartReply
+            | Opcode::CompareReply
+            | Opcode::PushReply
+            | Opcode::FetchPagesReply
+    )
+}

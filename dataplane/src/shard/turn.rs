@@ -1,0 +1,409 @@
+//! The turn: events in, actions out. See `shard` for what a turn is.
+
+use super::control::Outcome;
+use super::peers::Accepted;
+use super::*;
+use crate::io::DeviceRole;
+use crate::stats::Counter;
+use crate::store::{Record, StoreError};
+
+type Refused = VecDeque<(StoreId, Record, StoreError)>;
+
+impl Shard {
+    /// Runs one turn over `events`.
+    pub(super) fn turn(&mut self, events: &mut VecDeque<Event>) {
+        self.stats.borrow_mut().add(Counter::Turns, 1);
+        self.replication.on_lease(self.lease_until_ns.load(Ordering::Acquire));
+        for event in events.drain(..) {
+            self.on_event(event);
+        }
+        self.run_stores();
+        while self.replication.has_deferred() {
+            self.replicate(|replication, stores, now, out| replication.on_tick(now, stores, out));
+        }
+        self.submit();
+        self.send_proposals();
+        self.peers.flush();
+        self.mesh.borrow_mut().flush();
+    }
+
+    fn on_event(&mut self, event: Event) {
+        match event {
+            Event::Frames { connection, frames } => {
+                for frame in frames {
+                    self.on_frame(connection, frame);
+                }
+            }
+            Event::Accepted { connection, hello, outbox } => self.on_accepted(connection, &hello, outbox),
+            Event::Dialled { connection, peer, outbox } => {
+                self.peers.add_dialled(connection, peer, outbox);
+                self.replicate(|replication, stores, now, out| {
+                    replication.on_peer_up(peer.0, stores, now, out)
+                });
+            }
+            Event::Closed(connection) => self.on_closed(connection),
+            Event::Request(request) => self.on_request(*request),
+            Event::Send { number, peer, frame } => {
+                if !self.peers.send(peer, frame) {
+                    self.calls.complete(number, Err(Code::GroupInactive));
+                }
+            }
+            Event::Tell(shard, message) => self.tell(shard, message),
+            Event::Message(from, message) => self.on_message(from, message),
+            Event::Flushed { asker, number, groups } => self.on_flushed(asker, number, groups),
+            Event::Link(event) => {
+                let outcome = self.control.as_mut().map(|control| control.on_link(event));
+                self.on_outcome(outcome);
+            }
+            Event::Status => {
+                let outcome = self.control.as_mut().map(Control::ask_status);
+                self.on_outcome(outcome);
+            }
+            Event::Wake => {}
+            Event::Tick => {
+                let now = os::boottime_ns();
+                self.stores.0.values_mut().for_each(|owned| owned.store.tick(now));
+                self.replicate(|replication, stores, now, out| replication.on_tick(now, stores, out));
+            }
+        }
+    }
+
+    /// Calls into replication, then carries out what it asks for, until it asks for nothing more.
+    fn replicate(&mut self, call: impl FnOnce(&mut Replication, &StoreTable, u64, &mut Vec<Action>)) {
+        let mut actions = std::mem::take(&mut self.scratch.actions);
+        let mut refused = Refused::new();
+        call(&mut self.replication, &self.stores, os::boottime_ns(), &mut actions);
+        loop {
+            for action in actions.drain(..) {
+                self.carry_out(action, &mut refused);
+            }
+            let Some((store, record, error)) = refused.pop_front() else { break };
+            let now = os::boottime_ns();
+            self.replication.on_append_refused(store, record, error, &self.stores, now, &mut actions);
+        }
+        self.scratch.actions = actions;
+    }
+
+    fn carry_out(&mut self, action: Action, refused: &mut Refused) {
+        match action {
+            Action::Send { to, frame } => self.send(to, frame),
+            Action::Append { store, record } => {
+                let group = record.group();
+                // A group's records stay in order: behind a refused one nothing more of it is offered.
+                let behind = refused.iter().find(|(_, earlier, _)| earlier.group() == group);
+                let refusal = match behind {
+                    Some((_, _, error)) => Some((record, *error)),
+                    None => {
+                        let kept = record.clone();
+                        self.stores.get(store).append(record).err().map(|error| (kept, error))
+                    }
+                };
+                refused.extend(refusal.map(|(record, error)| (store, record, error)));
+            }
+            Action::Apply { store, group, through } => self.stores.get(store).apply(group, through),
+            Action::Read { store, token, group, key, pages, buffer } => {
+                self.stores.get(store).read(token, group, key, pages, buffer);
+            }
+            Action::Flush { store, token } => self.stores.get(store).flush(token),
+            Action::Repair { store, token, group, key, pages, data } => {
+                self.stores.get(store).repair(token, group, key, pages, data);
+            }
+            Action::Complete { request, result } => self.complete(request, result),
+            Action::Propose { group, epoch, node, change } => {
+                let change = match change {
+                    Change::Promote => proto::group_proposal::Change::Promote,
+                    Change::Demote => proto::group_proposal::Change::Demote,
+                };
+                self.scratch.proposals.push(proto::GroupProposal {
+                    group: group.0,
+                    epoch: epoch.0,
+                    node: node.0,
+                    change: change as i32,
+                });
+            }
+        }
+    }
+
+    /// Feeds completions to the stores and the stores' events to replication, until the stores are quiet.
+    fn run_stores(&mut self) {
+        let mut completions = std::mem::take(&mut self.scratch.completions);
+        self.ring.completions(&mut completions);
+        for (slot, completion) in completions.drain(..) {
+            let owned = self.stores.0.values_mut().find(|owned| owned.has_slot(slot));
+            owned.expect("the ring has only slots of this shard's stores").store.on_disk(completion);
+        }
+        self.scratch.completions = completions;
+        self.take_store_events();
+    }
+
+    fn take_store_events(&mut self) {
+        let mut events = std::mem::take(&mut self.scratch.events);
+        let ids: Vec<StoreId> = self.stores.0.keys().copied().collect();
+        for id in ids {
+            loop {
+                self.stores.get(id).take_events(&mut events);
+                if events.is_empty() {
+                    break;
+                }
+                for event in events.drain(..) {
+                    self.on_store_event(id, event);
+                }
+            }
+        }
+        self.scratch.events = events;
+    }
+
+    /// Ends the stores' turn: their operations of the whole turn, in one submission.
+    fn submit(&mut self) {
+        let mut operations = std::mem::take(&mut self.scratch.operations);
+        for owned in self.stores.0.values_mut() {
+            owned.store.end_turn(&mut operations);
+            for operation in operations.drain(..) {
+                let slot = match (operation.device(), owned.cache_slot) {
+                    (DeviceRole::Cache, Some(slot)) => slot,
+                    _ => owned.capacity_slot,
+                };
+                self.ring.submit(slot, operation);
+            }
+        }
+        self.scratch.operations = operations;
+        // What `end_turn` itself brought about, as reads of what is in memory.
+        self.take_store_events();
+        // A ring that takes nothing more is the end of this process, whose replicas elsewhere go on.
+        self.ring.flush_submissions().unwrap_or_else(|error| panic!("{error}"));
+    }
+
+    /// Begins a clean stop: what the stores hold is flushed, then the main thread ends the process.
+    fn shut_down(&mut self) {
+        tracing::info!(shard = %self.identity.shard, calls = self.calls.count(), "the shard stops");
+        self.stopping = Some(self.stores.0.len());
+        self.stores.0.values_mut().for_each(|owned| owned.store.flush(SHUTDOWN_TOKEN));
+        self.maybe_stopped();
+    }
+
+    fn maybe_stopped(&mut self) {
+        if self.stopping == Some(0) {
+            // The main thread may have given up waiting: then the process ends anyway.
+            let _ = self.stopped.send(self.identity.shard);
+        }
+    }
+
+    fn on_store_event(&mut self, store: StoreId, event: StoreEvent) {
+        if matches!(event, StoreEvent::Flushed { token: SHUTDOWN_TOKEN }) {
+            self.stopping = self.stopping.map(|left| left - 1);
+            self.maybe_stopped();
+            return;
+        }
+        if matches!(event, StoreEvent::Failed) {
+            tracing::error!(%store, code = %Code::StoreFailed, "the device failed; its groups fail over");
+            self.handle.push(Event::Status);
+        }
+        self.replicate(|replication, stores, now, out| {
+            replication.on_store_event(store, event, stores, now, out)
+        });
+    }
+
+    /// Sends a replication frame to the shard of `to` that holds its replica of the frame's group.
+    fn send(&mut self, to: NodeId, frame: Frame) {
+        let group = self.map.groups.get(&frame.header.group);
+        let member = group.and_then(|group| group.member(to));
+        let shard = member.and_then(|member| self.map.nodes.get(&to)?.shard_of(member.store));
+        // Without a member or a connection the frame is lost, as on a connection that breaks: replication sends again.
+        if let Some(shard) = shard {
+            self.peers.send((to, shard), frame);
+        }
+    }
+
+    fn on_frame(&mut self, connection: ConnectionId, frame: Frame) {
+        // A fenced or closed connection's frames are not carried out.
+        let Some(peer) = self.peers.peer_of(connection) else { return };
+        let opcode = frame.header.opcode;
+        match opcode {
+            Opcode::Ping => {
+                let mut header = frame.header;
+                header.opcode = Opcode::Pong;
+                self.peers.send_on(connection, Frame::new(header));
+            }
+            Opcode::Hello | Opcode::Pong | Opcode::Link => {}
+            Opcode::ReadReply | Opcode::WriteReply | Opcode::FlushReply | Opcode::BlockStatusReply => {
+                let number = frame.header.request_id;
+                self.calls.complete(number, wire::frame_answer(frame));
+            }
+            Opcode::Flush => self.start_flush(
+                Asker::Connection(connection),
+                frame.header.request_id,
+                frame.header.group.pool(),
+            ),
+            Opcode::Read | Opcode::Write | Opcode::WriteZeroes | Opcode::Trim | Opcode::BlockStatus => {
+                let number = frame.header.request_id;
+                if let Some(code) = frame.header.status {
+                    // Its data found no buffer.
+                    self.peers
+                        .send_on(connection, wire::failure_frame(wire::answer_opcode(opcode), number, code));
+                    return;
+                }
+                match wire::frame_request(RequestId { origin: Origin::Connection(connection), number }, frame)
+                {
+                    Ok(request) => self.on_request(request),
+                    Err(code) => {
+                        let frame = wire::failure_frame(wire::answer_opcode(opcode), number, code);
+                        self.peers.send_on(connection, frame);
+                    }
+                }
+            }
+            _ if peer.0 == NodeId(0) => {
+                tracing::warn!(
+                    connection,
+                    ?opcode,
+                    "a client sent a frame that only nodes may send; it is ignored"
+                );
+            }
+            _ => self.replicate(|replication, stores, now, out| {
+                replication.on_frame(peer.0, frame, stores, now, out)
+            }),
+        }
+    }
+
+    fn on_request(&mut self, request: Request) {
+        self.replicate(|replication, stores, now, out| replication.on_request(request, stores, now, out));
+    }
+
+    /// Has every group of the pool that this shard leads flushed; a task waits for them.
+    fn start_flush(&mut self, asker: Asker, number: u64, pool: PoolId) {
+        let (client, handle) = (self.client.clone(), self.handle.clone());
+        let own = (self.identity.node, self.identity.shard);
+        monoio::spawn(async move {
+            let groups = client.flush_own(pool, own).await;
+            handle.push(Event::Flushed { asker, number, groups });
+        });
+    }
+
+    fn on_flushed(&mut self, asker: Asker, number: u64, groups: Vec<GroupId>) {
+        match asker {
+            Asker::Shard(shard) => self.tell(shard, Message::Flushed { number, groups }),
+            Asker::Connection(connection) => {
+                let frame = wire::flushed_frame(self.buffers, number, &groups)
+                    .unwrap_or_else(|code| wire::failure_frame(Opcode::FlushReply, number, code));
+                self.peers.send_on(connection, frame);
+            }
+        }
+    }
+
+    /// Answers a request to where it came from; an origin that is gone gets nothing.
+    fn complete(&mut self, request: RequestId, result: Result<Reply, Code>) {
+        let number = request.number;
+        match request.origin {
+            // Without the queue: a gateway of this shard waits for nothing else.
+            Origin::Shard(shard) if shard == self.identity.shard => {
+                self.calls.complete(number, result.map(Answer::Reply));
+            }
+            Origin::Shard(shard) => self.tell(shard, Message::Reply { number, result }),
+            Origin::Connection(connection) => {
+                let frame = result
+                    .and_then(|reply| wire::reply_frame(self.buffers, number, reply))
+                    .unwrap_or_else(|code| wire::failure_frame(Opcode::WriteReply, number, code));
+                self.peers.send_on(connection, frame);
+            }
+        }
+    }
+
+    fn on_accepted(&mut self, connection: ConnectionId, hello: &Hello, outbox: Outbox) {
+        match self.peers.add_accepted(connection, hello, outbox) {
+            Accepted::Kept => {}
+            Accepted::Replaces(older) => self.on_closed(older),
+            Accepted::Outdated(outbox) => {
+                outbox.close();
+                tracing::warn!(
+                    connection,
+                    client = hello.client_id,
+                    session = hello.session,
+                    "an outdated session is refused"
+                );
+            }
+        }
+    }
+
+    fn on_closed(&mut self, connection: ConnectionId) {
+        let Some(closed) = self.peers.remove(connection) else { return };
+        self.replication.on_origin_gone(Origin::Connection(connection));
+        if closed.dialled {
+            let (node, shard) = closed.peer;
+            let map = self.map.clone();
+            self.calls.fail_where(Code::GroupInactive, |destination| {
+                let there = |group| map.route(group).is_some_and(|(_, owner, _)| owner == shard);
+                destination.node == node && destination.group.is_none_or(there)
+            });
+            self.replicate(|replication, stores, now, out| replication.on_peer_lost(node, stores, now, out));
+        }
+    }
+
+    fn on_map(&mut self, map: Arc<ClusterMap>) {
+        if map.version <= self.map.version {
+            return;
+        }
+        self.map = map.clone();
+        *self.handle.0.map.borrow_mut() = map.clone();
+        self.dial_peers(&map);
+        self.replicate(|replication, stores, now, out| replication.on_map(&map, stores, now, out));
+        self.calls.on_map(&map);
+        // The control plane counts on hearing at once that the map is acted on.
+        self.tell(ShardIndex(0), Message::MapTaken);
+    }
+
+    fn on_message(&mut self, from: ShardIndex, message: Message) {
+        match message {
+            Message::Request(request) => self.on_request(*request),
+            Message::Reply { number, result } => self.calls.complete(number, result.map(Answer::Reply)),
+            Message::Flush { number, pool } => self.start_flush(Asker::Shard(from), number, pool),
+            Message::Flushed { number, groups } => self.calls.complete(number, Ok(Answer::Flushed(groups))),
+            Message::Map(map) => self.on_map(map),
+            Message::Ask { number, question } => {
+                let report = Box::new(self.answer(question));
+                self.tell(from, Message::Report { number, report });
+            }
+            Message::Opened { number, result } => self.opens.complete(number, result),
+            Message::Shutdown => self.shut_down(),
+            Message::MapTaken
+            | Message::Open { .. }
+            | Message::Close(_)
+            | Message::Propose(_)
+            | Message::Report { .. } => {
+                let control = self.control.as_mut().expect("these are sent to shard 0 alone");
+                let outcome = control.on_message(from, message);
+                self.on_outcome(Some(outcome));
+            }
+        }
+    }
+
+    fn on_outcome(&mut self, outcome: Option<Outcome>) {
+        let shards = || (0..self.identity.shard_count).map(ShardIndex);
+        match outcome {
+            None | Some(Outcome::Nothing) => {}
+            Some(Outcome::Ask { number, question }) => {
+                shards().for_each(|shard| self.tell(shard, Message::Ask { number, question }));
+            }
+            Some(Outcome::Map(map)) => {
+                shards().for_each(|shard| self.tell(shard, Message::Map(map.clone())));
+            }
+            Some(Outcome::Tell(messages)) => {
+                messages.into_iter().for_each(|(shard, message)| self.tell(shard, message));
+            }
+        }
+    }
+
+    /// To another shard through the mesh; to this one through its own queue.
+    fn tell(&self, shard: ShardIndex, message: Message) {
+        if shard == self.identity.shard {
+            self.handle.push(Event::Message(shard, message));
+        } else {
+            self.mesh.borrow_mut().send(shard, message);
+        }
+    }
+
+    fn send_proposals(&mut self) {
+        if !self.scratch.proposals.is_empty() {
+            let proposals = std::mem::take(&mut self.scratch.proposals);
+            self.tell(ShardIndex(0), Message::Propose(proposals));
+        }
+    }
+}

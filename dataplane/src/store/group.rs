@@ -1,0 +1,153 @@
+//! The entries of one group that are in the journal but not applied yet.
+//!
+//! Used by `engine` (live) and `recover` (replay). Payloads are not held here: replication has them while they
+//! are needed, and the journal after.
+//!
+//! Invariants
+//! - `pending` is gapless: its first entry follows `applied`, its last is `last`.
+//! - An entry is applied only when it is durable here and acknowledged, in order.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use xsan_protocol::disk::checkpoint::GroupRow;
+use xsan_protocol::ids::{BlockKey, GroupId, Seq, Version};
+use xsan_protocol::units::PageRange;
+
+use super::Entry;
+use super::index::{Change, Index};
+
+#[derive(Debug)]
+pub struct Pending {
+    /// Journal position of the descriptor, 0 while it is queued; and of the data.
+    pub position: u64,
+    pub data_position: u64,
+    pub durable: bool,
+    pub version: Version,
+    pub key: BlockKey,
+    pub pages: PageRange,
+    pub previous_first: Version,
+    pub previous_last: Version,
+    pub checksums: Option<Arc<[u32]>>,
+    /// Capacity units and blocks set aside for it.
+    pub reserved: (u32, u32),
+}
+
+impl Pending {
+    pub fn of(entry: &Entry, reserved: (u32, u32)) -> Self {
+        Self {
+            position: 0,
+            data_position: 0,
+            durable: false,
+            version: entry.version,
+            key: entry.key,
+            pages: entry.pages,
+            previous_first: entry.previous_first,
+            previous_last: entry.previous_last,
+            checksums: entry.data.as_ref().map(|data| Arc::clone(&data.checksums)),
+            reserved,
+        }
+    }
+
+    pub fn change(&self, group: GroupId) -> Change<'_> {
+        Change {
+            position: self.position,
+            push: false,
+            group,
+            key: self.key,
+            pages: self.pages,
+            version: self.version,
+            previous_first: self.previous_first,
+            previous_last: self.previous_last,
+            data: self.checksums.as_deref().map(|checksums| (self.data_position, checksums)),
+        }
+    }
+}
+
+#[derive(Debug, Default)]
+pub struct Group {
+    pub last: Version,
+    pub applied: Version,
+    /// Everything up to here is acknowledged; applied as far as it is durable here.
+    pub acknowledged: Seq,
+    pub pending: VecDeque<Pending>,
+    /// Counts resets: completions of entries of an earlier life do not count.
+    pub life: u32,
+    pub damaged: bool,
+    /// Journal position of the newest durable reset, 0 without one.
+    pub reset_position: u64,
+    /// While a reset is not durable: what had been applied before it. A checkpoint must not run ahead of the reset.
+    unsettled: Option<Version>,
+    /// And where the oldest entry is that it dropped: without the reset, replay needs it.
+    dropped_position: Option<u64>,
+}
+
+impl Group {
+    pub fn recovered(row: &GroupRow) -> Self {
+        let GroupRow { applied, reset_position, damaged, .. } = *row;
+        Self { last: applied, applied, acknowledged: applied.seq, damaged, reset_position, ..Self::default() }
+    }
+
+    /// The pending entry with this seq.
+    pub fn entry_mut(&mut self, seq: Seq) -> Option<&mut Pending> {
+        let first = self.pending.front()?.version.seq.0;
+        let index = seq.0.checked_sub(first)?;
+        self.pending.get_mut(index as usize)
+    }
+
+    /// Applies what may be; returns the reservations it no longer needs.
+    pub fn apply_ready(&mut self, group: GroupId, index: &mut Index) -> (u32, u32) {
+        let mut released = (0, 0);
+        let acknowledged = self.acknowledged;
+        while let Some(entry) =
+            self.pending.pop_front_if(|entry| entry.durable && entry.version.seq <= acknowledged)
+        {
+            index.apply(&entry.change(group));
+            self.applied = entry.version;
+            released = (released.0 + entry.reserved.0, released.1 + entry.reserved.1);
+        }
+        released
+    }
+
+    /// What a checkpoint may say is applied.
+    pub fn settled(&self) -> Version {
+        self.unsettled.unwrap_or(self.applied)
+    }
+
+    /// The reset to `last`, of life `life`, is durable at `position`.
+    pub fn on_reset_durable(&mut self, position: u64, last: Version, life: u32) {
+        self.reset_position = position;
+        if life == self.life {
+            self.unsettled = None;
+            self.dropped_position = None;
+            self.damaged = false;
+        } else {
+            self.unsettled = Some(last);
+        }
+    }
+
+    /// Drops what is pending and goes on from `last`; returns the reservations.
+    pub fn reset(&mut self, last: Version) -> (u32, u32) {
+        self.unsettled = Some(self.settled());
+        self.dropped_position = self.oldest_position();
+        let released = self
+            .pending
+            .drain(..)
+            .fold((0, 0), |sum: (u32, u32), entry| (sum.0 + entry.reserved.0, sum.1 + entry.reserved.1));
+        self.life += 1;
+        self.last = last;
+        self.applied = last;
+        self.acknowledged = last.seq;
+        released
+    }
+
+    /// Journal position that must be kept for the oldest entry that is pending, or dropped by a reset that is not
+    /// durable.
+    pub fn oldest_position(&self) -> Option<u64> {
+        self.dropped_position.or_else(|| self.oldest_pending())
+    }
+
+    fn oldest_pending(&self) -> Option<u64> {
+        self.pending.front().map(|entry| entry.position).filter(|position| *position != 0)
+    }
+}

@@ -1,0 +1,315 @@
+//! Journal: the ring of batches in which every record becomes durable.
+//!
+//! Queues records, forms one batch of those queued at the end of a turn, and tells when a prefix of the ring is
+//! complete or flushed. Driven by `engine`; applies nothing and knows no index.
+//!
+//! Invariants
+//! - `tail <= flushed <= durable <= head` but for `flushed`, which may stay below `tail`; none ever goes back.
+//! - `durable` grows only over batches that are all complete, in the order of their positions.
+//! - A batch never wraps: what would not fit before the ring's end starts at the next lap.
+//! - Bytes from `tail` to `head` (a lap at most) are never written again.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use xsan_protocol::disk::journal::{BatchHeader, DESCRIPTORS_MAX, Descriptor, HeadWriter, Kind, head_bytes};
+use xsan_protocol::ids::{BlockKey, GroupId, Seq, StoreId, Version};
+use xsan_protocol::units::{PAGE_SIZE, PageRange};
+
+use super::{PageData, Record};
+use crate::disk::buffers::{Buffer, BufferPool};
+
+/// Batches in flight at once.
+pub const BATCHES_MAX: usize = 4;
+
+/// A record in a batch, as its completion needs it.
+#[derive(Debug)]
+pub enum Placed {
+    Entry {
+        group: GroupId,
+        seq: Seq,
+        /// Which life of the group (counted by resets) the entry is of.
+        life: u32,
+    },
+    Push {
+        token: u64,
+        position: u64,
+        group: GroupId,
+        key: BlockKey,
+        pages: PageRange,
+        version: Version,
+        as_of: Seq,
+        life: u32,
+        data: Option<(u64, Arc<[u32]>)>,
+    },
+    Reset {
+        position: u64,
+        group: GroupId,
+        last: Version,
+        life: u32,
+    },
+}
+
+/// A record waiting for its batch.
+#[derive(Debug)]
+pub struct Queued {
+    pub record: Record,
+    pub life: u32,
+    /// For a reset: what the group had applied before. Replay drops what comes above it and before the reset.
+    pub applied: Seq,
+}
+
+impl Queued {
+    fn data(&self) -> Option<&PageData> {
+        match &self.record {
+            Record::Entry(entry) => entry.data.as_ref(),
+            Record::Push { data, .. } => data.as_ref(),
+            Record::Reset { .. } => None,
+        }
+    }
+
+    fn data_pages(&self) -> usize {
+        self.data().map_or(0, |data| data.checksums.len())
+    }
+
+    fn descriptor(&self, data_page: u32) -> Descriptor {
+        let unit = |unit: u8| PageRange::of_unit(unit);
+        let has_data = self.data().is_some();
+        let data_page = if has_data { data_page } else { 0 };
+        let (previous_first, previous_last) = (Version::ZERO, Version::ZERO);
+        match &self.record {
+            Record::Entry(entry) => Descriptor {
+                kind: if has_data { Kind::Write } else { Kind::Zero },
+                group: entry.group,
+                version: entry.version,
+                acked: entry.acked,
+                key: entry.key,
+                pages: entry.pages,
+                previous_first: entry.previous_first,
+                previous_last: entry.previous_last,
+                data_page,
+            },
+            Record::Push { group, key, unit: index, version, as_of, .. } => Descriptor {
+                kind: if has_data { Kind::Push } else { Kind::PushZero },
+                group: *group,
+                version: *version,
+                acked: *as_of,
+                key: *key,
+                pages: unit(*index),
+                previous_first,
+                previous_last,
+                data_page,
+            },
+            Record::Reset { group, last } => Descriptor {
+                kind: Kind::Reset,
+                group: *group,
+                version: *last,
+                acked: self.applied,
+                key: BlockKey::default(),
+                pages: unit(0),
+                previous_first,
+                previous_last,
+                data_page,
+            },
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Batch {
+    position: u64,
+    end: u64,
+    done: bool,
+    placed: Vec<Placed>,
+}
+
+/// A batch ready for the device.
+#[derive(Debug)]
+pub struct NewBatch {
+    pub position: u64,
+    pub parts: Vec<Buffer>,
+    pub bytes: usize,
+    pub data_bytes: usize,
+}
+
+/// Why no batch was formed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Held {
+    /// Nothing is queued.
+    Nothing,
+    /// Enough batches are in flight, or there is no buffer: later.
+    Later,
+    /// The ring is full: destage must move on.
+    Full,
+}
+
+#[derive(Debug)]
+pub struct Journal {
+    store: StoreId,
+    session: u64,
+    ring_bytes: u64,
+    batch_bytes_max: usize,
+    pub tail: u64,
+    pub head: u64,
+    /// End of the newest batch: `head`, or below it after a jump.
+    previous_end: u64,
+    pub durable: u64,
+    pub flushed: u64,
+    queue: VecDeque<Queued>,
+    queued_pages: usize,
+    in_flight: VecDeque<Batch>,
+}
+
+/// State of a journal at open.
+#[derive(Clone, Copy, Debug)]
+pub struct Start {
+    pub store: StoreId,
+    pub session: u64,
+    pub ring_bytes: u64,
+    pub batch_bytes_max: usize,
+    pub tail: u64,
+    pub head: u64,
+}
+
+impl Journal {
+    pub fn new(start: Start) -> Self {
+        assert!(start.tail <= start.head);
+        assert!(start.head - start.tail <= start.ring_bytes);
+        Self {
+            store: start.store,
+            session: start.session,
+            ring_bytes: start.ring_bytes,
+            batch_bytes_max: start.batch_bytes_max,
+            tail: start.tail,
+            head: start.head,
+            previous_end: start.head,
+            durable: start.head,
+            flushed: start.head,
+            queue: VecDeque::new(),
+            queued_pages: 0,
+            in_flight: VecDeque::new(),
+        }
+    }
+
+    pub fn ring_bytes(&self) -> u64 {
+        self.ring_bytes
+    }
+
+    /// Bytes that hold something needed, or will when what is queued is written.
+    pub fn used_bytes(&self) -> u64 {
+        // A head page a record is far more than batches need, and at depth one what they need.
+        let queued = self.queued_pages + self.queue.len();
+        self.head - self.tail + (queued * PAGE_SIZE) as u64
+    }
+
+    /// Would `pages` more leave `reserve` bytes and the room for a jump over the ring's end?
+    pub fn has_room(&self, pages: usize, reserve: u64) -> bool {
+        let more = ((pages + 1) * PAGE_SIZE + self.batch_bytes_max) as u64;
+        self.used_bytes() + more + reserve <= self.ring_bytes
+    }
+
+    pub fn is_quiet(&self) -> bool {
+        self.queue.is_empty() && self.in_flight.is_empty()
+    }
+
+    pub fn push(&mut self, queued: Queued) {
+        self.queued_pages += queued.data_pages();
+        self.queue.push_back(queued);
+    }
+
+    /// Records at the front of the queue that make one batch, and their data pages.
+    fn batch_size(&self) -> (usize, usize) {
+        let (mut records, mut pages) = (0, 0);
+        for queued in self.queue.iter().take(DESCRIPTORS_MAX) {
+            let more = pages + queued.data_pages();
+            if records > 0 && head_bytes(records + 1, more) + more * PAGE_SIZE > self.batch_bytes_max {
+                break;
+            }
+            (records, pages) = (records + 1, more);
+        }
+        (records, pages)
+    }
+
+    /// Forms a batch of what is queued; `place` learns where each record and its data went.
+    pub fn next_batch(
+        &mut self,
+        pool: &'static BufferPool,
+        mut place: impl FnMut(&Queued, u64, u64) -> Placed,
+    ) -> Result<NewBatch, Held> {
+        if self.queue.is_empty() {
+            return Err(Held::Nothing);
+        }
+        if self.in_flight.len() == BATCHES_MAX {
+            return Err(Held::Later);
+        }
+        let (records, data_pages) = self.batch_size();
+        let head_size = head_bytes(records, data_pages);
+        let bytes = head_size + data_pages * PAGE_SIZE;
+        assert!(bytes <= self.batch_bytes_max);
+        let left_of_lap = self.ring_bytes - self.head % self.ring_bytes;
+        let jump = if left_of_lap < bytes as u64 { left_of_lap } else { 0 };
+        let position = self.head + jump;
+        let end = position + bytes as u64;
+        if end - self.tail > self.ring_bytes {
+            return Err(Held::Full);
+        }
+        let mut head = pool.alloc(head_size).ok_or(Held::Later)?;
+        let header = BatchHeader {
+            store: self.store,
+            position,
+            previous_end: self.previous_end,
+            flushed: self.flushed,
+            session: self.session,
+            descriptor_count: records as u32,
+            data_pages: data_pages as u32,
+        };
+        let mut writer = HeadWriter::new(header, &mut head);
+        let mut placed = Vec::with_capacity(records);
+        let mut parts = Vec::with_capacity(records + 1);
+        let mut page = 0;
+        for (index, queued) in self.queue.drain(..records).enumerate() {
+            let checksums: &[u32] = queued.data().map_or(&[], |data| &data.checksums);
+            writer.push(&queued.descriptor(page), checksums);
+            let data_position = position + head_size as u64 + u64::from(page) * PAGE_SIZE as u64;
+            placed.push(place(&queued, position + index as u64, data_position));
+            page += queued.data_pages() as u32;
+            match queued.record {
+                Record::Entry(entry) => parts.extend(entry.data.map(|data| data.bytes)),
+                Record::Push { data, .. } => parts.extend(data.map(|data| data.bytes)),
+                Record::Reset { .. } => {}
+            }
+        }
+        writer.finish();
+        parts.insert(0, head.freeze());
+        self.queued_pages -= data_pages;
+        self.in_flight.push_back(Batch { position, end, done: false, placed });
+        self.head = end;
+        self.previous_end = end;
+        Ok(NewBatch { position, parts, bytes, data_bytes: data_pages * PAGE_SIZE })
+    }
+
+    /// The device has written the batch at `position`. Hands out what became durable, in order.
+    pub fn on_written(&mut self, position: u64, mut durable: impl FnMut(Placed)) {
+        let batch = self.in_flight.iter_mut().find(|batch| batch.position == position);
+        batch.expect("only batches in flight complete").done = true;
+        while self.in_flight.front().is_some_and(|batch| batch.done) {
+            let batch = self.in_flight.pop_front().expect("looked at above");
+            assert!(self.durable < batch.end);
+            self.durable = batch.end;
+            batch.placed.into_iter().for_each(&mut durable);
+        }
+    }
+
+    /// Everything below `covered` is on stable media.
+    pub fn on_flushed(&mut self, covered: u64) {
+        assert!(covered <= self.durable);
+        self.flushed = self.flushed.max(covered);
+    }
+
+    /// Batches below `tail` are not needed any more.
+    pub fn release(&mut self, tail: u64) {
+        assert!(tail >= self.tail);
+        assert!(tail <= self.durable);
+        self.tail = tail;
+    }
+}

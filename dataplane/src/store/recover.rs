@@ -1,0 +1,749 @@
+//! Opening a store: superblock, checkpoint, block records, replay of the journal. Blocking, before the shard serves.
+//!
+//! Replay goes from the checkpoint's tail to the first batch that is not whole. That is the torn end of what was never
+//! flushed, unless there is evidence that everything there had been flushed: a later batch, or the checkpoint, whose
+//! flushed mark lies above; a block record that holds something newer. Then it is corruption: the store
+//! says so, keeps what it has, and its groups come back as learners, which repairs them from their peers.
+//!
+//! Invariants
+//! - Every byte taken over was checked: heads by their seal, data by their page checksums.
+//! - A damaged store says `damaged` at every open until each of its groups was reset (relearned).
+//! - Batches of this session lie at or above `session_start`, which is on stable media before the first of them:
+//!   remainders of an older session there are refused, whatever their chain says.
+//!
+//! Source: Alagappan et al., "Protocol-Aware Recovery for Consensus-Based Storage", FAST '18.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::Arc;
+
+use xsan_protocol::disk::DiskFormatError;
+use xsan_protocol::disk::block_record::{BlockRecord, NO_CAPACITY, RECORD_SIZE, Remains, SLOT_SIZE};
+use xsan_protocol::disk::checkpoint::{self, Checkpoint};
+use xsan_protocol::disk::journal::{self, BatchHead, BatchHeader, Descriptor, HEAD_BYTES_MAX, Kind};
+use xsan_protocol::disk::superblock::Superblock;
+use xsan_protocol::error::Code;
+use xsan_protocol::ids::{GroupId, Seq, Version};
+use xsan_protocol::units::PAGE_SIZE;
+
+use super::allocator::{Slots, Units};
+use super::destage::Destage;
+use super::engine::{Options, Store};
+use super::format::{self, FormatError};
+use super::group::{Group, Pending};
+use super::index::{Change, Index};
+use super::journal::{Journal, Start};
+use super::layout::Layout;
+use super::status::Counters;
+use super::{Entry, GroupTail, PageData, StoreEvent};
+use crate::disk::buffers::{Buffer, BufferMut, BufferPool};
+use crate::io::{Device, DeviceRole, DiskAction, DiskCompletion, DiskOk};
+
+/// How far behind the end of the journal a later whole batch is looked for.
+const LOOK_AHEAD_BYTES: u64 = 64 << 20;
+/// Bytes read at once where much is read.
+const READ_BYTES: usize = 1 << 20;
+
+/// What was found besides the store itself.
+#[derive(Debug)]
+pub struct Recovered {
+    pub groups: Vec<RecoveredGroup>,
+    /// Part of the store was lost: every group of it must come back as a learner, also those not named here.
+    pub damaged: bool,
+}
+
+#[derive(Debug)]
+pub struct RecoveredGroup {
+    pub group: GroupId,
+    pub tail: GroupTail,
+    /// Entries in the journal that are not known to be acknowledged, with their data.
+    pub pending: Vec<Entry>,
+    /// This group has not been relearned since the store was damaged.
+    pub damaged: bool,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    #[error("the superblock is not usable")]
+    Superblock(#[source] DiskFormatError),
+    #[error("the device is of cluster {found}")]
+    OtherCluster { found: String },
+    #[error("the capacity and the cache device are not of one store")]
+    Mismatch,
+    #[error("neither checkpoint is valid")]
+    Checkpoint,
+    #[error("what is left of a damaged store does not fit its capacity")]
+    Beyond,
+    #[error(transparent)]
+    Device(#[from] FormatError),
+}
+
+impl From<io::Error> for OpenError {
+    fn from(error: io::Error) -> Self {
+        Self::Device(FormatError::Device(error))
+    }
+}
+
+impl OpenError {
+    pub const fn code(&self) -> Code {
+        match self {
+            Self::Superblock(error) => error.code(),
+            Self::OtherCluster { .. } => Code::DeviceInUse,
+            Self::Mismatch => Code::DeviceUnusable,
+            Self::Checkpoint | Self::Beyond => Code::StoreCorrupt,
+            Self::Device(error) => error.code(),
+        }
+    }
+}
+
+/// Both devices of a store.
+#[derive(Clone, Copy)]
+struct Devices<'a> {
+    capacity: &'a dyn Device,
+    cache: Option<&'a dyn Device>,
+    pool: &'static BufferPool,
+}
+
+impl<'a> Devices<'a> {
+    fn of(&self, role: DeviceRole) -> &'a dyn Device {
+        match role {
+            DeviceRole::Capacity => self.capacity,
+            DeviceRole::Cache => self.cache.expect("a store with a cache was opened with it"),
+        }
+    }
+
+    fn buffer(&self, bytes: usize) -> Result<BufferMut, OpenError> {
+        Ok(format::buffer(self.pool, bytes)?)
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        self.cache.map_or(Ok(()), Device::flush)?;
+        self.capacity.flush()
+    }
+}
+
+impl Store {
+    /// Opens a store: finds its state after whatever ended the process or the host before.
+    ///
+    /// # Errors
+    /// 200 `StoreNotFormatted`, 201 `DeviceInUse` (another cluster's), 206 `StoreCorrupt`, 208 `FormatUnsupported`,
+    /// 209 `DeviceUnusable`, 11 `MemoryShort`.
+    pub fn open(
+        device: &dyn Device,
+        cache: Option<&dyn Device>,
+        pool: &'static BufferPool,
+        options: Options,
+    ) -> Result<(Self, Recovered), OpenError> {
+        let devices = Devices { capacity: device, cache, pool };
+        let (superblock, layout) = read_layout(&devices, &options)?;
+        let checkpoint = read_checkpoint(&devices, &layout, &superblock)?;
+        let mut recovery = Recovery::new(devices, layout, superblock, checkpoint);
+        recovery.load_records()?;
+        recovery.replay()?;
+        recovery.judge()?;
+        recovery.finish(options)
+    }
+}
+
+fn read_layout(devices: &Devices<'_>, options: &Options) -> Result<(Superblock, Layout), OpenError> {
+    let read = |device| format::read_superblock(device, devices.pool)?.map_err(OpenError::Superblock);
+    let superblock = read(devices.capacity)?;
+    let cache = devices.cache.map(read).transpose()?;
+    if options.cluster_id.as_ref().is_some_and(|id| *id != superblock.cluster_id) {
+        return Err(OpenError::OtherCluster { found: superblock.cluster_id });
+    }
+    let sizes = devices.capacity.size_bytes() >= superblock.device_bytes
+        && devices
+            .cache
+            .zip(cache.as_ref())
+            .is_none_or(|(device, cache)| device.size_bytes() >= cache.device_bytes);
+    let stores = cache.as_ref().is_none_or(|cache| cache.store == superblock.store);
+    if superblock.cached != cache.is_some() || !sizes || !stores {
+        return Err(OpenError::Mismatch);
+    }
+    let layout = Layout::of(&superblock, cache.as_ref());
+    let layout = layout.ok_or(OpenError::Superblock(DiskFormatError::Field { field: "layout" }))?;
+    Ok((superblock, layout))
+}
+
+fn read_checkpoint(
+    devices: &Devices<'_>,
+    layout: &Layout,
+    superblock: &Superblock,
+) -> Result<Checkpoint, OpenError> {
+    let mut slot = devices.buffer(checkpoint::SLOT_SIZE)?;
+    let mut newest: Option<Checkpoint> = None;
+    for number in 0..2 {
+        devices.capacity.read_at(layout.checkpoint_offset(number), &mut slot)?;
+        let found = Checkpoint::decode(&slot).ok().filter(|found| found.store == superblock.store);
+        newest = newest.into_iter().chain(found).max_by_key(|found| found.number);
+    }
+    newest.filter(|found| found.slots_mark <= layout.slot_count()).ok_or(OpenError::Checkpoint)
+}
+
+/// Where a walk over the batches is.
+struct Chain {
+    end: u64,
+    session: u64,
+    first: bool,
+}
+
+/// An entry that replay has seen and not applied.
+struct Unapplied {
+    descriptor: Descriptor,
+    bytes: Option<Buffer>,
+}
+
+/// The state of an opening, step by step.
+/// Memory for the data of replayed entries: those that stay pending must not take the shard's buffers away.
+///
+/// Arenas are never unmapped, and only what replay fills of them takes memory.
+#[derive(Default)]
+struct ReplayMemory(Option<&'static BufferPool>);
+
+impl ReplayMemory {
+    const ARENA_BYTES: usize = 64 << 20;
+
+    fn alloc(&mut self, bytes: usize) -> BufferMut {
+        if let Some(buffer) = self.0.and_then(|pool| pool.alloc(bytes)) {
+            return buffer;
+        }
+        let pool = BufferPool::anonymous(Self::ARENA_BYTES);
+        self.0 = Some(pool);
+        pool.alloc(bytes).expect("a fresh arena has slots of every class")
+    }
+}
+
+struct Recovery<'a> {
+    devices: Devices<'a>,
+    layout: Layout,
+    superblock: Superblock,
+    checkpoint: Checkpoint,
+    index: Index,
+    units: Units,
+    slots: Slots,
+    groups: BTreeMap<GroupId, Group>,
+    unapplied: BTreeMap<GroupId, Vec<Unapplied>>,
+    /// Position of each reset in the journal and what its group had applied before it.
+    resets: BTreeMap<GroupId, Vec<(u64, Seq)>>,
+    /// Device offsets of halves of slots that are to be blank: torn, damaged, or contradicting others.
+    broken: Vec<u64>,
+    /// Highest journal position in any block record.
+    newest_record: u64,
+    replayed: ReplayMemory,
+    /// End of what replay took over.
+    end: u64,
+    /// End of anything whole that was seen, also behind `end`.
+    seen_end: u64,
+    damaged: bool,
+}
+
+impl<'a> Recovery<'a> {
+    fn new(devices: Devices<'a>, layout: Layout, superblock: Superblock, checkpoint: Checkpoint) -> Self {
+        let rows = checkpoint.groups.iter();
+        let groups = rows.map(|row| (row.group, Group::recovered(row)));
+        Self {
+            devices,
+            units: Units::new(layout.unit_count()),
+            slots: Slots::new(layout.slot_count(), checkpoint.slots_mark),
+            groups: groups.collect(),
+            end: checkpoint.tail,
+            seen_end: checkpoint.flushed,
+            layout,
+            superblock,
+            checkpoint,
+            index: Index::default(),
+            unapplied: BTreeMap::new(),
+            resets: BTreeMap::new(),
+            broken: Vec::new(),
+            newest_record: 0,
+            replayed: ReplayMemory::default(),
+            damaged: false,
+        }
+    }
+
+    /// Reads every slot below the mark.
+    fn load_records(&mut self) -> Result<(), OpenError> {
+        let mark = self.checkpoint.slots_mark;
+        let slots_at_once = READ_BYTES / SLOT_SIZE;
+        let mut buffer = self.devices.buffer(READ_BYTES)?;
+        for first in (0..mark).step_by(slots_at_once) {
+            let count = (mark - first).min(slots_at_once as u32);
+            let part = &mut buffer[..count as usize * SLOT_SIZE];
+            let offset = self.layout.record_offset(first, 0);
+            if self.devices.capacity.read_at(offset, part).is_err() {
+                self.read_halves_singly(first, part);
+            }
+            for (index, slot) in part.chunks_exact(SLOT_SIZE).enumerate() {
+                self.load_slot(first + index as u32, slot);
+            }
+        }
+        Ok(())
+    }
+
+    /// A read of many slots failed: reads them half by half; what can not be read is taken for broken.
+    fn read_halves_singly(&self, first: u32, part: &mut [u8]) {
+        for (index, half) in part.chunks_exact_mut(RECORD_SIZE).enumerate() {
+            let offset = self.layout.record_offset(first, 0) + (index * RECORD_SIZE) as u64;
+            if self.devices.capacity.read_at(offset, half).is_err() {
+                half.fill(0xff);
+            }
+        }
+    }
+
+    fn load_slot(&mut self, number: u32, slot: &[u8]) {
+        let mut newest: Option<BlockRecord> = None;
+        for (half, bytes) in slot.chunks_exact(RECORD_SIZE).enumerate() {
+            let valid = BlockRecord::decode(bytes).ok().filter(|record| {
+                record.store == self.superblock.store
+                    && record.slot == number
+                    && record.generation % 2 == half as u64
+            });
+            if let Some(record) = valid {
+                newest = newest.into_iter().chain([record]).max_by_key(|record| record.generation);
+                continue;
+            }
+            let remains = Remains::of(bytes);
+            if remains != Remains::Blank {
+                self.broken.push(self.layout.record_offset(number, half as u64));
+            }
+            if !remains.is_torn_in(self.checkpoint.number) {
+                tracing::error!(store = %self.superblock.store, slot = number, half, "a block record is damaged");
+                self.damaged = true;
+            }
+        }
+        let Some(record) = newest else { return };
+        self.slots.set_recovered(number, record.generation, false);
+        self.newest_record = self.newest_record.max(record.entry_position).max(record.push_position);
+        let group = self.groups.entry(record.group).or_default();
+        if record.acked.seq > group.applied.seq {
+            (group.applied, group.last, group.acknowledged) = (record.acked, record.acked, record.acked.seq);
+        }
+        if record.is_free() {
+            return;
+        }
+        let capacities = record.units.iter().map(|unit| unit.capacity);
+        let taken: Vec<u32> = capacities.filter(|capacity| *capacity != NO_CAPACITY).collect();
+        let twice = self.index.get(record.group, record.key).is_some();
+        let fits = !twice && taken.iter().all(|capacity| self.units.take(*capacity));
+        if !fits {
+            tracing::error!(store = %self.superblock.store, slot = number, "a block record contradicts another");
+            self.damaged = true;
+            self.broken.extend([0, 1].map(|half| self.layout.record_offset(number, half)));
+            return;
+        }
+        self.slots.set_recovered(number, record.generation, true);
+        self.index.insert_recovered(&record);
+    }
+
+    /// Reads batches from the checkpoint's tail on, and applies what is acknowledged.
+    fn replay(&mut self) -> Result<(), OpenError> {
+        let mut head = self.devices.buffer(HEAD_BYTES_MAX)?;
+        let mut chain = Chain { end: self.checkpoint.tail, session: 0, first: true };
+        // Once for the resets: what one of them dropped must not be applied, and comes before it.
+        while let Some(batch) = self.next_head(&mut chain, &mut head) {
+            for (number, descriptor) in batch.descriptors.iter().enumerate() {
+                if descriptor.kind == Kind::Reset {
+                    let position = batch.header.position + number as u64;
+                    self.resets.entry(descriptor.group).or_default().push((position, descriptor.acked));
+                }
+            }
+        }
+        let mut chain = Chain { end: self.checkpoint.tail, session: 0, first: true };
+        while let Some(batch) = self.next_head(&mut chain, &mut head) {
+            let Some(data) = self.read_data(&batch) else { break };
+            self.replay_batch(&batch, &data);
+            self.end = chain.end;
+        }
+        self.seen_end = self.seen_end.max(chain.end);
+        Ok(())
+    }
+
+    /// The head of the batch that follows in the chain.
+    fn next_head(&self, chain: &mut Chain, buffer: &mut BufferMut) -> Option<BatchHead> {
+        let candidates = [chain.end, chain.end.next_multiple_of(self.layout.journal.bytes)];
+        for position in candidates {
+            let Some(batch) = self.read_head(position, buffer) else { continue };
+            let BatchHeader { previous_end, session, .. } = batch.header;
+            // The oldest batch kept may itself follow a jump.
+            let follows = previous_end == chain.end || chain.first && position == chain.end;
+            let newest = self.checkpoint.session;
+            let in_order = session >= chain.session && session <= newest;
+            if follows && in_order && (position < self.checkpoint.session_start || session == newest) {
+                *chain = Chain { end: position + batch.header.batch_bytes() as u64, session, first: false };
+                return Some(batch);
+            }
+        }
+        None
+    }
+
+    /// The verified head of the batch at `position`, if there is one that lies within the ring.
+    fn read_head(&self, position: u64, buffer: &mut BufferMut) -> Option<BatchHead> {
+        let device = self.devices.of(self.layout.journal_device);
+        let offset = self.layout.journal_offset(position);
+        let lap_end = self.layout.journal.end();
+        device.read_at(offset, &mut buffer[..PAGE_SIZE]).ok()?;
+        let header = BatchHeader::peek(&buffer[..PAGE_SIZE]).ok()?;
+        let ours = header.store == self.superblock.store && header.position == position;
+        if !ours || offset + header.batch_bytes() as u64 > lap_end {
+            return None;
+        }
+        let bytes = header.head_bytes();
+        device.read_at(offset, &mut buffer[..bytes]).ok()?;
+        journal::decode(&buffer[..bytes]).ok()
+    }
+
+    /// The data of a batch, record by record; `None` when any page of it is not as it should be.
+    fn read_data(&mut self, batch: &BatchHead) -> Option<Vec<Option<Buffer>>> {
+        let device = self.devices.of(self.layout.journal_device);
+        let data = batch.header.position + batch.header.head_bytes() as u64;
+        let mut records = Vec::with_capacity(batch.descriptors.len());
+        for descriptor in &batch.descriptors {
+            if !descriptor.kind.has_data() {
+                records.push(None);
+                continue;
+            }
+            let mut buffer = self.replayed.alloc(descriptor.pages.bytes());
+            let offset =
+                self.layout.journal_offset(data) + u64::from(descriptor.data_page) * PAGE_SIZE as u64;
+            if device.read_at(offset, &mut buffer).is_err() {
+                return None;
+            }
+            if !super::engine::mismatches(&buffer, checksums(batch, descriptor)).is_empty() {
+                return None;
+            }
+            records.push(Some(buffer.freeze()));
+        }
+        Some(records)
+    }
+
+    fn replay_batch(&mut self, batch: &BatchHead, data: &[Option<Buffer>]) {
+        let data_position = batch.header.position + batch.header.head_bytes() as u64;
+        for (number, descriptor) in batch.descriptors.iter().enumerate() {
+            let position = batch.header.position + number as u64;
+            let at = data_position + u64::from(descriptor.data_page) * PAGE_SIZE as u64;
+            let table: Arc<[u32]> = checksums(batch, descriptor).into();
+            match descriptor.kind {
+                Kind::Write | Kind::Zero => {
+                    self.replay_entry(descriptor, position, at, table, data[number].clone())
+                }
+                Kind::Push | Kind::PushZero => self.replay_push(descriptor, position, at, &table),
+                Kind::Reset => self.replay_reset(descriptor, position),
+            }
+        }
+    }
+
+    fn replay_reset(&mut self, descriptor: &Descriptor, position: u64) {
+        let known = self.groups.get(&descriptor.group).map_or(0, |group| group.reset_position);
+        if position > known {
+            // The reset drops what was not applied; what was, it has not.
+            self.acknowledge(descriptor.group, descriptor.acked);
+            let group = self.groups.entry(descriptor.group).or_default();
+            group.reset(descriptor.version);
+            group.on_reset_durable(position, descriptor.version, group.life);
+            self.unapplied.remove(&descriptor.group);
+        }
+    }
+
+    /// Did a later reset drop this entry?
+    fn was_dropped(&self, descriptor: &Descriptor, position: u64) -> bool {
+        let resets = self.resets.get(&descriptor.group);
+        resets.is_some_and(|resets| {
+            resets.iter().any(|(reset, applied)| *reset > position && descriptor.version.seq > *applied)
+        })
+    }
+
+    fn replay_entry(
+        &mut self,
+        descriptor: &Descriptor,
+        position: u64,
+        at: u64,
+        table: Arc<[u32]>,
+        bytes: Option<Buffer>,
+    ) {
+        let dropped = self.was_dropped(descriptor, position);
+        let group = self.groups.entry(descriptor.group).or_default();
+        let has_data = descriptor.kind.has_data();
+        let pending = Pending {
+            position,
+            data_position: at,
+            durable: true,
+            version: descriptor.version,
+            key: descriptor.key,
+            pages: descriptor.pages,
+            previous_first: descriptor.previous_first,
+            previous_last: descriptor.previous_last,
+            checksums: has_data.then_some(table),
+            reserved: (0, 0),
+        };
+        if descriptor.version.seq <= group.applied.seq {
+            // Acknowledged before the checkpoint (unless its number was given again after a reset had dropped it);
+            // its block's record may or may not hold it.
+            if !dropped {
+                self.index.apply(&pending.change(descriptor.group));
+            }
+            return;
+        }
+        if position < group.reset_position {
+            return;
+        }
+        if descriptor.version.seq != group.last.seq.next() {
+            let (group, version) = (descriptor.group, descriptor.version);
+            tracing::error!(store = %self.superblock.store, %group, %version, "the journal lacks entries");
+            self.damaged = true;
+            return;
+        }
+        group.last = descriptor.version;
+        group.pending.push_back(pending);
+        let unapplied = self.unapplied.entry(descriptor.group).or_default();
+        unapplied.push(Unapplied { descriptor: *descriptor, bytes });
+        self.acknowledge(descriptor.group, descriptor.acked);
+    }
+
+    fn acknowledge(&mut self, group: GroupId, through: Seq) {
+        let state = self.groups.entry(group).or_default();
+        state.acknowledged = state.acknowledged.max(through);
+        state.apply_ready(group, &mut self.index);
+        let applied = state.applied.seq;
+        if let Some(unapplied) = self.unapplied.get_mut(&group) {
+            unapplied.retain(|entry| entry.descriptor.version.seq > applied);
+        }
+    }
+
+    fn replay_push(&mut self, descriptor: &Descriptor, position: u64, at: u64, table: &[u32]) {
+        self.acknowledge(descriptor.group, descriptor.acked);
+        self.index.apply(&Change {
+            position,
+            push: true,
+            group: descriptor.group,
+            key: descriptor.key,
+            pages: descriptor.pages,
+            version: descriptor.version,
+            previous_first: Version::ZERO,
+            previous_last: Version::ZERO,
+            data: descriptor.kind.has_data().then_some((at, table)),
+        });
+    }
+
+    /// Is the end of the replay the torn end of the journal, or is something missing that was flushed?
+    fn judge(&mut self) -> Result<(), OpenError> {
+        let store = self.superblock.store;
+        let flushed_above = self.look_ahead()?;
+        if flushed_above.max(self.checkpoint.flushed) > self.end || self.newest_record >= self.end {
+            tracing::error!(%store, end = self.end, flushed = flushed_above, "the journal is damaged below what was flushed");
+            self.damaged = true;
+        }
+        Ok(())
+    }
+
+    /// Highest flushed mark of any whole batch head behind the end.
+    fn look_ahead(&mut self) -> Result<u64, OpenError> {
+        let ring = self.layout.journal.bytes;
+        let limit = (self.checkpoint.tail + ring).min(self.end + LOOK_AHEAD_BYTES.min(ring));
+        let device = self.devices.of(self.layout.journal_device);
+        let mut buffer = self.devices.buffer(READ_BYTES)?;
+        let mut head = self.devices.buffer(HEAD_BYTES_MAX)?;
+        let (mut position, mut flushed) = (self.end, 0);
+        while position < limit {
+            let lap_left = ring - position % ring;
+            let bytes = (limit - position).min(lap_left).min(READ_BYTES as u64) as usize;
+            if device.read_at(self.layout.journal_offset(position), &mut buffer[..bytes]).is_err() {
+                // One unreadable sector must not hide what is behind it; its page is filled with what is no batch.
+                for (page, at) in
+                    buffer[..bytes].chunks_exact_mut(PAGE_SIZE).zip((position..).step_by(PAGE_SIZE))
+                {
+                    if device.read_at(self.layout.journal_offset(at), page).is_err() {
+                        page.fill(0);
+                    }
+                }
+            }
+            for (page, at) in buffer[..bytes].chunks_exact(PAGE_SIZE).zip((position..).step_by(PAGE_SIZE)) {
+                let candidate = BatchHeader::peek(page).is_ok_and(|header| header.position == at);
+                if candidate && let Some(batch) = self.read_head(at, &mut head) {
+                    flushed = flushed.max(batch.header.flushed);
+                    self.seen_end = self.seen_end.max(at + batch.header.batch_bytes() as u64);
+                }
+            }
+            position += bytes as u64;
+        }
+        Ok(flushed)
+    }
+
+    /// Writes the first checkpoint of this session and hands over the store.
+    fn finish(mut self, options: Options) -> Result<(Store, Recovered), OpenError> {
+        self.blank_broken_halves()?;
+        self.devices.flush()?;
+        let mut recovered = Vec::new();
+        if self.damaged {
+            // What is missing may be anywhere: nothing pending is trusted, every group is relearned.
+            for group in self.groups.values_mut() {
+                group.reset(group.applied);
+                group.damaged = true;
+            }
+            self.unapplied.clear();
+        }
+        // As at runtime: the resets of all the groups that are known end it.
+        let relearned = !self.resets.is_empty() && self.groups.values().all(|group| !group.damaged);
+        let damaged = self.damaged || self.checkpoint.damaged && !relearned;
+        for (group, state) in &self.groups {
+            let unapplied = self.unapplied.remove(group).unwrap_or_default();
+            recovered.push(RecoveredGroup {
+                group: *group,
+                tail: GroupTail { last: state.last, acked: state.applied.seq },
+                pending: unapplied.into_iter().map(|entry| entry.into_entry(&state.pending)).collect(),
+                damaged: state.damaged,
+            });
+        }
+        let devices = self.devices;
+        let (lost, seen_end) = (self.damaged, self.seen_end.max(self.newest_record));
+        let lap = self.layout.journal.bytes;
+        let mut store = self.into_store(options, damaged);
+        store.write_checkpoint(&devices)?;
+        if lost {
+            // Positions behind the end are in use by what is being given up: everything goes to its place, and the
+            // journal starts anew beyond all of them.
+            store.settle(&devices)?;
+            store.restart_journal(seen_end.max(store.journal.head).next_multiple_of(lap) + lap);
+            store.write_checkpoint(&devices)?;
+        }
+        Ok((store, Recovered { groups: recovered, damaged }))
+    }
+
+    /// A half that is no record is zeroed: the next checkpoint's number would not excuse it any more.
+    fn blank_broken_halves(&self) -> Result<(), OpenError> {
+        let mut zeroes = self.devices.buffer(RECORD_SIZE)?;
+        zeroes.fill(0);
+        for offset in &self.broken {
+            self.devices.capacity.write_at(*offset, &zeroes)?;
+        }
+        Ok(())
+    }
+
+    fn into_store(self, options: Options, damaged: bool) -> Store {
+        let session = self.checkpoint.session + 1;
+        let journal = Journal::new(Start {
+            store: self.superblock.store,
+            session,
+            ring_bytes: self.layout.journal.bytes,
+            batch_bytes_max: self.layout.batch_bytes_max(),
+            tail: self.checkpoint.tail,
+            head: self.end,
+        });
+        Store {
+            id: self.superblock.store,
+            layout: self.layout,
+            pool: self.devices.pool,
+            session,
+            session_start: self.end,
+            damaged,
+            failed: false,
+            now_ns: options.now_ns,
+            last_append_ns: options.now_ns,
+            options,
+            journal,
+            index: self.index,
+            units: self.units,
+            slots: self.slots,
+            groups: self.groups,
+            reserved: (0, 0),
+            flushes: Default::default(),
+            reads: Default::default(),
+            destage: Destage::new(self.checkpoint.number),
+            operations: Default::default(),
+            next_operation: 0,
+            actions: Vec::new(),
+            events: Vec::new(),
+            counters: Counters::default(),
+        }
+    }
+}
+
+impl Unapplied {
+    fn into_entry(self, pending: &std::collections::VecDeque<Pending>) -> Entry {
+        let Descriptor { group, version, acked, key, pages, previous_first, previous_last, .. } =
+            self.descriptor;
+        let checksums =
+            pending.iter().find(|entry| entry.version == version).and_then(|entry| entry.checksums.clone());
+        let data = self.bytes.zip(checksums).map(|(bytes, checksums)| PageData { bytes, checksums });
+        Entry { group, version, acked, key, pages, data, previous_first, previous_last }
+    }
+}
+
+/// Checksums of a record's data.
+fn checksums<'b>(batch: &'b BatchHead, descriptor: &Descriptor) -> &'b [u32] {
+    if !descriptor.kind.has_data() {
+        return &[];
+    }
+    let first = descriptor.data_page as usize;
+    &batch.checksums[first..first + usize::from(descriptor.pages.count)]
+}
+
+impl Store {
+    fn write_checkpoint(&mut self, devices: &Devices<'_>) -> Result<(), OpenError> {
+        let checkpoint = self.next_checkpoint(self.new_tail());
+        let mut buffer = devices.buffer(Checkpoint::size(checkpoint.groups.len()))?;
+        checkpoint.encode(&mut buffer);
+        devices.capacity.write_at(self.layout.checkpoint_offset(checkpoint.number), &buffer)?;
+        devices.capacity.flush()?;
+        self.destage.checkpoint_number = checkpoint.number;
+        self.journal.release(checkpoint.tail);
+        Ok(())
+    }
+
+    /// Destages everything, blocking.
+    fn settle(&mut self, devices: &Devices<'_>) -> Result<(), OpenError> {
+        self.destage.drain = true;
+        let (mut actions, mut events) = (Vec::new(), Vec::new());
+        loop {
+            self.end_turn(&mut actions);
+            if actions.is_empty() {
+                break;
+            }
+            for action in actions.drain(..) {
+                self.on_disk(carry_out(devices, action)?);
+            }
+        }
+        self.destage.drain = false;
+        self.take_events(&mut events);
+        let damaged = events.iter().any(|event| matches!(event, StoreEvent::Damaged { .. }));
+        if damaged || self.index.oldest_dirty().is_some() {
+            return Err(OpenError::Beyond);
+        }
+        Ok(())
+    }
+
+    /// Starts the journal anew at `position`: nothing in it is needed.
+    fn restart_journal(&mut self, position: u64) {
+        assert!(self.journal.is_quiet());
+        self.journal = Journal::new(Start {
+            store: self.id,
+            session: self.session,
+            ring_bytes: self.layout.journal.bytes,
+            batch_bytes_max: self.layout.batch_bytes_max(),
+            tail: position,
+            head: position,
+        });
+        self.session_start = position;
+    }
+}
+
+fn carry_out(devices: &Devices<'_>, action: DiskAction) -> io::Result<DiskCompletion> {
+    let (id, done) = match action {
+        DiskAction::Read { id, device, offset, mut buffer } => {
+            devices.of(device).read_at(offset, &mut buffer)?;
+            (id, DiskOk::Read(buffer))
+        }
+        DiskAction::Write { id, device, mut offset, parts } => {
+            for part in &parts {
+                devices.of(device).write_at(offset, part)?;
+                offset += part.len() as u64;
+            }
+            (id, DiskOk::Written)
+        }
+        DiskAction::Flush { id, device } => {
+            devices.of(device).flush()?;
+            (id, DiskOk::Flushed)
+        }
+    };
+    Ok(DiskCompletion { id, result: Ok(done) })
+}

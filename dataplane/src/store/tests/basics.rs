@@ -1,0 +1,306 @@
+//! One thing at a time.
+
+use xsan_protocol::ids::{GroupId, Seq, Version};
+use xsan_protocol::units::{PAGES_PER_BLOCK, PageRange};
+
+use super::rig::{Rig, data, key, pool, version};
+use super::sim::SimDevice;
+use crate::io::Device;
+use crate::store::{Content, Entry, Foreign, Record, Store, StoreError, StoreEvent, StoreView};
+
+const GROUP: GroupId = GroupId(3);
+
+fn durable(rig: &Rig) -> Option<Seq> {
+    let seqs = rig.events.iter().filter_map(|event| match event {
+        StoreEvent::Durable { group: GROUP, seq } => Some(*seq),
+        _ => None,
+    });
+    seqs.max()
+}
+
+#[test]
+fn a_write_is_durable_then_applied_then_destaged() {
+    let mut rig = Rig::new(1, false);
+    let pages = PageRange::new(3, 20);
+    let written = rig.write(GROUP, key(1), pages, 100);
+    rig.settle();
+    assert_eq!(durable(&rig), Some(Seq(1)));
+    // Not acknowledged: not readable.
+    rig.expect(GROUP, key(1), pages, |_| 0);
+    rig.store.apply(GROUP, Seq(1));
+    rig.expect(GROUP, key(1), pages, |page| 97 + u64::from(page));
+    assert_eq!(rig.store.locate(GROUP, key(1))[0].device_offset, None);
+    assert_eq!(rig.store.unit_version(GROUP, key(1), 0), written);
+    rig.idle();
+    let units = rig.store.locate(GROUP, key(1));
+    assert_eq!(units.len(), 2);
+    assert!(units.iter().all(|unit| unit.journalled_pages == 0 && unit.device_offset.is_some()));
+    rig.expect(GROUP, key(1), PageRange::new(0, 32), |page| {
+        if pages.contains(page) { 97 + u64::from(page) } else { 0 }
+    });
+    assert_eq!(rig.store.status().journal_used_bytes, 0);
+    assert_eq!(rig.store.status().used_bytes, 2 * 65536);
+}
+
+#[test]
+fn many_records_of_a_turn_make_one_device_write() {
+    let mut rig = Rig::new(1, false);
+    for index in 0..20 {
+        rig.write(GROUP, key(index), PageRange::new(0, 1), 1 + u64::from(index));
+    }
+    let mut actions = Vec::new();
+    rig.store.end_turn(&mut actions);
+    assert_eq!(actions.len(), 1);
+    assert_eq!(rig.store.status().counters.written_journal_bytes, 21 * 4096);
+}
+
+#[test]
+fn zeroes_free_what_they_cover() {
+    let mut rig = Rig::new(2, false);
+    let whole = PageRange::new(0, 64);
+    rig.write_through(GROUP, key(1), whole, 50);
+    rig.idle();
+    assert_eq!(rig.store.status().used_bytes, 4 * 65536);
+    rig.write_through(GROUP, key(1), PageRange::new(16, 40), 0);
+    rig.expect(GROUP, key(1), whole, |page| if (16..56).contains(&page) { 0 } else { 50 + u64::from(page) });
+    rig.idle();
+    assert_eq!(rig.store.status().used_bytes, 2 * 65536);
+    assert_eq!(rig.store.unit_version(GROUP, key(1), 1), Version::ZERO);
+    // Covered in part, with a previous version that was wrong.
+    assert_eq!(rig.store.unit_version(GROUP, key(1), 3), Version::UNKNOWN);
+    rig.write_through(GROUP, key(1), PageRange::new(0, PAGES_PER_BLOCK as u16), 0);
+    rig.idle();
+    let status = rig.store.status();
+    assert_eq!((status.used_bytes, status.blocks), (0, 0));
+    assert!(rig.store.blocks_after(GROUP, None, 10).is_empty());
+}
+
+#[test]
+fn a_partial_write_keeps_the_chain_only_over_what_it_knew() {
+    let mut rig = Rig::new(3, false);
+    let first = rig.write_through(GROUP, key(1), PageRange::of_unit(0), 10);
+    let append = |rig: &mut Rig, previous: Version| {
+        let seq = rig.store.tail(GROUP).last.seq.next();
+        let entry = Entry {
+            group: GROUP,
+            version: Version { seq, ..first },
+            acked: Seq(0),
+            key: key(1),
+            pages: PageRange::new(4, 2),
+            data: Some(data(900, 2)),
+            previous_first: previous,
+            previous_last: Version::ZERO,
+        };
+        rig.store.append(Record::Entry(entry)).unwrap();
+        rig.settle();
+        rig.store.apply(GROUP, seq);
+        rig.store.unit_version(GROUP, key(1), 0)
+    };
+    assert_eq!(append(&mut rig, first), version(1, 2));
+    assert_eq!(append(&mut rig, first), Version::UNKNOWN);
+    // Nothing follows from an unknown version, not even itself.
+    assert_eq!(append(&mut rig, Version::UNKNOWN), Version::UNKNOWN);
+    // A push brings the unit right again.
+    let pushed = version(1, 2);
+    let push = Record::Push {
+        token: 9,
+        group: GROUP,
+        key: key(1),
+        unit: 0,
+        version: pushed,
+        as_of: Seq(4),
+        data: Some(data(5000, 16)),
+    };
+    rig.store.append(push).unwrap();
+    rig.settle();
+    assert!(rig.events.iter().any(|event| matches!(event, StoreEvent::Pushed { token: 9 })));
+    assert_eq!(rig.store.unit_version(GROUP, key(1), 0), pushed);
+    rig.expect(GROUP, key(1), PageRange::of_unit(0), |page| 5000 + u64::from(page));
+}
+
+#[test]
+fn a_reset_drops_what_is_not_applied() {
+    let mut rig = Rig::new(4, false);
+    rig.write_through(GROUP, key(1), PageRange::new(0, 1), 10);
+    rig.write(GROUP, key(1), PageRange::new(0, 1), 20);
+    rig.end_turn();
+    rig.write(GROUP, key(1), PageRange::new(0, 1), 30);
+    rig.store.append(Record::Reset { group: GROUP, last: version(2, 1) }).unwrap();
+    let again = rig.write(GROUP, key(1), PageRange::new(1, 1), 40);
+    assert_eq!(again, version(2, 2));
+    rig.settle();
+    rig.store.apply(GROUP, again.seq);
+    for _ in 0..2 {
+        rig.expect(GROUP, key(1), PageRange::new(0, 2), |page| if page == 0 { 10 } else { 40 });
+        assert_eq!(rig.store.tail(GROUP).last, again);
+        rig.idle();
+        rig = rig.crash(true);
+    }
+}
+
+#[test]
+fn entries_nobody_acknowledged_come_back_with_their_data() {
+    let mut rig = Rig::new(5, false);
+    rig.write_through(GROUP, key(1), PageRange::new(0, 4), 10);
+    rig.write(GROUP, key(2), PageRange::new(8, 2), 20);
+    rig.write(GROUP, key(2), PageRange::new(8, 1), 0);
+    rig.flush();
+    rig.idle();
+    let rig = rig.crash(true);
+    assert!(!rig.recovered.damaged);
+    let [group] = &rig.recovered.groups[..] else { panic!("one group") };
+    assert_eq!((group.tail.last, group.tail.acked), (version(1, 3), Seq(1)));
+    let [write, zero] = &group.pending[..] else { panic!("two entries") };
+    assert_eq!((write.version, write.key, write.pages), (version(1, 2), key(2), PageRange::new(8, 2)));
+    let bytes = write.data.as_ref().unwrap();
+    assert!(bytes.bytes[..] == data(20, 2).bytes[..]);
+    assert!(bytes.checksums == data(20, 2).checksums);
+    assert!(zero.data.is_none());
+}
+
+#[test]
+fn flushes_are_shared_and_free_when_nothing_is_new() {
+    let mut rig = Rig::new(6, false);
+    rig.write(GROUP, key(1), PageRange::new(0, 1), 1);
+    rig.settle();
+    for token in 100..110 {
+        rig.store.flush(token);
+    }
+    rig.settle();
+    assert_eq!(rig.store.status().counters.flushes, 1);
+    rig.flush();
+    assert_eq!(rig.store.status().counters.flushes, 1);
+}
+
+#[test]
+fn a_failed_flush_latches_the_store() {
+    let mut rig = Rig::new(7, false);
+    rig.write(GROUP, key(1), PageRange::new(0, 1), 1);
+    rig.settle();
+    rig.store.flush(50);
+    rig.fail_next_flush = true;
+    rig.settle();
+    rig.store.flush(51);
+    rig.settle();
+    let failed = rig.events.iter().filter(|event| matches!(event, StoreEvent::Failed)).count();
+    assert_eq!(failed, 1);
+    assert!(!rig.events.iter().any(|event| matches!(event, StoreEvent::Flushed { .. })));
+    let reset = Record::Reset { group: GROUP, last: Version::ZERO };
+    assert_eq!(rig.store.append(reset), Err(StoreError::Failed));
+    assert_eq!(rig.store.admit(1), Err(StoreError::Failed));
+    assert!(rig.read(GROUP, key(1), PageRange::new(0, 1)).is_err());
+}
+
+#[test]
+fn a_full_store_refuses_new_places_and_goes_on() {
+    let mut rig = Rig::with_bytes(8, false, 40 << 20);
+    let mut written = 0;
+    while rig.store.admit_write(GROUP, key(written / 60), unit(written)).is_ok() {
+        rig.write_through(GROUP, key(written / 60), unit(written), 1 + u64::from(written) * 16);
+        written += 1;
+        if written % 50 == 0 {
+            rig.idle();
+        }
+    }
+    rig.idle();
+    assert_eq!(rig.store.admit(1), Err(StoreError::Full));
+    let status = rig.store.status();
+    assert!(status.used_bytes > status.capacity_bytes * 9 / 10, "{status:?}");
+    // What has its place may be written again, read, and trimmed; then there is room.
+    assert_eq!(rig.store.admit_write(GROUP, key(0), unit(0)), Ok(()));
+    rig.write_through(GROUP, key(0), unit(0), 7777);
+    rig.expect(GROUP, key(0), unit(0), |page| 7777 + u64::from(page));
+    let last = written - 1;
+    rig.expect(GROUP, key(last / 60), unit(last), |page| {
+        1 + u64::from(last) * 16 + u64::from(page - unit(last).first)
+    });
+    rig.write_through(GROUP, key(1), PageRange::new(0, 1024), 0);
+    rig.idle();
+    assert_eq!(rig.store.admit(256), Ok(()));
+    rig.write_through(GROUP, key(1), unit(2), 9);
+    let mut rig = rig.crash(false);
+    rig.store.apply(GROUP, Seq(u64::MAX));
+    rig.expect(GROUP, key(0), unit(0), |page| 7777 + u64::from(page));
+}
+
+fn unit(number: u32) -> PageRange {
+    PageRange::of_unit((number % 60) as u8)
+}
+
+#[test]
+fn a_full_journal_refuses_until_destage_has_moved_on() {
+    let mut rig = Rig::new(9, false);
+    let mut refused = 0;
+    for number in 0..40u64 {
+        let pages = PageRange::new((number % 4) as u16 * 256, 256);
+        if rig.store.admit(256).is_err() {
+            refused += 1;
+            assert_eq!(rig.store.admit(256), Err(StoreError::JournalFull));
+            rig.store.apply(GROUP, Seq(u64::MAX));
+            rig.settle();
+            rig.store.apply(GROUP, Seq(u64::MAX));
+            rig.settle();
+            assert_eq!(rig.store.admit(256), Ok(()));
+        }
+        rig.write(GROUP, key(1), pages, 1 + number * 300);
+    }
+    assert!(refused > 1);
+}
+
+#[test]
+fn blocks_are_listed_in_order_with_digests() {
+    let mut rig = Rig::new(10, false);
+    for index in [5, 1, 9] {
+        rig.write_through(GROUP, key(index), PageRange::new(0, 1), 1);
+    }
+    rig.write_through(GroupId(4), key(2), PageRange::new(0, 1), 1);
+    let listed = |rig: &Rig, after, max| -> Vec<u32> {
+        rig.store.blocks_after(GROUP, after, max).iter().map(|(key, _)| key.index.0).collect()
+    };
+    assert_eq!(listed(&rig, None, 10), [1, 5, 9]);
+    assert_eq!(listed(&rig, None, 2), [1, 5]);
+    assert_eq!(listed(&rig, Some(key(5)), 10), [9]);
+    assert_eq!(rig.store.allocated(GROUP, key(1), PageRange::new(0, 3)), [true, false, false]);
+}
+
+#[test]
+fn a_device_is_known_for_what_it_holds() {
+    let blank = SimDevice::new(64 << 20);
+    assert_eq!(Store::probe(&blank, pool()).unwrap(), Content::Blank);
+    let marks: [(u64, &[u8], Foreign); 8] = [
+        (0x438, &[0x53, 0xef], Foreign::Ext),
+        (0, b"XFSB", Foreign::Xfs),
+        (512, b"LABELONE", Foreign::Lvm),
+        (0, b"LUKS\xba\xbe", Foreign::Luks),
+        (4086, b"SWAPSPACE2", Foreign::Swap),
+        (512, b"EFI PART", Foreign::Gpt),
+        (510, &[0x55, 0xaa], Foreign::Mbr),
+        ((64 << 20) - 9, b"x", Foreign::Unknown),
+    ];
+    for (offset, magic, kind) in marks {
+        let device = SimDevice::new(64 << 20);
+        let mut page = vec![0; 4096];
+        let start = (offset % 4096) as usize;
+        page[start..start + magic.len()].copy_from_slice(magic);
+        device.write_at(offset / 4096 * 4096, &page).unwrap();
+        assert_eq!(Store::probe(&device, pool()).unwrap(), Content::Foreign(kind));
+    }
+    let rig = Rig::new(11, true);
+    assert!(matches!(Store::probe(&rig.capacity, pool()).unwrap(), Content::Ours { .. }));
+    let small = SimDevice::new(8 << 20);
+    let parameters = crate::store::FormatParameters {
+        cluster_id: String::new(),
+        store: xsan_protocol::ids::StoreId(1),
+        created_ns: 0,
+        journal_bytes: None,
+    };
+    assert!(Store::format(&small, None, &parameters, pool()).is_err());
+}
+
+#[test]
+fn a_superblock_survives_in_its_second_copy() {
+    let rig = Rig::new(12, false);
+    rig.capacity.flip_bit(0, 100);
+    let rig = rig.crash(false);
+    assert!(!rig.recovered.damaged);
+}

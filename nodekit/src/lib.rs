@@ -1,0 +1,9 @@
+//! What the processes of a node share and no other crate should know: configuration, logging, sizes
+//! as people write them, and exit codes.
+//!
+//! Used by xsan-node, xsan-control, xsan-data and the command line tools. Knows no network, no gRPC and no device.
+
+pub mod config;
+pub mod exit;
+pub mod logging;
+pub mod size;

@@ -1,0 +1,362 @@
+//! A cluster of real nodes on loopback: start, faults, waiting, stop.
+//!
+//! One cluster runs at a time in a process: what is timed is not disturbed by another test. The directory
+//! is kept, and named, when its owner panics or asks for it, and is gone otherwise.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+use tempfile::TempDir;
+use xsan_protocol::error::Code;
+use xsan_protocol::proto::ClusterStatusReply;
+
+use crate::control::{self, Control};
+use crate::loopback::Network;
+use crate::nbd::Client;
+use crate::node::{FirstStart, Node, NodeOptions, binary_directory, node_name, program};
+use crate::process::Usage;
+use crate::wait::{Look, until};
+
+pub const CLUSTER_ID: &str = "xsan-test";
+/// For a state that is reached by messages alone.
+pub const SETTLE_DEADLINE: Duration = Duration::from_secs(30);
+/// For a state that is reached by moving data.
+pub const RESYNC_DEADLINE: Duration = Duration::from_secs(180);
+const NBD_TIMEOUT: Duration = Duration::from_secs(40);
+/// The longest path of a Unix socket is 107 bytes.
+const WORK_PATH_MAX: usize = 80;
+
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
+#[derive(Debug)]
+pub struct Cluster {
+    nodes: Vec<Node>,
+    network: Network,
+    options: NodeOptions,
+    // Dropped after the nodes: fields are dropped in order.
+    directory: WorkDirectory,
+    _turn: MutexGuard<'static, ()>,
+}
+
+impl Cluster {
+    pub fn start(node_count: usize) -> Result<Self> {
+        Self::start_with(node_count, NodeOptions::default())
+    }
+
+    /// Founds a cluster with node 0 and joins the others; all of them serve when this returns.
+    pub fn start_with(node_count: usize, options: NodeOptions) -> Result<Self> {
+        let mut cluster = Self::prepare(options)?;
+        for _ in 0..node_count {
+            cluster.add_node()?;
+        }
+        cluster.wait_healthy(SETTLE_DEADLINE)?;
+        Ok(cluster)
+    }
+
+    /// A cluster without nodes, for what goes wrong before there is one.
+    pub fn prepare(options: NodeOptions) -> Result<Self> {
+        let turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+        ensure!(
+            program("xsan-node").exists(),
+            "{} holds no xsan-node; build it: cargo build --workspace --bins",
+            binary_directory().display()
+        );
+        let directory = WorkDirectory::create()?;
+        Ok(Self { nodes: Vec::new(), network: Network::take()?, options, directory, _turn: turn })
+    }
+
+    /// Adds a node, founding the cluster when it is the first, and waits until it serves.
+    pub fn add_node(&mut self) -> Result<usize> {
+        let mut node = self.spare_node()?;
+        node.start_first(CLUSTER_ID, self.next_start())?;
+        node.wait_ready(1)?;
+        self.nodes.push(node);
+        Ok(self.nodes.len() - 1)
+    }
+
+    /// The next node, laid out and not started; not part of the cluster yet.
+    pub fn spare_node(&self) -> Result<Node> {
+        Node::prepare(self.directory.path(), &self.network, self.nodes.len(), &self.options)
+    }
+
+    pub fn next_start(&self) -> FirstStart {
+        self.nodes.first().map_or(FirstStart::Init, |first| FirstStart::Join(first.control))
+    }
+
+    pub fn node(&self, index: usize) -> &Node {
+        &self.nodes[index]
+    }
+
+    pub fn nodes(&self) -> &[Node] {
+        &self.nodes
+    }
+
+    pub fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// The network that the cluster lives on, for what stands beside it.
+    pub const fn network(&self) -> &Network {
+        &self.network
+    }
+
+    // Faults.
+
+    pub fn kill_data(&self, index: usize) -> Result<u32> {
+        self.nodes[index].kill_data()
+    }
+
+    pub fn kill_control(&self, index: usize) -> Result<u32> {
+        self.nodes[index].kill_control()
+    }
+
+    pub fn kill_node(&mut self, index: usize) -> Result<()> {
+        self.nodes[index].kill()
+    }
+
+    /// All the processes of all the nodes, as a power cut of the room would (without losing what disks hold).
+    pub fn kill_all(&mut self) -> Result<()> {
+        self.nodes.iter_mut().try_for_each(Node::kill)
+    }
+
+    pub fn stop_node(&mut self, index: usize) -> Result<()> {
+        self.nodes[index].stop()
+    }
+
+    pub fn restart(&mut self, index: usize) -> Result<()> {
+        self.start_again(&[index])
+    }
+
+    /// Starts several nodes at once: alone, the first of them would wait for a quorum.
+    pub fn start_again(&mut self, indexes: &[usize]) -> Result<()> {
+        let mut starts = Vec::new();
+        for &index in indexes {
+            starts.push(self.nodes[index].ready_count()? + 1);
+            self.nodes[index].start_again()?;
+        }
+        for (&index, starts) in indexes.iter().zip(starts) {
+            self.nodes[index].wait_ready(starts)?;
+        }
+        Ok(())
+    }
+
+    /// Stops every node with SIGTERM; each must end cleanly.
+    pub fn stop(mut self) -> Result<()> {
+        self.nodes.iter_mut().try_for_each(Node::stop)
+    }
+
+    // State.
+
+    /// Of the nodes that run.
+    pub fn control(&self) -> Control {
+        Control::new(self.nodes.iter().filter(|node| node.is_running()).map(|node| node.control).collect())
+    }
+
+    pub fn status(&self) -> Result<ClusterStatusReply> {
+        self.control().status()
+    }
+
+    pub fn wait_status(
+        &self,
+        what: &str,
+        deadline: Duration,
+        holds: impl Fn(&ClusterStatusReply) -> bool,
+    ) -> Result<ClusterStatusReply> {
+        until(what, deadline, || match self.status() {
+            Ok(status) if holds(&status) => Ok(Look::Done(status)),
+            Ok(status) => Ok(Look::NotYet(control::summary(&status))),
+            Err(error) => Ok(Look::NotYet(format!("{error:#}"))),
+        })
+    }
+
+    /// Every node up, every replica acting.
+    pub fn wait_healthy(&self, deadline: Duration) -> Result<ClusterStatusReply> {
+        let count = self.nodes.len();
+        self.wait_status("every replica to act", deadline, |status| control::is_healthy(status, count))
+    }
+
+    /// The node whose control process leads.
+    pub fn leader(&self) -> Result<usize> {
+        let status = self.wait_status("a leader", SETTLE_DEADLINE, |status| {
+            status.nodes.iter().any(|node| node.leader && node.state == "up")
+        })?;
+        let leader = status.nodes.iter().find(|node| node.leader).and_then(|node| node.node.as_ref());
+        let name = &leader.context("the leader is no node")?.name;
+        self.nodes.iter().position(|node| node.name == *name).context("the leader is no node of ours")
+    }
+
+    /// What all the processes of all the running nodes have used.
+    pub fn usage(&self) -> Result<Usage> {
+        let running = self.nodes.iter().filter(|node| node.is_running());
+        running.into_iter().try_fold(Usage::default(), |sum, node| Ok(sum + node.usage()?))
+    }
+
+    // Commands and clients.
+
+    /// Runs `xsan-cli` against a node that runs.
+    pub fn cli(&self, arguments: &[&str]) -> Result<Answer> {
+        self.command("xsan-cli", arguments)
+    }
+
+    /// As `cli`, with `--json`; the command must succeed.
+    pub fn cli_json(&self, arguments: &[&str]) -> Result<Value> {
+        let answer = self.cli(&[&["--json"], arguments].concat())?.succeeded()?;
+        serde_json::from_str(&answer.stdout).with_context(|| format!("this is not JSON: {}", answer.stdout))
+    }
+
+    pub fn debug(&self, arguments: &[&str]) -> Result<Answer> {
+        self.command("xsan-debug", arguments)
+    }
+
+    fn command(&self, name: &str, arguments: &[&str]) -> Result<Answer> {
+        let node = self.nodes.iter().find(|node| node.is_running()).context("no node runs")?;
+        let mut command = Command::new(program(name));
+        command.arg("--address").arg(node.control.to_string()).args(arguments);
+        Answer::of(&mut command)
+    }
+
+    pub fn create_volume(&self, name: &str, size: &str, replica_count: usize) -> Result<()> {
+        let count = replica_count.to_string();
+        self.cli(&["volume", "create", "--name", name, "--size", size, "--replica-count", &count])?
+            .succeeded()?;
+        // Its groups have primaries that have peered when the first read is answered.
+        self.connect(0, name)?.read(0, &mut [0; 4096])?;
+        self.wait_healthy(SETTLE_DEADLINE)?;
+        Ok(())
+    }
+
+    pub fn uri(&self, index: usize, volume: &str) -> String {
+        format!("nbd://{}/{volume}", self.nodes[index].nbd)
+    }
+
+    /// Our own client, through the gateway of a node; waits until the gateway accepts.
+    pub fn connect(&self, index: usize, volume: &str) -> Result<Client> {
+        let address = self.nodes[index].nbd;
+        until(&format!("{volume} at {address}"), SETTLE_DEADLINE, || {
+            match Client::connect(address, volume, NBD_TIMEOUT) {
+                Ok(client) => Ok(Look::Done(client)),
+                Err(error) => Ok(Look::NotYet(error.to_string())),
+            }
+        })
+    }
+}
+
+/// What a command said.
+#[derive(Clone, Debug)]
+pub struct Answer {
+    pub line: String,
+    pub exit_code: Option<i32>,
+    pub stdout: String,
+    pub stderr: String,
+    pub took: Duration,
+}
+
+impl Answer {
+    pub fn of(command: &mut Command) -> Result<Self> {
+        let words = std::iter::once(command.get_program()).chain(command.get_args());
+        let line = words.map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ");
+        let started = Instant::now();
+        let output =
+            command.stdin(Stdio::null()).output().with_context(|| format!("{line} does not start"))?;
+        let Output { status, stdout, stderr } = output;
+        Ok(Self {
+            line,
+            exit_code: status.code(),
+            stdout: String::from_utf8_lossy(&stdout).into_owned(),
+            stderr: String::from_utf8_lossy(&stderr).into_owned(),
+            took: started.elapsed(),
+        })
+    }
+
+    pub fn succeeded(self) -> Result<Self> {
+        ensure!(
+            self.exit_code == Some(0),
+            "{} ended with {:?}:\n{}{}",
+            self.line,
+            self.exit_code,
+            self.stdout,
+            self.stderr
+        );
+        Ok(self)
+    }
+
+    /// The command failed with one of these errors: number and name, and each of `words`, on standard error.
+    pub fn refused_with(&self, codes: &[Code], words: &[&str]) -> Result<()> {
+        ensure!(self.exit_code.is_some_and(|code| code != 0), "{} did not fail: {self:?}", self.line);
+        let labels: Vec<String> =
+            codes.iter().map(|code| format!("error {} {}", code.number(), code.name())).collect();
+        if !labels.iter().any(|label| self.stderr.contains(label)) {
+            bail!(
+                "{} should have said {}; it said:\n{}{}",
+                self.line,
+                labels.join(" or "),
+                self.stdout,
+                self.stderr
+            );
+        }
+        for word in words {
+            ensure!(
+                self.stderr.contains(word),
+                "{} does not name {word:?}; it said:\n{}",
+                self.line,
+                self.stderr
+            );
+        }
+        Ok(())
+    }
+}
+
+/// Where a cluster's files are: under `XSAN_WORK_DIR`, or beside the binaries, on a real disk (a temporary
+/// directory in memory would not do for direct I/O).
+#[derive(Debug)]
+struct WorkDirectory {
+    directory: Option<TempDir>,
+}
+
+impl WorkDirectory {
+    fn create() -> Result<Self> {
+        let base = match std::env::var_os("XSAN_WORK_DIR") {
+            Some(base) => PathBuf::from(base),
+            None => binary_directory().join("xsan-work"),
+        };
+        fs::create_dir_all(&base).with_context(|| format!("{} can not be made", base.display()))?;
+        let directory = tempfile::Builder::new().prefix("c-").tempdir_in(base)?;
+        let length = directory.path().as_os_str().len();
+        ensure!(
+            length <= WORK_PATH_MAX,
+            "{} is too long for the Unix sockets in it; set XSAN_WORK_DIR to a shorter one",
+            directory.path().display()
+        );
+        Ok(Self { directory: Some(directory) })
+    }
+
+    fn path(&self) -> &Path {
+        self.directory.as_ref().expect("it is there until it is dropped").path()
+    }
+}
+
+impl Drop for WorkDirectory {
+    fn drop(&mut self) {
+        let Some(directory) = self.directory.take() else { return };
+        if !std::thread::panicking() && std::env::var_os("XSAN_KEEP").is_none() {
+            return;
+        }
+        // The devices of a failed test are seldom looked at, and large.
+        let kept = directory.keep();
+        for index in 0.. {
+            let device = kept.join(node_name(index)).join("data/store-0.img");
+            if !kept.join(format!("{}.conf", node_name(index))).exists() {
+                break;
+            }
+            if std::env::var_os("XSAN_KEEP").is_none() && device.exists() {
+                let _ = fs::remove_file(device);
+            }
+        }
+        eprintln!("logs and directories of the nodes are kept in {}", kept.display());
+    }
+}

@@ -1,0 +1,108 @@
+//! The cluster as its gRPC API shows it, for waiting and for checks: blocking, typed, with deadlines.
+//!
+//! What a user sees goes through `xsan-cli`; this is for what is asked for many times a second.
+
+use std::future::Future;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, bail};
+use tonic::transport::{Channel, Endpoint};
+use xsan_protocol::proto::cluster_client::ClusterClient;
+use xsan_protocol::proto::{
+    ClusterMap, ClusterStatusReply, ClusterStatusRequest, GetMapRequest, GetVolumeRequest, LocateBlockReply,
+    LocateBlockRequest, PerfStatsReply, PerfStatsRequest, VolumeStatus,
+};
+
+const CALL_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Asks the first of several nodes that answers.
+#[derive(Clone, Debug)]
+pub struct Control {
+    addresses: Vec<SocketAddr>,
+}
+
+impl Control {
+    pub const fn new(addresses: Vec<SocketAddr>) -> Self {
+        Self { addresses }
+    }
+
+    pub fn status(&self) -> Result<ClusterStatusReply> {
+        self.call(async |mut client| client.cluster_status(ClusterStatusRequest {}).await)
+    }
+
+    pub fn map(&self) -> Result<ClusterMap> {
+        self.call(async |mut client| client.get_map(GetMapRequest {}).await)
+    }
+
+    pub fn volume(&self, name: &str) -> Result<VolumeStatus> {
+        self.call(async |mut client| client.get_volume(GetVolumeRequest { name: name.to_owned() }).await)
+    }
+
+    pub fn locate(&self, volume: &str, block_index: u64) -> Result<LocateBlockReply> {
+        let request = LocateBlockRequest { volume: volume.to_owned(), block_index };
+        self.call(async |mut client| client.locate_block(request.clone()).await)
+    }
+
+    pub fn perf_stats(&self) -> Result<PerfStatsReply> {
+        self.call(async |mut client| client.perf_stats(PerfStatsRequest { node: String::new() }).await)
+    }
+
+    fn call<T, F>(&self, request: impl Fn(ClusterClient<Channel>) -> F) -> Result<T>
+    where
+        F: Future<Output = Result<tonic::Response<T>, tonic::Status>>,
+    {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let mut last = anyhow!("there is no node to ask");
+        for address in &self.addresses {
+            match runtime.block_on(ask(*address, &request)) {
+                Ok(reply) => return Ok(reply),
+                Err(error) => last = error.context(format!("asking {address}")),
+            }
+        }
+        Err(last)
+    }
+}
+
+async fn ask<T, F>(address: SocketAddr, request: impl Fn(ClusterClient<Channel>) -> F) -> Result<T>
+where
+    F: Future<Output = Result<tonic::Response<T>, tonic::Status>>,
+{
+    let endpoint = Endpoint::from_shared(format!("http://{address}"))?.connect_timeout(CALL_TIMEOUT);
+    let channel = endpoint.timeout(CALL_TIMEOUT).connect().await.context("connecting")?;
+    match tokio::time::timeout(CALL_TIMEOUT, request(ClusterClient::new(channel))).await {
+        Ok(Ok(reply)) => Ok(reply.into_inner()),
+        Ok(Err(status)) => bail!("{}: {}", status.code(), status.message()),
+        Err(_) => bail!("no answer within {CALL_TIMEOUT:?}"),
+    }
+}
+
+/// Whether every node is up and every replica of every group acts.
+pub fn is_healthy(status: &ClusterStatusReply, node_count: usize) -> bool {
+    let groups = status.groups.unwrap_or_default();
+    status.nodes.len() == node_count
+        && status.nodes.iter().all(|node| node.state == "up")
+        && groups.healthy == groups.total
+        && groups.resyncing == 0
+}
+
+/// One line of what a status says, for messages.
+pub fn summary(status: &ClusterStatusReply) -> String {
+    let groups = status.groups.unwrap_or_default();
+    let states: Vec<&str> = status.nodes.iter().map(|node| node.state.as_str()).collect();
+    format!(
+        "nodes {}; groups {} of {} healthy, {} degraded, {} resyncing, {} inactive; {} bytes to resync",
+        states.join("/"),
+        groups.healthy,
+        groups.total,
+        groups.degraded,
+        groups.resyncing,
+        groups.inactive,
+        groups.resync_bytes_left
+    )
+}
+
+/// Pages of damaged stores that were rewritten from other replicas, over the whole cluster.
+pub fn repaired_pages(status: &ClusterStatusReply) -> u64 {
+    status.nodes.iter().flat_map(|node| &node.stores).map(|store| store.repaired_pages).sum()
+}

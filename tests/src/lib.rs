@@ -1,0 +1,26 @@
+//! Harness for whole clusters of real processes on this host's loopback addresses.
+//!
+//! Used by the process-level tests (`tests/tests/process`) and by the demo, the soak and the benchmark
+//! (`tests/src/bin`). It knows XSAN only from outside: its commands, its gRPC API, NBD and `/proc`. It never
+//! links the data plane or the control plane.
+//!
+//! Invariants
+//! - Every wait has a deadline and names what it waited for; nothing sleeps and hopes.
+//! - Only processes that the harness started are signalled, through their pidfd, never by name.
+//! - What was started is dead, and its directory gone, when its owner is dropped (kept when a test fails).
+
+pub mod cluster;
+pub mod control;
+pub mod fio;
+pub mod history;
+pub mod image;
+pub mod loopback;
+pub mod machine;
+pub mod nbd;
+pub mod node;
+pub mod process;
+pub mod random;
+pub mod stamp;
+pub mod tools;
+pub mod wait;
+pub mod writer;

@@ -1,0 +1,118 @@
+//! The instruments are tested before what they measure: the NBD client, the stall writer, fio through a
+//! bridge and the image maker, against a plain `qemu-nbd` that stands in for a gateway.
+
+#![expect(clippy::unwrap_used, reason = "a test's unwrap is its assertion")]
+
+use std::fs::File;
+use std::path::Path;
+use std::time::Duration;
+
+use xsan_tests::fio::{Job, Load};
+use xsan_tests::image::Image;
+use xsan_tests::loopback::Network;
+use xsan_tests::nbd::{Client, NbdError};
+use xsan_tests::stamp::{PAGE_SIZE, Stamp};
+use xsan_tests::tools::{Export, raw_export, run};
+use xsan_tests::writer::{Work, Writer};
+
+const MIB: u64 = 1 << 20;
+const TIMEOUT: Duration = Duration::from_secs(20);
+/// How long the stand-in stays away; what is measured as a stall is at least this.
+const PAUSE: Duration = Duration::from_millis(300);
+
+fn disk(directory: &Path) -> std::path::PathBuf {
+    let path = directory.join("disk.raw");
+    File::create(&path).unwrap().set_len(256 * MIB).unwrap();
+    path
+}
+
+#[test]
+fn the_client_reads_writes_and_reports_errors() {
+    let (directory, network) = (work_directory(), Network::take().unwrap());
+    let _server = raw_export(network.nbd(0), &disk(directory.path())).unwrap();
+    let mut client = Client::connect(network.nbd(0), "", TIMEOUT).unwrap();
+    assert_eq!(client.size_bytes(), 256 * MIB);
+    let stamp = Stamp { page: 5, generation: 1, seed: 1 };
+    client.write_fua(5 * PAGE_SIZE as u64, &stamp.to_page()).unwrap();
+    client.flush().unwrap();
+    let mut bytes = vec![0; PAGE_SIZE];
+    client.read(5 * PAGE_SIZE as u64, &mut bytes).unwrap();
+    assert_eq!(Stamp::parse(&bytes), Some(stamp));
+    client.write_zeroes(5 * PAGE_SIZE as u64, PAGE_SIZE as u32).unwrap();
+    client.trim(0, PAGE_SIZE as u32).unwrap();
+    client.read(5 * PAGE_SIZE as u64, &mut bytes).unwrap();
+    assert_eq!(bytes, vec![0; PAGE_SIZE]);
+    assert!(matches!(client.read(256 * MIB, &mut bytes), Err(NbdError::Request(_))));
+    let absent = Client::connect(network.nbd(0), "absent", TIMEOUT);
+    assert!(matches!(absent, Err(NbdError::Refused(_))), "{absent:?}");
+}
+
+#[test]
+fn the_writer_measures_a_stall_and_keeps_its_promises() {
+    let (directory, network) = (work_directory(), Network::take().unwrap());
+    let path = disk(directory.path());
+    let server = raw_export(network.nbd(0), &path).unwrap();
+    let work =
+        Work { flush_interval: 20, read_percent: 30, ..Work::new(vec![network.nbd(0)], "", 0..500, 4) };
+    let writer = Writer::start(work).unwrap();
+    writer.wait_operations(200, TIMEOUT).unwrap();
+    drop(server);
+    std::thread::sleep(PAUSE);
+    let _server = raw_export(network.nbd(0), &path).unwrap();
+    writer.wait_operations(200, TIMEOUT).unwrap();
+    let mut report = writer.stop().unwrap();
+    assert!(report.stall >= PAUSE, "{:?}", report.stall);
+    assert!(report.reconnects == 1 && report.flushes > 0, "{} {}", report.reconnects, report.flushes);
+    report.history.check().unwrap();
+    let mut client = Client::connect(network.nbd(0), "", TIMEOUT).unwrap();
+    report.verify(&mut client, 4).unwrap();
+    report.verify_flushed(&mut client, 4).unwrap();
+
+    // A promise that was not kept is found.
+    let promise = report.pages.values_mut().next().unwrap();
+    promise.acknowledged += 1;
+    promise.sent += 1;
+    let message = format!("{:#}", report.clone().verify(&mut client, 4).unwrap_err());
+    assert!(message.contains(&format!("page {}", report.pages.keys().next().unwrap())), "{message}");
+}
+
+#[test]
+fn fio_behind_a_bridge_outlives_the_gateway() {
+    let (directory, network) = (work_directory(), Network::take().unwrap());
+    let path = disk(directory.path());
+    let server = raw_export(network.nbd(0), &path).unwrap();
+    let bridge = Export::bridge(directory.path(), network.nbd(0), "", TIMEOUT).unwrap();
+    let uri = bridge.uri();
+    let job = Job { runtime: Some(Duration::from_secs(4)), ..Job::verified(&uri, 0, 64 * MIB, 1) };
+    let mut load = Load::start(&job, &directory.path().join("fio.json")).unwrap();
+    std::thread::sleep(PAUSE);
+    drop(server);
+    std::thread::sleep(PAUSE);
+    assert!(load.exit_status().unwrap().is_none(), "fio did not wait for its gateway");
+    let _server = raw_export(network.nbd(0), &path).unwrap();
+    let outcome = load.finish(TIMEOUT).unwrap();
+    assert!(outcome.write.bytes > 0 && outcome.read.bytes > 0, "{outcome:?}");
+}
+
+#[test]
+fn an_image_is_a_file_system_and_a_changed_byte_is_found() {
+    let directory = work_directory();
+    let image = Image::make(directory.path(), 256 * MIB, 32 * MIB).unwrap();
+    assert!(image.file_count > 10 && image.content_bytes > 64 * MIB, "{image:?}");
+    let copy = directory.path().join("copy.raw");
+    let [qcow2, raw] = [&image.qcow2, &copy].map(|path| path.display().to_string());
+    run("qemu-img", ["convert", "-O", "raw", &qcow2, &raw]).unwrap();
+    assert_eq!(image.compare(&copy).unwrap(), 256 * MIB);
+    run("e2fsck", ["-fn", &raw]).unwrap();
+
+    let offset = 200 * MIB + 17;
+    let file = File::options().write(true).open(&copy).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &[0xa5], offset).unwrap();
+    let message = image.compare(&copy).unwrap_err().to_string();
+    assert!(message.ends_with(&format!("byte {offset}")), "{message}");
+}
+
+/// On the disk that holds the build: direct I/O does not work in every temporary directory.
+fn work_directory() -> tempfile::TempDir {
+    tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
+}

@@ -1,0 +1,22 @@
+//! Process-level tests: real nodes on loopback, clients that nobody here wrote, and faults.
+//!
+//! One cluster runs at a time. A test that fails keeps its nodes' logs and names their directory.
+
+#![expect(clippy::unwrap_used, reason = "a test's unwrap is its assertion")]
+
+#[path = "process/basics.rs"]
+mod basics;
+#[path = "process/clients.rs"]
+mod clients;
+#[path = "process/corruption.rs"]
+mod corruption;
+#[path = "process/errors.rs"]
+mod errors;
+#[path = "process/faults.rs"]
+mod faults;
+#[path = "process/hostile.rs"]
+mod hostile;
+#[path = "process/resync.rs"]
+mod resync;
+#[path = "process/stalls.rs"]
+mod stalls;

@@ -1,0 +1,190 @@
+//! The command line of xsan-cli.
+
+use clap::{Parser, Subcommand, ValueEnum};
+use xsan_nodekit::size::{self, Size};
+use xsan_protocol::limits::{REPLICAS_MAX, VOLUME_BYTES_MAX};
+use xsan_protocol::proto::Durability as Message;
+use xsan_protocol::units::SECTOR_SIZE;
+
+use crate::connection::Connection;
+
+const EXAMPLES: &str = "\
+Examples:
+  xsan-cli cluster status
+  xsan-cli volume create --name vm-1 --size 100GB --replica-count 3
+  xsan-cli --address 192.168.1.12 volume list
+  xsan-cli --json node info node-001
+  XSAN_ADDRESS=192.168.1.10,192.168.1.11 xsan-cli cluster status
+  source <(xsan-cli completion bash)
+
+Exit codes:
+  0  done
+  1  the cluster refused; the error's number and what to do are on stderr
+  2  wrong usage
+  3  nothing answers at any address
+  4  no answer in time, or no quorum: a change may or may not have been made";
+
+/// Manages an XSAN cluster: its nodes and volumes. Any node answers.
+#[derive(Clone, Debug, Parser)]
+#[command(name = "xsan-cli", version, after_help = EXAMPLES)]
+pub struct Args {
+    #[command(flatten)]
+    pub connection: Connection,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Clone, Debug, Subcommand)]
+pub enum Command {
+    /// The cluster as a whole
+    Cluster {
+        #[command(subcommand)]
+        command: ClusterCommand,
+    },
+    /// The hosts of the cluster
+    Node {
+        #[command(subcommand)]
+        command: NodeCommand,
+    },
+    /// The disks that the cluster provides
+    Volume {
+        #[command(subcommand)]
+        command: VolumeCommand,
+    },
+    /// Print a completion script for a shell
+    #[command(after_help = "Example:\n  xsan-cli completion bash > /etc/bash_completion.d/xsan-cli")]
+    Completion { shell: clap_complete::Shell },
+}
+
+#[derive(Clone, Debug, Subcommand)]
+pub enum ClusterCommand {
+    /// Health, nodes, space and resync progress
+    Status,
+}
+
+#[derive(Clone, Debug, Subcommand)]
+pub enum NodeCommand {
+    /// All nodes
+    List,
+    /// One node with its stores
+    #[command(after_help = "Example:\n  xsan-cli node info node-001")]
+    Info {
+        /// Name of the node, or its number
+        id: String,
+    },
+}
+
+/// A volume's name, as argument or as --name.
+#[derive(Clone, Debug, clap::Args)]
+#[group(required = true, multiple = false)]
+pub struct VolumeName {
+    /// Name of the volume
+    #[arg(value_name = "NAME")]
+    argument: Option<String>,
+    /// Name of the volume
+    #[arg(long = "name", value_name = "NAME")]
+    option: Option<String>,
+}
+
+impl VolumeName {
+    pub fn get(&self) -> &str {
+        self.argument.as_deref().or(self.option.as_deref()).expect("clap requires one of them")
+    }
+}
+
+#[derive(Clone, Debug, Subcommand)]
+pub enum VolumeCommand {
+    /// Make a volume
+    #[command(
+        after_help = "Example:\n  xsan-cli volume create --name vm-1 --size 100GiB --replica-count 3\n\n\
+        Sizes: 100GB is 100 × 10⁹ bytes, 100GiB is 100 × 2³⁰ bytes."
+    )]
+    Create(CreateOptions),
+    /// All volumes
+    List,
+    /// One volume, and where to open it
+    Info {
+        #[command(flatten)]
+        name: VolumeName,
+    },
+    /// Grow a volume, or shrink it with --allow-shrink
+    #[command(after_help = "Example:\n  xsan-cli volume resize vm-1 --size 200GB")]
+    Resize {
+        #[command(flatten)]
+        name: VolumeName,
+        /// New size, as 200GB or 200GiB
+        #[arg(long, value_parser = volume_size, allow_hyphen_values = true)]
+        size: Size,
+        /// Accept that what lies behind a smaller new end is LOST
+        #[arg(long)]
+        allow_shrink: bool,
+    },
+    /// Delete a volume and all its data
+    Delete {
+        #[command(flatten)]
+        name: VolumeName,
+        /// Do not ask
+        #[arg(long, short)]
+        yes: bool,
+    },
+}
+
+#[derive(Clone, Debug, clap::Args)]
+pub struct CreateOptions {
+    #[command(flatten)]
+    pub name: VolumeName,
+    /// Size, as 100GB or 100GiB
+    #[arg(long, value_parser = volume_size, allow_hyphen_values = true)]
+    pub size: Size,
+    /// Copies of every block, on as many nodes [default: the cluster's]
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u8).range(1..=REPLICAS_MAX as i64))]
+    pub replica_count: Option<u8>,
+    /// Storage policy
+    #[arg(long)]
+    pub policy: Option<String>,
+    /// When a write counts as done
+    #[arg(long, value_enum, default_value_t = Durability::OnFlush)]
+    pub durability: Durability,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Durability {
+    /// The devices have it; a flush forces it to stable media, as for any disk
+    OnFlush,
+    /// It is on stable media of every replica
+    EveryWrite,
+}
+
+impl Durability {
+    pub fn number(self) -> i32 {
+        match self {
+            Self::OnFlush => Message::OnFlush as i32,
+            Self::EveryWrite => Message::EveryWrite as i32,
+        }
+    }
+}
+
+/// Why a size is none for a volume.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum VolumeSizeError {
+    #[error(transparent)]
+    Size(#[from] size::SizeError),
+    #[error("is not more than 0")]
+    Zero,
+    #[error("is more than {}, the largest volume", Size(VOLUME_BYTES_MAX))]
+    TooLarge,
+    #[error("is not a multiple of {SECTOR_SIZE} bytes")]
+    NotSectors,
+}
+
+fn volume_size(text: &str) -> Result<Size, VolumeSizeError> {
+    if text.trim_start().starts_with('-') {
+        return Err(VolumeSizeError::Zero);
+    }
+    match size::parse(text)? {
+        0 => Err(VolumeSizeError::Zero),
+        bytes if bytes > VOLUME_BYTES_MAX => Err(VolumeSizeError::TooLarge),
+        bytes if bytes % u64::from(SECTOR_SIZE) != 0 => Err(VolumeSizeError::NotSectors),
+        bytes => Ok(Size(bytes)),
+    }
+}

@@ -1,0 +1,116 @@
+//! What xsan-cli shows to programs: the same replies as JSON, with names that stay.
+//!
+//! Sizes are in bytes. Ids of 64 bits are hexadecimal text, as not every reader of JSON keeps 64-bit numbers.
+
+use serde_json::{Value, json};
+use xsan_protocol::proto::{ClusterMap, ClusterStatusReply, NodeStatus, StoreStatus, VolumeStatus};
+
+use super::show;
+
+/// A 64-bit id.
+pub fn id(id: u64) -> String {
+    format!("{id:016x}")
+}
+
+pub fn cluster_status(status: &ClusterStatusReply) -> Value {
+    let groups = status.groups.unwrap_or_default();
+    json!({
+        "cluster_id": status.cluster_id,
+        "health": show::health(&groups),
+        "leader": show::node_name(&status.nodes, status.leader),
+        "raft_term": status.raft_term,
+        "map_version": status.map_version,
+        "volume_count": status.volume_count,
+        "capacity_bytes": status.capacity_bytes,
+        "used_bytes": status.used_bytes,
+        "groups": {
+            "total": groups.total,
+            "healthy": groups.healthy,
+            "degraded": groups.degraded,
+            "inactive": groups.inactive,
+            "resyncing": groups.resyncing,
+            "at_risk": groups.at_risk,
+        },
+        "resync": {
+            "moved_bytes": groups.resync_bytes_moved,
+            "left_bytes": groups.resync_bytes_left,
+        },
+        "nodes": nodes(&status.nodes),
+    })
+}
+
+pub fn nodes(nodes: &[NodeStatus]) -> Value {
+    nodes.iter().map(node).collect()
+}
+
+pub fn node(status: &NodeStatus) -> Value {
+    let node = status.node.clone().unwrap_or_default();
+    let data = node.data.as_ref();
+    json!({
+        "name": node.name,
+        "id": node.id,
+        "state": status.state,
+        "leader": status.leader,
+        "voter": node.voter,
+        "address": node.address,
+        "control_port": node.control_port,
+        "failure_domain": node.failure_domain,
+        "nbd_port": data.map(|data| data.nbd_port),
+        "shard_ports": data.map(|data| data.shard_ports.clone()),
+        "incarnation": data.map(|data| id(data.incarnation)),
+        "last_heartbeat_age_ms": status.last_heartbeat_age_ms,
+        "primary_groups": status.primary_groups,
+        "member_groups": status.member_groups,
+        "learner_groups": status.learner_groups,
+        "used_bytes": status.used_bytes,
+        "capacity_bytes": status.capacity_bytes,
+        "release": status.release,
+        "stores": status.stores.iter().map(store).collect::<Value>(),
+    })
+}
+
+fn store(store: &StoreStatus) -> Value {
+    json!({
+        "id": id(store.id),
+        "device": store.device,
+        "media": store.media,
+        "failed": store.failed,
+        "capacity_bytes": store.capacity_bytes,
+        "used_bytes": store.used_bytes,
+        "journal_bytes": store.journal_bytes,
+        "journal_used_bytes": store.journal_used_bytes,
+        "checksum_errors": store.checksum_errors,
+        "repaired_pages": store.repaired_pages,
+    })
+}
+
+pub fn volumes(volumes: &[VolumeStatus]) -> Value {
+    volumes.iter().map(volume_fields).collect()
+}
+
+/// One volume, with the addresses that it can be opened at.
+pub fn volume(status: &VolumeStatus, map: &ClusterMap) -> Value {
+    let mut value = volume_fields(status);
+    let name = status.volume.as_ref().map(|volume| volume.name.as_str()).unwrap_or_default();
+    value["nbd"] = json!(show::nbd_addresses(map, name));
+    value
+}
+
+fn volume_fields(status: &VolumeStatus) -> Value {
+    let volume = status.volume.clone().unwrap_or_default();
+    json!({
+        "name": volume.name,
+        "id": volume.id,
+        "size_bytes": volume.size_bytes,
+        "replica_count": status.replica_count,
+        "min_replicas": status.min_replicas,
+        "state": status.state,
+        "attached": status.attached,
+        "durability": show::durability(volume.durability),
+        "policy": volume.policy,
+        "created_unix_ms": volume.created_unix_ms,
+        "lineage": id(volume.lineage),
+        "layer": volume.layer,
+        "pool": volume.pool,
+    })
+}

@@ -1,0 +1,125 @@
+//! xsan-cli: what operators do with a cluster. `args` → a call of the client → `show` (tables) or `json`.
+
+use std::io::{self, BufRead, IsTerminal, Write};
+use std::process::ExitCode;
+
+use clap::CommandFactory;
+use xsan_client::ControlClient;
+use xsan_protocol::proto::{CreateVolumeRequest, ResizeVolumeRequest};
+
+mod args;
+pub mod json;
+mod show;
+
+pub use args::Args;
+use args::{ClusterCommand, Command, NodeCommand, VolumeCommand};
+pub(crate) use show::durability;
+
+use crate::failure::{Failure, block_on, finish};
+
+/// Runs one command.
+pub fn main(args: Args) -> ExitCode {
+    let as_json = args.connection.json;
+    if let Command::Completion { shell } = args.command {
+        clap_complete::generate(shell, &mut Args::command(), "xsan-cli", &mut io::stdout());
+        return ExitCode::SUCCESS;
+    }
+    finish(block_on(run(args)), as_json)
+}
+
+async fn run(args: Args) -> Result<String, Failure> {
+    let client = args.connection.client();
+    let as_json = args.connection.json;
+    match args.command {
+        Command::Cluster { command: ClusterCommand::Status } => {
+            let status = client.cluster_status().await?;
+            Ok(if as_json {
+                format!("{:#}", json::cluster_status(&status))
+            } else {
+                show::cluster_status(&status)
+            })
+        }
+        Command::Node { command } => node(&client, command, as_json).await,
+        Command::Volume { command } => volume(&client, command, as_json).await,
+        Command::Completion { .. } => unreachable!("handled before a cluster is asked"),
+    }
+}
+
+async fn node(client: &ControlClient, command: NodeCommand, as_json: bool) -> Result<String, Failure> {
+    match command {
+        NodeCommand::List => {
+            let status = client.cluster_status().await?;
+            Ok(if as_json { format!("{:#}", json::nodes(&status.nodes)) } else { show::nodes(&status.nodes) })
+        }
+        NodeCommand::Info { id } => {
+            let node = client.get_node(&id).await?;
+            Ok(if as_json { format!("{:#}", json::node(&node)) } else { show::node(&node) })
+        }
+    }
+}
+
+async fn volume(client: &ControlClient, command: VolumeCommand, as_json: bool) -> Result<String, Failure> {
+    match command {
+        VolumeCommand::Create(options) => {
+            let name = options.name.get().to_owned();
+            client
+                .create_volume(CreateVolumeRequest {
+                    name: name.clone(),
+                    size_bytes: options.size.0,
+                    replica_count: options.replica_count.map_or(0, u32::from),
+                    policy: options.policy.unwrap_or_default(),
+                    durability: options.durability.number(),
+                })
+                .await?;
+            describe(client, &name, as_json, "created").await
+        }
+        VolumeCommand::List => {
+            let volumes = client.list_volumes().await?;
+            Ok(if as_json { format!("{:#}", json::volumes(&volumes)) } else { show::volumes(&volumes) })
+        }
+        VolumeCommand::Info { name } => describe(client, name.get(), as_json, "").await,
+        VolumeCommand::Resize { name, size, allow_shrink } => {
+            let name = name.get().to_owned();
+            let request = ResizeVolumeRequest { name: name.clone(), size_bytes: size.0, allow_shrink };
+            client.resize_volume(request).await?;
+            describe(client, &name, as_json, "resized").await
+        }
+        VolumeCommand::Delete { name, yes } => {
+            let name = name.get();
+            if !yes && !confirm(&format!("Delete volume {name} and all its data?"))? {
+                return Err(Failure::NotConfirmed);
+            }
+            client.delete_volume(name).await?;
+            let deleted = serde_json::json!({ "deleted": name });
+            Ok(if as_json { format!("{deleted:#}") } else { format!("volume {name} deleted") })
+        }
+    }
+}
+
+/// The volume as it is now, after `done` was done to it.
+async fn describe(client: &ControlClient, name: &str, as_json: bool, done: &str) -> Result<String, Failure> {
+    let volume = client.get_volume(name).await?;
+    let map = client.get_map().await?;
+    if as_json {
+        return Ok(format!("{:#}", json::volume(&volume, &map)));
+    }
+    let mut text = if done.is_empty() { String::new() } else { format!("volume {name} {done}\n\n") };
+    text += &show::volume(&volume, &map);
+    Ok(text)
+}
+
+/// Asks a person; a script that calls us meant what it wrote.
+fn confirm(question: &str) -> Result<bool, Failure> {
+    let stdin = io::stdin();
+    if !stdin.is_terminal() {
+        return Ok(true);
+    }
+    eprint!("{question} [y/N] ");
+    io::stderr().flush().map_err(Failure::System)?;
+    let mut answer = String::new();
+    stdin.lock().read_line(&mut answer).map_err(Failure::System)?;
+    Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
+}
+
+#[cfg(test)]
+mod tests;

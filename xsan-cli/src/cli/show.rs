@@ -1,0 +1,287 @@
+//! What xsan-cli shows to people: pure functions of the cluster's replies.
+
+use xsan_nodekit::size::{Amount, Size};
+use xsan_protocol::proto::{
+    ClusterMap, ClusterStatusReply, Durability, GroupCounts, Node, NodeStatus, VolumeStatus,
+};
+
+use crate::text::{Number, Text, age, count, facts, join, percent, table, time, yes_or_no};
+
+/// One word for the health of all groups, the worst first.
+pub fn health(groups: &GroupCounts) -> &'static str {
+    match groups {
+        groups if groups.inactive > 0 => "inactive",
+        groups if groups.degraded > 0 => "degraded",
+        groups if groups.resyncing > 0 => "resyncing",
+        _ => "healthy",
+    }
+}
+
+fn health_sentence(groups: &GroupCounts) -> String {
+    let part = |number: u32| format!("{number} of {}", count(groups.total, "group"));
+    match health(groups) {
+        "inactive" => format!("inactive: {} without enough replicas, no I/O there", part(groups.inactive)),
+        "degraded" if groups.at_risk > 0 => {
+            format!(
+                "degraded: {} with fewer replicas; one more failure stops {}",
+                part(groups.degraded),
+                groups.at_risk
+            )
+        }
+        "degraded" => format!("degraded: {} with fewer replicas, all I/O goes on", part(groups.degraded)),
+        "resyncing" => format!("resyncing: {} bringing a replica up to date", part(groups.resyncing)),
+        _ if groups.total == 0 => String::from("healthy: no volumes yet"),
+        _ => String::from("healthy: every replica is up to date"),
+    }
+}
+
+pub fn cluster_status(status: &ClusterStatusReply) -> String {
+    let groups = status.groups.unwrap_or_default();
+    let nodes_up = status.nodes.iter().filter(|node| node.state == "up").count();
+    let voters = status.nodes.iter().filter(|node| node.node.as_ref().is_some_and(|node| node.voter)).count();
+    let leader = node_name(&status.nodes, status.leader);
+    let mut lines = vec![
+        ("Cluster", status.cluster_id.clone()),
+        ("Health", health_sentence(&groups)),
+        ("Nodes", format!("{nodes_up} of {} up, {}", status.nodes.len(), count(voters as u64, "voter"))),
+        ("Leader", format!("{leader} (term {}, map version {})", status.raft_term, status.map_version)),
+        ("Volumes", status.volume_count.to_string()),
+        ("Space", space(status.used_bytes, status.capacity_bytes)),
+    ];
+    if groups.total > 0 {
+        let parts = [
+            (groups.healthy, "healthy"),
+            (groups.degraded, "degraded"),
+            (groups.inactive, "inactive"),
+            (groups.resyncing, "resyncing"),
+        ];
+        let parts = parts
+            .into_iter()
+            .filter(|(number, _)| *number > 0)
+            .map(|(number, what)| format!("{number} {what}"));
+        lines.push(("Groups", format!("{}: {}", groups.total, join(parts))));
+    }
+    if groups.resync_bytes_moved > 0 || groups.resync_bytes_left > 0 {
+        let (moved, left) = (Amount(groups.resync_bytes_moved), Amount(groups.resync_bytes_left));
+        lines.push(("Resync", format!("{moved} moved, {left} left")));
+    }
+    let mut text = facts(&lines);
+    text.push('\n');
+    text += &nodes(&status.nodes);
+    let warnings = warnings(&status.nodes);
+    if !warnings.is_empty() {
+        text.push('\n');
+        for warning in warnings {
+            text += &format!("warning: {warning}\n");
+        }
+    }
+    text
+}
+
+/// What an operator should look at, node by node.
+fn warnings(nodes: &[NodeStatus]) -> Vec<String> {
+    let mut warnings = Vec::new();
+    for status in nodes {
+        let name = &status.node.clone().unwrap_or_default().name;
+        match status.state.as_str() {
+            "up" => {}
+            "data-down" => warnings.push(format!("node {name}: its data process does not run")),
+            _ => {
+                warnings.push(format!("node {name}: no heartbeat for {}", age(status.last_heartbeat_age_ms)))
+            }
+        }
+        for store in &status.stores {
+            if store.failed {
+                warnings.push(format!("node {name}: {} failed; replace it", store.device));
+            } else if store.checksum_errors > 0 {
+                let (bad, good) = (count(store.checksum_errors, "checksum error"), store.repaired_pages);
+                warnings.push(format!(
+                    "node {name}: {}: {bad}, {} repaired",
+                    store.device,
+                    count(good, "page")
+                ));
+            }
+            if !store.failed
+                && store.capacity_bytes > 0
+                && store.used_bytes >= store.capacity_bytes / 100 * 90
+            {
+                let used = percent(store.used_bytes, store.capacity_bytes);
+                warnings.push(format!("node {name}: {} is {used} full", store.device));
+            }
+        }
+    }
+    warnings
+}
+
+fn space(used: u64, capacity: u64) -> String {
+    format!("{} of {} used ({})", Amount(used), Amount(capacity), percent(used, capacity))
+}
+
+/// Name of the node with that number.
+pub fn node_name(nodes: &[NodeStatus], id: u32) -> String {
+    let named = nodes.iter().filter_map(|status| status.node.as_ref()).find(|node| node.id == id);
+    match (named, id) {
+        (Some(node), _) => node.name.clone(),
+        (None, 0) => String::from("none"),
+        (None, id) => format!("node {id}"),
+    }
+}
+
+fn state(status: &NodeStatus) -> String {
+    if status.leader { format!("{} (leader)", status.state) } else { status.state.clone() }
+}
+
+fn endpoint(address: &str, port: u32) -> String {
+    if address.contains(':') { format!("[{address}]:{port}") } else { format!("{address}:{port}") }
+}
+
+pub fn nodes(nodes: &[NodeStatus]) -> String {
+    let rows = nodes.iter().map(|status| {
+        let node = status.node.clone().unwrap_or_default();
+        vec![
+            node.name,
+            node.id.to_string(),
+            state(status),
+            endpoint(&node.address, node.control_port),
+            node.failure_domain,
+            status.primary_groups.to_string(),
+            status.member_groups.to_string(),
+            status.learner_groups.to_string(),
+            Amount(status.used_bytes).to_string(),
+            Amount(status.capacity_bytes).to_string(),
+        ]
+    });
+    let columns = [
+        Text("NODE"),
+        Number("ID"),
+        Text("STATE"),
+        Text("ADDRESS"),
+        Text("DOMAIN"),
+        Number("PRIMARY"),
+        Number("REPLICAS"),
+        Number("LEARNERS"),
+        Number("USED"),
+        Number("CAPACITY"),
+    ];
+    table(&columns, rows)
+}
+
+pub fn node(status: &NodeStatus) -> String {
+    let node = status.node.clone().unwrap_or_default();
+    let mut lines = vec![
+        ("Node", format!("{} (number {})", node.name, node.id)),
+        ("State", state(status)),
+        ("Last heartbeat", format!("{} ago", age(status.last_heartbeat_age_ms))),
+        ("Voter", yes_or_no(node.voter).into()),
+        (
+            "Failure domain",
+            if node.failure_domain.is_empty() { "its own".into() } else { node.failure_domain.clone() },
+        ),
+        ("Control plane", endpoint(&node.address, node.control_port)),
+    ];
+    if let Some(data) = &node.data {
+        lines.push(("Data plane", join(data.shard_ports.iter().map(|port| endpoint(&node.address, *port)))));
+        lines.push(("NBD", format!("nbd://{}", endpoint(&node.address, data.nbd_port))));
+    }
+    lines.push((
+        "Groups",
+        format!(
+            "primary of {}, replica of {}, learner of {}",
+            status.primary_groups, status.member_groups, status.learner_groups
+        ),
+    ));
+    lines.push(("Space", space(status.used_bytes, status.capacity_bytes)));
+    if !status.release.is_empty() {
+        lines.push(("Release", status.release.clone()));
+    }
+    let mut text = facts(&lines);
+    if !status.stores.is_empty() {
+        text.push('\n');
+        text += &stores(status);
+    }
+    text
+}
+
+fn stores(status: &NodeStatus) -> String {
+    let rows = status.stores.iter().map(|store| {
+        vec![
+            format!("{:016x}", store.id),
+            store.device.clone(),
+            store.media.clone(),
+            if store.failed { "failed".into() } else { "ok".into() },
+            Amount(store.used_bytes).to_string(),
+            Amount(store.capacity_bytes).to_string(),
+            percent(store.journal_used_bytes, store.journal_bytes),
+            store.checksum_errors.to_string(),
+            store.repaired_pages.to_string(),
+        ]
+    });
+    let columns = [
+        Text("STORE"),
+        Text("DEVICE"),
+        Text("MEDIA"),
+        Text("STATE"),
+        Number("USED"),
+        Number("CAPACITY"),
+        Number("JOURNAL"),
+        Number("CHECKSUM ERRORS"),
+        Number("REPAIRED PAGES"),
+    ];
+    table(&columns, rows)
+}
+
+pub fn volumes(volumes: &[VolumeStatus]) -> String {
+    if volumes.is_empty() {
+        return String::from("no volumes; make one with: xsan-cli volume create --name vm-1 --size 100GB\n");
+    }
+    let rows = volumes.iter().map(|status| {
+        let volume = status.volume.clone().unwrap_or_default();
+        vec![
+            volume.name,
+            Size(volume.size_bytes).to_string(),
+            status.replica_count.to_string(),
+            status.state.clone(),
+            join(&status.attached),
+            volume.policy,
+        ]
+    });
+    let columns =
+        [Text("VOLUME"), Number("SIZE"), Number("REPLICAS"), Text("STATE"), Text("ATTACHED"), Text("POLICY")];
+    table(&columns, rows)
+}
+
+/// Where a volume can be opened: at each node whose data process has registered.
+pub fn nbd_addresses(map: &ClusterMap, volume: &str) -> Vec<String> {
+    let uri = |node: &Node| {
+        let data = node.data.as_ref()?;
+        Some(format!("nbd://{}/{volume}", endpoint(&node.address, data.nbd_port)))
+    };
+    map.nodes.iter().filter_map(uri).collect()
+}
+
+pub fn durability(number: i32) -> &'static str {
+    match Durability::try_from(number) {
+        Ok(Durability::OnFlush) => "on-flush",
+        Ok(Durability::EveryWrite) => "every-write",
+        Err(_) => "of a newer release",
+    }
+}
+
+pub fn volume(status: &VolumeStatus, map: &ClusterMap) -> String {
+    let volume = status.volume.clone().unwrap_or_default();
+    let bytes = volume.size_bytes;
+    let mut lines = vec![
+        ("Volume", format!("{} (number {})", volume.name, volume.id)),
+        ("State", status.state.clone()),
+        ("Size", format!("{} ({bytes} bytes)", Size(bytes))),
+        ("Replicas", format!("{}, I/O needs {}", status.replica_count, status.min_replicas)),
+        ("Durability", durability(volume.durability).into()),
+        ("Policy", if volume.policy.is_empty() { "none".into() } else { volume.policy.clone() }),
+        ("Created", time(volume.created_unix_ms)),
+        ("Attached", if status.attached.is_empty() { "nowhere".into() } else { join(&status.attached) }),
+    ];
+    for (index, address) in nbd_addresses(map, &volume.name).into_iter().enumerate() {
+        lines.push((if index == 0 { "Open at" } else { "" }, address));
+    }
+    facts(&lines)
+}

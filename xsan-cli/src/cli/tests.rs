@@ -1,0 +1,217 @@
+//! What the commands print, in full: reading these tests is looking at the screen.
+
+use clap::Parser;
+use xsan_protocol::proto::{ClusterStatusReply, GroupCounts};
+
+use super::args::Durability;
+use super::*;
+use crate::sample;
+
+fn lines(text: &str) -> Vec<&str> {
+    text.lines().collect()
+}
+
+fn parse(command: &str) -> Result<Args, clap::Error> {
+    Args::try_parse_from(["xsan-cli"].into_iter().chain(command.split_whitespace()))
+}
+
+#[test]
+fn cluster_status_tells_health_nodes_and_what_to_look_at() {
+    let shown = show::cluster_status(&sample::cluster_status());
+    assert_eq!(
+        lines(&shown),
+        [
+            "Cluster  xsan-cluster-001",
+            "Health   degraded: 256 of 256 groups with fewer replicas; one more failure stops 256",
+            "Nodes    2 of 3 up, 3 voters",
+            "Leader   node-001 (term 3, map version 42)",
+            "Volumes  1",
+            "Space    4.19 GiB of 24 GiB used (17 %)",
+            "Groups   256: 256 degraded, 12 resyncing",
+            "Resync   12 MiB moved, 100 MiB left",
+            "",
+            "NODE      ID  STATE        ADDRESS         DOMAIN  PRIMARY  REPLICAS  LEARNERS      USED  CAPACITY",
+            "node-001   1  up (leader)  127.0.0.1:8080  rack-1      128       256         0  1.40 GiB     8 GiB",
+            "node-002   2  up           127.0.0.2:8080  rack-1      128       256         0  1.40 GiB     8 GiB",
+            "node-003   3  down         127.0.0.3:8080  rack-2        0         0       256  1.40 GiB     8 GiB",
+            "",
+            "warning: node node-002: /var/lib/xsan/data/store-0.img: 1 checksum error, 1 page repaired",
+            "warning: node node-003: no heartbeat for 42.0 s",
+        ]
+    );
+}
+
+#[test]
+fn health_is_the_worst_that_is_true() {
+    let groups = |degraded, inactive, resyncing| GroupCounts {
+        total: 256,
+        degraded,
+        inactive,
+        resyncing,
+        ..GroupCounts::default()
+    };
+    let shown = |groups: GroupCounts| {
+        let status = ClusterStatusReply { groups: Some(groups), ..ClusterStatusReply::default() };
+        lines(&show::cluster_status(&status))[1].to_owned()
+    };
+    assert_eq!(
+        shown(groups(9, 1, 9)),
+        "Health   inactive: 1 of 256 groups without enough replicas, no I/O there"
+    );
+    assert_eq!(
+        shown(groups(9, 0, 9)),
+        "Health   degraded: 9 of 256 groups with fewer replicas, all I/O goes on"
+    );
+    assert_eq!(shown(groups(0, 0, 9)), "Health   resyncing: 9 of 256 groups bringing a replica up to date");
+    assert_eq!(shown(groups(0, 0, 0)), "Health   healthy: every replica is up to date");
+    assert_eq!(shown(GroupCounts::default()), "Health   healthy: no volumes yet");
+}
+
+#[test]
+fn node_info_shows_addresses_and_stores() {
+    let shown = show::node(&sample::node_status(2));
+    assert_eq!(
+        lines(&shown),
+        [
+            "Node            node-002 (number 2)",
+            "State           up",
+            "Last heartbeat  120 ms ago",
+            "Voter           yes",
+            "Failure domain  rack-1",
+            "Control plane   127.0.0.2:8080",
+            "Data plane      127.0.0.2:9100, 127.0.0.2:9101",
+            "NBD             nbd://127.0.0.2:10809",
+            "Groups          primary of 128, replica of 256, learner of 0",
+            "Space           1.40 GiB of 8 GiB used (17 %)",
+            "Release         0.1.0",
+            "",
+            "STORE             DEVICE                          MEDIA  STATE      USED  CAPACITY  JOURNAL  CHECKSUM ERRORS  REPAIRED PAGES",
+            "0123456789abcdef  /var/lib/xsan/data/store-0.img  ssd    ok     1.40 GiB     8 GiB     29 %                1               1",
+        ]
+    );
+}
+
+#[test]
+fn volumes_are_listed_and_described() {
+    let shown = show::volumes(&[sample::volume_status()]);
+    assert_eq!(
+        lines(&shown),
+        [
+            "VOLUME    SIZE  REPLICAS  STATE     ATTACHED  POLICY",
+            "vm-1    100 GB         3  degraded  node-002  -",
+        ]
+    );
+    assert!(show::volumes(&[]).contains("xsan-cli volume create"));
+    let shown = show::volume(&sample::volume_status(), &sample::map());
+    assert_eq!(
+        lines(&shown),
+        [
+            "Volume      vm-1 (number 1)",
+            "State       degraded",
+            "Size        100 GB (100000000000 bytes)",
+            "Replicas    3, I/O needs 2",
+            "Durability  on-flush",
+            "Policy      none",
+            "Created     2026-11-21 04:30:00 UTC",
+            "Attached    node-002",
+            "Open at     nbd://127.0.0.1:10809/vm-1",
+            "            nbd://127.0.0.2:10809/vm-1",
+            "            nbd://127.0.0.3:10809/vm-1",
+        ]
+    );
+}
+
+#[test]
+fn json_has_numbers_for_sizes_and_text_for_ids() {
+    let value = json::cluster_status(&sample::cluster_status());
+    assert_eq!(value["health"], "degraded");
+    assert_eq!(value["leader"], "node-001");
+    assert_eq!(value["groups"]["degraded"], 256);
+    assert_eq!(value["resync"]["moved_bytes"], 12 << 20);
+    assert_eq!(value["nodes"][1]["stores"][0]["id"], "0123456789abcdef");
+    assert_eq!(value["nodes"][2]["state"], "down");
+    let value = json::volume(&sample::volume_status(), &sample::map());
+    assert_eq!(value["size_bytes"], 100_000_000_000u64);
+    assert_eq!(value["durability"], "on-flush");
+    assert_eq!(value["nbd"][1], "nbd://127.0.0.2:10809/vm-1");
+    assert_eq!(json::volumes(&[]), serde_json::json!([]));
+}
+
+#[test]
+fn a_volume_is_made_from_sizes_as_people_write_them() {
+    let args = parse("volume create --name vm-1 --size 100GB --replica-count 3").expect("valid");
+    let Command::Volume { command: VolumeCommand::Create(options) } = args.command else {
+        panic!("{args:?}")
+    };
+    assert_eq!((options.name.get(), options.size.0), ("vm-1", 100_000_000_000));
+    assert_eq!((options.replica_count, options.durability), (Some(3), Durability::OnFlush));
+}
+
+#[test]
+fn names_are_taken_with_and_without_the_option() {
+    for command in [
+        "volume info vm-1",
+        "volume info --name vm-1",
+        "volume delete vm-1 --yes",
+        "volume delete -y --name vm-1",
+    ] {
+        let args = parse(command).expect(command);
+        match args.command {
+            Command::Volume {
+                command: VolumeCommand::Info { name } | VolumeCommand::Delete { name, .. },
+            } => {
+                assert_eq!(name.get(), "vm-1");
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    parse("volume info").expect_err("no name");
+    parse("volume info a --name b").expect_err("two names");
+}
+
+#[test]
+fn options_of_the_connection_go_anywhere() {
+    let args = parse("--address 127.0.0.3:8080 cluster status --json").expect("valid");
+    assert_eq!(args.connection.address[0].to_string(), "127.0.0.3:8080");
+    assert!(args.connection.json);
+    let args = parse("cluster status --address 10.0.0.1,10.0.0.2:81").expect("valid");
+    let shown: Vec<_> = args.connection.address.iter().map(ToString::to_string).collect();
+    assert_eq!(shown, ["10.0.0.1:8080", "10.0.0.2:81"]);
+}
+
+#[test]
+fn wrong_usage_is_exit_code_2_and_says_what_is_wrong() {
+    for (command, expected) in [
+        ("volume create --name a", "--size"),
+        ("volume create --name a --size 10G", "has an unknown unit; the units are B, kB, MB"),
+        ("volume create --name a --size 0", "is not more than 0"),
+        ("volume resize a --size -5GB", "is not more than 0"),
+        ("volume create --name a --size 2PB", "is more than 1 PiB, the largest volume"),
+        ("volume create --name a --size 1000", "is not a multiple of 512 bytes"),
+        ("volume create --name a --size 1GB --replica-count 6", "6 is not in 1..=5"),
+        ("volume create --name a --size 1GB --replica-count 0", "0 is not in 1..=5"),
+        ("--address http://x cluster status", "is not an address; write HOST or HOST:PORT"),
+        ("--timeout 0 cluster status", "0 is not in 1..=3600"),
+        ("volumes list", "unrecognized subcommand"),
+    ] {
+        let error = parse(command).expect_err(command);
+        assert_eq!(error.exit_code(), 2, "{command}");
+        assert!(error.to_string().contains(expected), "{command}: {error}");
+    }
+}
+
+#[test]
+fn help_has_examples_and_exit_codes() {
+    let help = Args::command().render_long_help().to_string();
+    assert!(help.contains("xsan-cli volume create --name vm-1 --size 100GB --replica-count 3"));
+    assert!(help.contains("3  nothing answers at any address"));
+    Args::command().debug_assert();
+}
+
+#[test]
+fn completion_knows_the_commands() {
+    let mut script = Vec::new();
+    clap_complete::generate(clap_complete::Shell::Bash, &mut Args::command(), "xsan-cli", &mut script);
+    let script = String::from_utf8(script).expect("text");
+    assert!(script.contains("volume") && script.contains("--replica-count"));
+}

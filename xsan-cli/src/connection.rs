@@ -1,0 +1,43 @@
+//! Options that the tools share, and the client that they make.
+
+use std::time::Duration;
+
+use clap::Args;
+use xsan_client::{Address, ControlClient, Options};
+
+/// Which cluster to ask, and how to show the answer.
+#[derive(Clone, Debug, Args)]
+pub struct Connection {
+    /// Any node of the cluster, or several with commas; the port is 8080 if not given
+    #[arg(
+        long,
+        short,
+        global = true,
+        env = "XSAN_ADDRESS",
+        value_name = "HOST[:PORT]",
+        default_value = "127.0.0.1:8080",
+        value_delimiter = ','
+    )]
+    pub address: Vec<Address>,
+    /// Seconds to wait for the cluster
+    #[arg(long, global = true, value_name = "SECONDS", default_value_t = 15,
+          value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub timeout: u64,
+    /// Show the answer (and errors) as JSON, for programs
+    #[arg(long, global = true)]
+    pub json: bool,
+}
+
+impl Connection {
+    pub fn client(&self) -> ControlClient {
+        let deadline = Duration::from_secs(self.timeout);
+        let defaults = Options::default();
+        let options = Options {
+            connect_timeout: defaults.connect_timeout.min(deadline),
+            attempt_timeout: defaults.attempt_timeout.min(deadline),
+            deadline,
+            unreachable_deadline: defaults.unreachable_deadline.min(deadline),
+        };
+        ControlClient::new(self.address.clone(), options)
+    }
+}
