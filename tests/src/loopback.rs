@@ -1,17 +1,21 @@
 //! Addresses for a cluster: a /24 of 127.0.0.0/8 that no other harness of this host uses.
 //!
 //! Each node gets an address of its own with the default ports, as nodes on hosts of their own have; nothing
-//! else is likely to listen there, and clusters of two runs never meet.
+//! else is likely to listen there, and clusters of two runs never meet. Nor do two clusters of one run: the ports
+//! of a killed node stay bound until the kernel has taken down its rings, which may be seconds later.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr as UnixAddress, UnixListener};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context, Result, bail};
 
 /// Nodes that one network has addresses for.
 const NODES_MAX: usize = 250;
+/// Networks that this process has tried, each once.
+static TRIED: AtomicU32 = AtomicU32::new(0);
 
 /// 127.`second`.`third`.0/24, held by a Unix socket of that name until it is dropped: the kernel lets go of the
 /// name however the harness ends.
@@ -35,8 +39,9 @@ impl Network {
     /// Takes a free network, with ports that can be bound there.
     pub fn take() -> Result<Self> {
         // Where the search starts spreads the harnesses of a host; the name is what keeps them apart.
-        let start = std::process::id();
-        for step in 0..20_000_u32 {
+        let start = std::process::id().wrapping_mul(97);
+        for _ in 0..20_000 {
+            let step = TRIED.fetch_add(1, Ordering::Relaxed);
             let (second, third) = position(start.wrapping_add(step));
             let name = UnixAddress::from_abstract_name(format!("xsan-loopback-{second}-{third}"))?;
             let name = match UnixListener::bind_addr(&name) {
@@ -105,6 +110,12 @@ mod tests {
         let (first, second) = (Network::take().unwrap(), Network::take().unwrap());
         assert_ne!(first.address(0), second.address(0));
         assert_ne!(first.control(0), first.nbd(0));
+    }
+
+    #[test]
+    fn a_network_is_not_used_again() {
+        let before = Network::take().unwrap().address(0);
+        assert_ne!(before, Network::take().unwrap().address(0));
     }
 
     #[test]
