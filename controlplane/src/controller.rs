@@ -1,13 +1,13 @@
 //! What the Raft leader does besides Raft: grants leases, and has the groups follow what becomes of the nodes.
 //!
 //! Runs on every node, and acts on the one that leads. `Leader` is shared with `membership::heartbeat`;
-//! `Controller` is the loop that runs the pure decisions of `placement` and commits them, one batch a moment.
+//! `Controller` is the loop that runs `placement::planner` and commits its changes, one batch a moment.
 //!
 //! Invariants
 //! - One lease table per term: a leader of a new term starts with nothing but the grace time.
 //! - A batch is decided, and the nodes that it takes for gone are held, under one lock.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -15,21 +15,18 @@ use std::time::Duration;
 use tokio::sync::{Notify, watch};
 use tokio::time::MissedTickBehavior;
 use xsan_protocol::ids::{Incarnation, NodeId};
-use xsan_protocol::map::Pool;
-use xsan_protocol::placement::{Candidate, place_what_fits};
 use xsan_protocol::proto;
 
 use crate::clock::BootTime;
 use crate::lease::{Beat, Health, LeaseTable};
 use crate::membership::heartbeat::Grant;
 use crate::membership::voters;
-use crate::placement::balance::balance;
-use crate::placement::decide::decide;
-use crate::placement::{Memory, NodeView, Proposal, Targets, View};
+use crate::placement::Proposal;
+use crate::placement::planner::Planner;
 use crate::raft::handle::RaftHandle;
 use crate::state::ClusterState;
 use crate::state::command::{Command, GroupChange};
-use crate::timing::{BEAT_AGE_MAX, CONTROLLER_TICK, OUT_AFTER};
+use crate::timing::{BEAT_AGE_MAX, CONTROLLER_TICK};
 
 /// Between two looks at Raft's membership.
 const VOTERS_INTERVAL: Duration = Duration::from_millis(250);
@@ -175,41 +172,12 @@ pub struct Controller {
     handle: RaftHandle,
     leader: Arc<Leader>,
     term: u64,
-    memory: Memory,
-    gone_since: BTreeMap<NodeId, BootTime>,
-    placed: Placed,
-}
-
-/// Targets, and what they were computed from.
-#[derive(Default)]
-struct Placed {
-    pools: Vec<Pool>,
-    candidates: Vec<Candidate>,
-    targets: Targets,
-}
-
-impl Placed {
-    fn update(&mut self, state: &ClusterState, left_out: &BTreeSet<NodeId>) {
-        let candidates = state.candidates(left_out);
-        let pools: Vec<_> = state.map().pools.values().cloned().collect();
-        if candidates != self.candidates || pools != self.pools {
-            let placed = pools.iter().flat_map(|pool| place_what_fits(pool, &candidates));
-            self.targets = placed.map(|placement| (placement.group, placement.replicas)).collect();
-            (self.pools, self.candidates) = (pools, candidates);
-        }
-    }
+    planner: Planner,
 }
 
 impl Controller {
     pub fn new(handle: RaftHandle, leader: Arc<Leader>) -> Self {
-        Self {
-            handle,
-            leader,
-            term: 0,
-            memory: Memory::default(),
-            gone_since: BTreeMap::new(),
-            placed: Placed::default(),
-        }
+        Self { handle, leader, term: 0, planner: Planner::default() }
     }
 
     /// Decides whenever something changed, and at every tick. Runs for ever.
@@ -228,56 +196,21 @@ impl Controller {
             };
             if leadership.term != self.term {
                 self.term = leadership.term;
-                self.memory = Memory::default();
-                self.gone_since.clear();
+                self.planner = Planner::default();
             }
-            let changes = self.decide(BootTime::now());
+            let changes = self.plan(BootTime::now());
             if !changes.is_empty() {
                 self.commit(changes).await;
             }
         }
     }
 
-    fn decide(&mut self, now: BootTime) -> Vec<GroupChange> {
+    fn plan(&mut self, now: BootTime) -> Vec<GroupChange> {
         let state = self.handle.state();
-        let leader = Arc::clone(&self.leader);
-        let mut inner = leader.lock();
+        let mut inner = self.leader.lock();
         let proposals = std::mem::take(&mut inner.proposals);
         let leases = inner.leases(now, self.term, self.handle.timing().leader_grace());
-        let nodes: BTreeMap<NodeId, NodeView> = state
-            .map()
-            .nodes
-            .keys()
-            .map(|&node| {
-                let incarnation = registered(&state, node);
-                let confirmed = incarnation.map(|incarnation| leases.confirmed(node, incarnation));
-                let health = leases.health(now, node, incarnation);
-                (node, NodeView { health, confirmed: confirmed.unwrap_or_default() })
-            })
-            .collect();
-        let gone: BTreeSet<NodeId> =
-            nodes.iter().filter(|(_, view)| view.health == Health::Gone).map(|(node, _)| *node).collect();
-        let left_out = self.left_out(now, &gone);
-        self.placed.update(&state, &left_out);
-        let view = View { now, state: &state, nodes: &nodes, targets: &self.placed.targets };
-        let mut changes = decide(&view, &mut self.memory, &proposals);
-        if changes.is_empty() {
-            changes = balance(&view, &mut self.memory);
-        }
-        if !changes.is_empty() {
-            leases.hold(gone);
-        }
-        changes
-    }
-
-    /// Nodes gone for so long that their groups are rebuilt elsewhere.
-    fn left_out(&mut self, now: BootTime, gone: &BTreeSet<NodeId>) -> BTreeSet<NodeId> {
-        self.gone_since.retain(|node, _| gone.contains(node));
-        gone.iter().for_each(|node| {
-            self.gone_since.entry(*node).or_insert(now);
-        });
-        let long = self.gone_since.iter().filter(|(_, since)| now.since(**since) >= OUT_AFTER);
-        long.map(|(node, _)| *node).collect()
+        self.planner.plan(now, &state, leases, &proposals)
     }
 
     async fn commit(&self, changes: Vec<GroupChange>) {

@@ -12,4 +12,6 @@ pub mod replication;
 pub mod shard;
 pub mod stats;
 pub mod store;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 pub mod volume;

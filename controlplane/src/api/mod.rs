@@ -17,6 +17,7 @@ use std::sync::Arc;
 use tokio::runtime::Handle;
 use tonic::{Request, Response, Status};
 use xsan_protocol::ids::{BlockIndex, NodeId};
+use xsan_protocol::limits::GROUPS_PER_POOL;
 use xsan_protocol::map::{Durability, Node, Volume};
 use xsan_protocol::proto;
 use xsan_protocol::proto::cluster_server::Cluster;
@@ -110,6 +111,7 @@ fn new_volume(request: proto::CreateVolumeRequest, default_replica_count: u8) ->
         durability,
         created_unix_ms: unix_ms(),
         request: crate::random::number(),
+        group_count: GROUPS_PER_POOL,
     }))
 }
 

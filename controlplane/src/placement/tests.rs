@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use xsan_protocol::ids::{BootId, Incarnation, MapVersion, PoolId, ShardIndex, StoreId};
+use xsan_protocol::limits::GROUPS_PER_POOL;
 use xsan_protocol::map::{DataProcess, Durability, Group, Member, Store};
 use xsan_protocol::placement::place_what_fits;
 
@@ -44,6 +45,7 @@ impl Cluster {
             durability: Durability::OnFlush,
             created_unix_ms: 1,
             request: 1,
+            group_count: GROUPS_PER_POOL,
         }));
         cluster.place();
         cluster.confirm_all();

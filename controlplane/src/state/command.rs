@@ -12,6 +12,7 @@ use prost::Message;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use xsan_protocol::error::Code;
 use xsan_protocol::ids::{Epoch, GroupId, Incarnation, NodeId, StoreId, VolumeId};
+use xsan_protocol::limits::GROUPS_PER_POOL;
 use xsan_protocol::map::{DataProcess, Durability, MapError, Member, Volume};
 use xsan_protocol::proto;
 use xsan_protocol::proto::command as body;
@@ -84,6 +85,8 @@ pub struct NewVolume {
     pub created_unix_ms: u64,
     /// Drawn by whoever asks: the same request twice makes one volume.
     pub request: u64,
+    /// Groups of its pool, a power of two, if the volume is the first there.
+    pub group_count: u16,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -204,6 +207,7 @@ impl From<&NewVolume> for body::CreateVolume {
             } as i32,
             created_unix_ms: new.created_unix_ms,
             request: new.request,
+            group_count: u32::from(new.group_count),
         }
     }
 }
@@ -278,6 +282,13 @@ impl TryFrom<body::CreateVolume> for NewVolume {
     type Error = CommandError;
 
     fn try_from(new: body::CreateVolume) -> Result<Self, CommandError> {
+        let group_count = match new.group_count {
+            0 => GROUPS_PER_POOL,
+            count => narrow(count, "group_count")?,
+        };
+        if !group_count.is_power_of_two() {
+            return Err(CommandError::Field { field: "group_count" });
+        }
         Ok(Self {
             name: new.name,
             size_bytes: new.size_bytes,
@@ -286,6 +297,7 @@ impl TryFrom<body::CreateVolume> for NewVolume {
             durability: durability(new.durability)?,
             created_unix_ms: new.created_unix_ms,
             request: new.request,
+            group_count,
         })
     }
 }

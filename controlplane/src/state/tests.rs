@@ -45,6 +45,7 @@ fn new_volume(name: &str, request: u64) -> Command {
         durability: Durability::OnFlush,
         created_unix_ms: 1,
         request,
+        group_count: GROUPS_PER_POOL,
     })
 }
 

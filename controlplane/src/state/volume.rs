@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use xsan_protocol::ids::{Epoch, Layer, Lineage, NodeId, PoolId, VolumeId};
-use xsan_protocol::limits::{GROUPS_PER_POOL, REPLICAS_MAX, VOLUME_BYTES_MAX};
+use xsan_protocol::limits::{REPLICAS_MAX, VOLUME_BYTES_MAX};
 use xsan_protocol::map::{Group, Member, Pool, Volume, min_replicas};
 use xsan_protocol::placement;
 use xsan_protocol::units::SECTOR_SIZE;
@@ -30,7 +30,7 @@ impl ClusterState {
         }
         let id = self.next.volume;
         let next = VolumeId(id.0.checked_add(1).ok_or(StateError::IdsUsedUp { what: "volume" })?);
-        let pool = self.pool_for(new.replica_count, touched)?;
+        let pool = self.pool_for(new.replica_count, new.group_count, touched)?;
         self.next.volume = next;
         let volume = Volume {
             id,
@@ -51,7 +51,12 @@ impl ClusterState {
     }
 
     /// The pool of a replica count; made, with all its groups, when first used.
-    fn pool_for(&mut self, replica_count: u8, touched: &mut Touched) -> Result<PoolId, StateError> {
+    fn pool_for(
+        &mut self,
+        replica_count: u8,
+        group_count: u16,
+        touched: &mut Touched,
+    ) -> Result<PoolId, StateError> {
         if replica_count == 0 || usize::from(replica_count) > REPLICAS_MAX {
             return Err(StateError::ReplicaCountInvalid { replica_count });
         }
@@ -60,12 +65,7 @@ impl ClusterState {
         }
         let id = self.next.pool;
         let next = PoolId(id.0.checked_add(1).ok_or(StateError::IdsUsedUp { what: "pool" })?);
-        let pool = Pool {
-            id,
-            replica_count,
-            min_replicas: min_replicas(replica_count),
-            group_count: GROUPS_PER_POOL,
-        };
+        let pool = Pool { id, replica_count, min_replicas: min_replicas(replica_count), group_count };
         let candidates = self.candidates(&BTreeSet::new());
         let placed = placement::place(&pool, &candidates).map_err(|error| StateError::Placement { error })?;
         self.next.pool = next;

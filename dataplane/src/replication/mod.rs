@@ -22,6 +22,7 @@ use xsan_protocol::wire::header::Opcode;
 
 mod action;
 mod call;
+mod driver;
 mod flush;
 mod frames;
 mod group;
@@ -36,6 +37,7 @@ mod status;
 
 pub use action::{Action, Change, Operation, Origin, Reply, Request, RequestId};
 pub use call::Stores;
+pub use driver::{Driver, Output, StoreTable};
 pub use status::{Counters, ReplicationStatus, SlowMember, Stage};
 
 use crate::disk::buffers::BufferPool;

@@ -4,6 +4,7 @@
 //! tells the control plane what it is. Used by `main`.
 
 use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -25,9 +26,7 @@ use super::mailbox::{Inbox, MeshEnd, mesh};
 use super::port::ShardPort;
 use super::tasks::{self, Connections};
 use super::topology::{self, Core, TopologyError};
-use super::{
-    Control, Event, Handle, Identity, Message, Opens, OwnedStore, Peers, Scratch, Shard, StoreTable,
-};
+use super::{Control, Devices, Event, Handle, Identity, Message, Opens, Peers, Scratch, Shard};
 use crate::disk::buffers::BufferPool;
 use crate::disk::device::{DeviceError, DeviceOptions, FileDevice};
 use crate::disk::os;
@@ -35,7 +34,7 @@ use crate::disk::ring::{DiskRing, RingError};
 use crate::gateway::nbd;
 use crate::net::connection::Memory;
 use crate::net::listener::{self, BindError};
-use crate::replication::{RecoveredGroup, Replication};
+use crate::replication::{Driver, Replication};
 use crate::stats::Stats;
 use crate::store::{Content, FormatError, FormatParameters, OpenError, Options, Recovered, Store};
 use crate::volume::VolumeClient;
@@ -434,8 +433,9 @@ fn assemble(
         open_max: config.network.max_connections,
         sessions: Rc::new(Cell::new(plan.incarnation.0)),
     };
-    let mut replication = Replication::new(identity.node, identity.incarnation, identity.shard, pool);
-    let (stores, ring) = take_stores(opened, pool, &mut replication)?;
+    let replication = Replication::new(identity.node, identity.incarnation, identity.shard, pool);
+    let mut driver = Driver::new(replication);
+    let (devices, ring) = take_stores(opened, pool, &mut driver)?;
     monoio::spawn(tasks::watch(ring.eventfd().clone(), handle.clone()));
     monoio::spawn(tasks::watch(plan.mesh.eventfd().clone(), handle.clone()));
     monoio::spawn(tasks::tick(handle.clone()));
@@ -452,8 +452,8 @@ fn assemble(
         identity,
         handle,
         client,
-        replication,
-        stores,
+        driver,
+        devices,
         ring,
         peers: Peers::default(),
         connections,
@@ -472,34 +472,28 @@ fn assemble(
     })
 }
 
-/// Registers the stores' devices with a ring, and gives replication what was recovered.
+/// Registers the stores' devices with a ring, and gives the stores to the driver.
 fn take_stores(
     opened: Vec<OpenStore>,
     pool: &'static BufferPool,
-    replication: &mut Replication,
-) -> Result<(StoreTable, DiskRing), BootError> {
-    let devices: Vec<&FileDevice> =
+    driver: &mut Driver,
+) -> Result<(HashMap<StoreId, Devices>, DiskRing), BootError> {
+    let files: Vec<&FileDevice> =
         opened.iter().flat_map(|open| std::iter::once(&open.capacity).chain(&open.cache)).collect();
-    let ring = DiskRing::new(&devices, &[pool], RING_DEPTH)?;
-    let mut stores = StoreTable::default();
+    let ring = DiskRing::new(&files, &[pool], RING_DEPTH)?;
+    let mut table = HashMap::new();
     let mut slot = 0;
     for OpenStore { store, recovered, capacity, cache, media } in opened {
-        let groups = recovered.groups.into_iter().map(|group| RecoveredGroup {
-            group: group.group,
-            tail: group.tail,
-            pending: group.pending,
-        });
-        replication.add_store(store.id(), groups.collect(), recovered.damaged);
         let cache_slot = cache.as_ref().map(|_| slot + 1);
-        let device = capacity.path().display().to_string();
+        let path = capacity.path().display().to_string();
         let media = media_name(media).to_owned();
-        let owned = OwnedStore { store, device, media, capacity_slot: slot, cache_slot };
+        table.insert(store.id(), Devices { path, media, capacity_slot: slot, cache_slot });
         slot += 1 + usize::from(cache.is_some());
-        stores.0.insert(owned.store.id(), owned);
+        driver.add_store(store, recovered);
         // The devices stay open and locked for the life of the process.
         std::mem::forget((capacity, cache));
     }
-    Ok((stores, ring))
+    Ok((table, ring))
 }
 
 /// Starts the link to the control process; shard 0 alone.

@@ -31,9 +31,10 @@ use crate::io::{DiskAction, DiskCompletion};
 use crate::net::connection::Outbox;
 use crate::net::frame::Frame;
 use crate::net::notify::Notify;
-use crate::replication::{Action, Change, Origin, Replication, Reply, Request, RequestId, Stores};
+use crate::replication::{
+    Action, Change, Driver, Origin, Output, Replication, Reply, Request, RequestId, StoreTable,
+};
 use crate::stats::Stats;
-use crate::store::{Store, StoreEvent, StoreView};
 use crate::volume::calls::{Answer, Calls};
 use crate::volume::{VolumeClient, wire};
 
@@ -55,9 +56,6 @@ use link::LinkEvent;
 use mailbox::MeshEnd;
 pub use message::{Message, Question, Report};
 use peers::{ConnectionId, PeerShard, Peers};
-
-/// Flush token of a clean stop; replication's tokens count from 1.
-const SHUTDOWN_TOKEN: u64 = u64::MAX;
 
 /// What a task of the shard's thread has for the next turn.
 pub enum Event {
@@ -119,36 +117,17 @@ pub struct Identity {
     pub cluster_id: String,
 }
 
-/// One store of the shard, and the ring's slots of its devices.
-struct OwnedStore {
-    store: Store,
-    device: String,
+/// The devices of one store of the shard, with their slots in the ring.
+struct Devices {
+    path: String,
     media: String,
     capacity_slot: usize,
     cache_slot: Option<usize>,
 }
 
-impl OwnedStore {
+impl Devices {
     fn has_slot(&self, slot: usize) -> bool {
         self.capacity_slot == slot || self.cache_slot == Some(slot)
-    }
-}
-
-/// The shard's stores, as replication asks for them.
-#[derive(Default)]
-struct StoreTable(HashMap<StoreId, OwnedStore>);
-
-impl StoreTable {
-    /// # Panics
-    /// The store is not of this shard: replication names only those that it was given.
-    fn get(&mut self, id: StoreId) -> &mut Store {
-        &mut self.0.get_mut(&id).expect("replication names only this shard's stores").store
-    }
-}
-
-impl Stores for StoreTable {
-    fn view(&self, id: StoreId) -> &dyn StoreView {
-        &self.0[&id].store
     }
 }
 
@@ -157,8 +136,8 @@ pub struct Shard {
     identity: Rc<Identity>,
     handle: Handle,
     client: VolumeClient,
-    replication: Replication,
-    stores: StoreTable,
+    driver: Driver,
+    devices: HashMap<StoreId, Devices>,
     ring: DiskRing,
     peers: Peers,
     connections: tasks::Connections,
@@ -184,10 +163,9 @@ type Opens = Calls<(), Box<(Volume, MapVersion)>>;
 /// Vectors that every turn fills and empties.
 #[derive(Default)]
 struct Scratch {
-    actions: Vec<Action>,
-    operations: Vec<DiskAction>,
+    outputs: Vec<Output>,
+    operations: Vec<(StoreId, DiskAction)>,
     completions: Vec<(usize, DiskCompletion)>,
-    events: Vec<StoreEvent>,
     proposals: Vec<proto::GroupProposal>,
 }
 

@@ -3,9 +3,10 @@
 use xsan_protocol::ids::{BlockKey, GroupId, Version};
 use xsan_protocol::proto;
 
-use super::{OwnedStore, Question, Report, Shard};
+use super::{Devices, Question, Report, Shard};
 use crate::replication;
 use crate::stats::{Counter, Stage, Stats};
+use crate::store::Store;
 
 impl Shard {
     pub(super) fn answer(&mut self, question: Question) -> Report {
@@ -19,7 +20,7 @@ impl Shard {
     /// The shard's latencies and counters, with those that others count for it.
     fn stats_now(&mut self) -> Stats {
         let mut samples = Vec::new();
-        self.replication.drain_latencies(&mut samples);
+        self.driver.replication.drain_latencies(&mut samples);
         let mut kept = self.stats.borrow_mut();
         for (stage, ns) in samples {
             kept.record(stage_of(stage), ns);
@@ -32,8 +33,8 @@ impl Shard {
         stats.add(Counter::SentBytes, net.sent_bytes.get());
         stats.add(Counter::ReceivedBytes, net.received_bytes.get());
         stats.add(Counter::CopiedBytes, net.copied_bytes.get());
-        for owned in self.stores.0.values() {
-            let counters = owned.store.status().counters;
+        for store in self.driver.stores() {
+            let counters = store.status().counters;
             stats.add(Counter::EntryBytes, counters.entry_bytes);
             stats.add(Counter::WrittenBytes, counters.written_bytes());
             stats.add(Counter::ReadBytes, counters.read_bytes);
@@ -41,7 +42,7 @@ impl Shard {
             stats.add(Counter::ChecksumErrors, counters.checksum_errors);
             stats.add(Counter::RepairedPages, counters.repaired_pages);
         }
-        let status = self.replication.status();
+        let status = self.driver.replication.status();
         stats.add(Counter::GroupWrites, status.counters.writes);
         stats.add(Counter::GroupReads, status.counters.reads);
         stats.add(Counter::ResyncBytesMoved, status.counters.resync_bytes_moved);
@@ -50,7 +51,7 @@ impl Shard {
     }
 
     fn status_now(&self) -> proto::DataStatus {
-        let replication = self.replication.status();
+        let replication = self.driver.replication.status();
         let slow = |slow: &replication::SlowMember| proto::SlowMember {
             node: slow.node.0,
             us_p99: slow.us_p99,
@@ -58,7 +59,7 @@ impl Shard {
         };
         proto::DataStatus {
             map_version: self.map.version.0,
-            stores: self.stores.0.values().map(OwnedStore::message).collect(),
+            stores: self.driver.stores().map(|store| self.devices[&store.id()].message(store)).collect(),
             resync_bytes_moved: replication.counters.resync_bytes_moved,
             resync_bytes_left: replication.resync_bytes_left,
             slow_members: replication.slow_members.iter().map(slow).collect(),
@@ -68,7 +69,6 @@ impl Shard {
     /// Where a block lies here; `None` when its group has no replica on this shard.
     fn block_now(&self, group: GroupId, key: BlockKey) -> Option<proto::BlockReplica> {
         let store = self.map.groups.get(&group)?.member(self.identity.node)?.store;
-        let owned = self.stores.0.get(&store)?;
         let unit = |location: crate::store::UnitLocation| {
             let Version { epoch, seq } = location.version;
             proto::UnitLocation {
@@ -82,9 +82,9 @@ impl Shard {
         Some(proto::BlockReplica {
             node: self.identity.node.0,
             store: store.0,
-            device: owned.device.clone(),
+            device: self.devices.get(&store)?.path.clone(),
             reachable: true,
-            units: owned.store.locate(group, key).into_iter().map(unit).collect(),
+            units: self.driver.store(store)?.locate(group, key).into_iter().map(unit).collect(),
             ..proto::BlockReplica::default()
         })
     }
@@ -99,12 +99,12 @@ const fn stage_of(stage: replication::Stage) -> Stage {
     }
 }
 
-impl OwnedStore {
-    fn message(&self) -> proto::StoreStatus {
-        let status = self.store.status();
+impl Devices {
+    fn message(&self, store: &Store) -> proto::StoreStatus {
+        let status = store.status();
         proto::StoreStatus {
-            id: self.store.id().0,
-            device: self.device.clone(),
+            id: store.id().0,
+            device: self.path.clone(),
             media: self.media.clone(),
             capacity_bytes: status.capacity_bytes,
             used_bytes: status.used_bytes,

@@ -5,22 +5,16 @@ use super::peers::Accepted;
 use super::*;
 use crate::io::DeviceRole;
 use crate::stats::Counter;
-use crate::store::{Record, StoreError};
-
-type Refused = VecDeque<(StoreId, Record, StoreError)>;
 
 impl Shard {
     /// Runs one turn over `events`.
     pub(super) fn turn(&mut self, events: &mut VecDeque<Event>) {
         self.stats.borrow_mut().add(Counter::Turns, 1);
-        self.replication.on_lease(self.lease_until_ns.load(Ordering::Acquire));
+        self.driver.replication.on_lease(self.lease_until_ns.load(Ordering::Acquire));
         for event in events.drain(..) {
             self.on_event(event);
         }
         self.run_stores();
-        while self.replication.has_deferred() {
-            self.replicate(|replication, stores, now, out| replication.on_tick(now, stores, out));
-        }
         self.submit();
         self.send_proposals();
         self.peers.flush();
@@ -61,114 +55,77 @@ impl Shard {
             }
             Event::Wake => {}
             Event::Tick => {
-                let now = os::boottime_ns();
-                self.stores.0.values_mut().for_each(|owned| owned.store.tick(now));
-                self.replicate(|replication, stores, now, out| replication.on_tick(now, stores, out));
+                let mut outputs = std::mem::take(&mut self.scratch.outputs);
+                self.driver.on_tick(os::boottime_ns(), &mut outputs);
+                self.carry_out(outputs);
             }
         }
     }
 
-    /// Calls into replication, then carries out what it asks for, until it asks for nothing more.
+    /// Calls into replication, and carries out what comes out of it.
     fn replicate(&mut self, call: impl FnOnce(&mut Replication, &StoreTable, u64, &mut Vec<Action>)) {
-        let mut actions = std::mem::take(&mut self.scratch.actions);
-        let mut refused = Refused::new();
-        call(&mut self.replication, &self.stores, os::boottime_ns(), &mut actions);
-        loop {
-            for action in actions.drain(..) {
-                self.carry_out(action, &mut refused);
-            }
-            let Some((store, record, error)) = refused.pop_front() else { break };
-            let now = os::boottime_ns();
-            self.replication.on_append_refused(store, record, error, &self.stores, now, &mut actions);
-        }
-        self.scratch.actions = actions;
+        let mut outputs = std::mem::take(&mut self.scratch.outputs);
+        self.driver.call(os::boottime_ns(), &mut outputs, call);
+        self.carry_out(outputs);
     }
 
-    fn carry_out(&mut self, action: Action, refused: &mut Refused) {
-        match action {
-            Action::Send { to, frame } => self.send(to, frame),
-            Action::Append { store, record } => {
-                let group = record.group();
-                // A group's records stay in order: behind a refused one nothing more of it is offered.
-                let behind = refused.iter().find(|(_, earlier, _)| earlier.group() == group);
-                let refusal = match behind {
-                    Some((_, _, error)) => Some((record, *error)),
-                    None => {
-                        let kept = record.clone();
-                        self.stores.get(store).append(record).err().map(|error| (kept, error))
-                    }
-                };
-                refused.extend(refusal.map(|(record, error)| (store, record, error)));
-            }
-            Action::Apply { store, group, through } => self.stores.get(store).apply(group, through),
-            Action::Read { store, token, group, key, pages, buffer } => {
-                self.stores.get(store).read(token, group, key, pages, buffer);
-            }
-            Action::Flush { store, token } => self.stores.get(store).flush(token),
-            Action::Repair { store, token, group, key, pages, data } => {
-                self.stores.get(store).repair(token, group, key, pages, data);
-            }
-            Action::Complete { request, result } => self.complete(request, result),
-            Action::Propose { group, epoch, node, change } => {
-                let change = match change {
-                    Change::Promote => proto::group_proposal::Change::Promote,
-                    Change::Demote => proto::group_proposal::Change::Demote,
-                };
-                self.scratch.proposals.push(proto::GroupProposal {
-                    group: group.0,
-                    epoch: epoch.0,
-                    node: node.0,
-                    change: change as i32,
-                });
+    fn carry_out(&mut self, mut outputs: Vec<Output>) {
+        for output in outputs.drain(..) {
+            match output {
+                Output::Send { to, frame } => self.send(to, frame),
+                Output::Complete { request, result } => self.complete(request, result),
+                Output::Propose { group, epoch, node, change } => {
+                    let change = match change {
+                        Change::Promote => proto::group_proposal::Change::Promote,
+                        Change::Demote => proto::group_proposal::Change::Demote,
+                    };
+                    self.scratch.proposals.push(proto::GroupProposal {
+                        group: group.0,
+                        epoch: epoch.0,
+                        node: node.0,
+                        change: change as i32,
+                    });
+                }
+                Output::StoreFailed(store) => {
+                    tracing::error!(%store, code = %Code::StoreFailed, "the device failed; its groups fail over");
+                    self.handle.push(Event::Status);
+                }
+                Output::StoreStopped(_) => {
+                    self.stopping = self.stopping.map(|left| left - 1);
+                    self.maybe_stopped();
+                }
             }
         }
+        self.scratch.outputs = outputs;
     }
 
-    /// Feeds completions to the stores and the stores' events to replication, until the stores are quiet.
+    /// Feeds the ring's completions to the stores.
     fn run_stores(&mut self) {
         let mut completions = std::mem::take(&mut self.scratch.completions);
         self.ring.completions(&mut completions);
         for (slot, completion) in completions.drain(..) {
-            let owned = self.stores.0.values_mut().find(|owned| owned.has_slot(slot));
-            owned.expect("the ring has only slots of this shard's stores").store.on_disk(completion);
+            let store = self.devices.iter().find(|(_, devices)| devices.has_slot(slot)).map(|(id, _)| *id);
+            let store = store.expect("the ring has only slots of this shard's stores");
+            self.driver.on_disk(store, completion);
         }
         self.scratch.completions = completions;
-        self.take_store_events();
     }
 
-    fn take_store_events(&mut self) {
-        let mut events = std::mem::take(&mut self.scratch.events);
-        let ids: Vec<StoreId> = self.stores.0.keys().copied().collect();
-        for id in ids {
-            loop {
-                self.stores.get(id).take_events(&mut events);
-                if events.is_empty() {
-                    break;
-                }
-                for event in events.drain(..) {
-                    self.on_store_event(id, event);
-                }
-            }
-        }
-        self.scratch.events = events;
-    }
-
-    /// Ends the stores' turn: their operations of the whole turn, in one submission.
+    /// Ends the state machines' turn: the stores' operations of the whole turn, in one submission.
     fn submit(&mut self) {
         let mut operations = std::mem::take(&mut self.scratch.operations);
-        for owned in self.stores.0.values_mut() {
-            owned.store.end_turn(&mut operations);
-            for operation in operations.drain(..) {
-                let slot = match (operation.device(), owned.cache_slot) {
-                    (DeviceRole::Cache, Some(slot)) => slot,
-                    _ => owned.capacity_slot,
-                };
-                self.ring.submit(slot, operation);
-            }
+        let mut outputs = std::mem::take(&mut self.scratch.outputs);
+        self.driver.end_turn(os::boottime_ns(), &mut operations, &mut outputs);
+        for (store, operation) in operations.drain(..) {
+            let devices = &self.devices[&store];
+            let slot = match (operation.device(), devices.cache_slot) {
+                (DeviceRole::Cache, Some(slot)) => slot,
+                _ => devices.capacity_slot,
+            };
+            self.ring.submit(slot, operation);
         }
         self.scratch.operations = operations;
-        // What `end_turn` itself brought about, as reads of what is in memory.
-        self.take_store_events();
+        self.carry_out(outputs);
         // A ring that takes nothing more is the end of this process, whose replicas elsewhere go on.
         self.ring.flush_submissions().unwrap_or_else(|error| panic!("{error}"));
     }
@@ -176,8 +133,8 @@ impl Shard {
     /// Begins a clean stop: what the stores hold is flushed, then the main thread ends the process.
     fn shut_down(&mut self) {
         tracing::info!(shard = %self.identity.shard, calls = self.calls.count(), "the shard stops");
-        self.stopping = Some(self.stores.0.len());
-        self.stores.0.values_mut().for_each(|owned| owned.store.flush(SHUTDOWN_TOKEN));
+        self.stopping = Some(self.devices.len());
+        self.driver.stop();
         self.maybe_stopped();
     }
 
@@ -186,21 +143,6 @@ impl Shard {
             // The main thread may have given up waiting: then the process ends anyway.
             let _ = self.stopped.send(self.identity.shard);
         }
-    }
-
-    fn on_store_event(&mut self, store: StoreId, event: StoreEvent) {
-        if matches!(event, StoreEvent::Flushed { token: SHUTDOWN_TOKEN }) {
-            self.stopping = self.stopping.map(|left| left - 1);
-            self.maybe_stopped();
-            return;
-        }
-        if matches!(event, StoreEvent::Failed) {
-            tracing::error!(%store, code = %Code::StoreFailed, "the device failed; its groups fail over");
-            self.handle.push(Event::Status);
-        }
-        self.replicate(|replication, stores, now, out| {
-            replication.on_store_event(store, event, stores, now, out)
-        });
     }
 
     /// Sends a replication frame to the shard of `to` that holds its replica of the frame's group.
@@ -325,7 +267,7 @@ impl Shard {
 
     fn on_closed(&mut self, connection: ConnectionId) {
         let Some(closed) = self.peers.remove(connection) else { return };
-        self.replication.on_origin_gone(Origin::Connection(connection));
+        self.driver.replication.on_origin_gone(Origin::Connection(connection));
         if closed.dialled {
             let (node, shard) = closed.peer;
             let map = self.map.clone();

@@ -26,7 +26,7 @@ use super::journal::{Held, Journal, Placed, Queued};
 use super::layout::Layout;
 use super::read::Reads;
 use super::status::{Counters, StoreStatus, UnitLocation};
-use super::{GroupTail, Record, StoreError, StoreEvent, StoreView};
+use super::{GroupTail, Record, Refused, StoreError, StoreEvent, StoreView};
 use crate::disk::buffers::BufferPool;
 use crate::io::{DeviceRole, DiskAction, DiskCompletion, DiskError, DiskOk};
 
@@ -128,63 +128,68 @@ impl Store {
     ///
     /// # Panics
     /// A group's entry out of order, or data that does not fit its pages: our bug, not the caller's data.
-    pub fn append(&mut self, record: Record) -> Result<(), StoreError> {
-        if self.failed {
-            return Err(StoreError::Failed);
-        }
-        let mut applied = Seq(0);
-        let life = match &record {
+    pub fn append(&mut self, record: Record) -> Result<(), Refused> {
+        let wanted = match self.check(&record) {
+            Ok(wanted) => wanted,
+            Err(error) => return Err(Refused { record: Box::new(record), error }),
+        };
+        let group = self.groups.entry(record.group()).or_default();
+        let (life, applied) = match &record {
             Record::Entry(entry) => {
-                let pages = entry.data.as_ref().map_or(0, |_| usize::from(entry.pages.count));
-                if let Some(data) = &entry.data {
-                    assert!(data.checksums.len() == pages);
-                    assert!(data.bytes.len() == pages * PAGE_SIZE);
-                }
-                let wanted = match entry.data {
-                    Some(_) => self.index.wanted(entry.group, entry.key, entry.pages),
-                    None => (0, 0),
-                };
-                // Zeroes free space: they may use the last of the journal.
-                self.check_journal(pages, if entry.data.is_some() { 16 } else { 0 })?;
-                self.check_capacity(wanted, 2)?;
-                let group = self.groups.entry(entry.group).or_default();
-                assert!(
-                    entry.version.seq == group.last.seq.next(),
-                    "entry {} follows {}",
-                    entry.version,
-                    group.last
-                );
+                let follows = entry.version.seq == group.last.seq.next();
+                assert!(follows, "entry {} follows {}", entry.version, group.last);
                 group.last = entry.version;
                 group.pending.push_back(Pending::of(entry, wanted));
                 self.reserved = (self.reserved.0 + wanted.0, self.reserved.1 + wanted.1);
-                group.life
+                (group.life, Seq(0))
             }
-            Record::Push { group, key, unit, as_of, data, .. } => {
-                if let Some(data) = data {
-                    assert!(data.checksums.len() == PAGES_PER_UNIT);
-                    assert!(data.bytes.len() == UNIT_SIZE);
-                }
-                self.check_journal(data.as_ref().map_or(0, |_| PAGES_PER_UNIT), 16)?;
-                if data.is_some() {
-                    self.check_capacity(self.index.wanted(*group, *key, PageRange::of_unit(*unit)), 0)?;
-                }
-                let group = self.groups.entry(*group).or_default();
+            Record::Push { as_of, .. } => {
                 assert!(*as_of <= group.last.seq, "a push as of {as_of} needs the entries up to it");
-                group.life
+                (group.life, Seq(0))
             }
-            Record::Reset { group, last } => {
-                self.check_journal(0, 0)?;
-                let group = self.groups.entry(*group).or_default();
-                applied = group.applied.seq;
+            Record::Reset { last, .. } => {
+                let applied = group.applied.seq;
                 let released = group.reset(*last);
                 let life = group.life;
                 self.release_reserved(released);
-                life
+                (life, applied)
             }
         };
         self.last_append_ns = self.now_ns;
         self.journal.push(Queued { record, life, applied });
         Ok(())
+    }
+
+    /// Is there room for the record? Returns the units and blocks that an entry may need.
+    fn check(&self, record: &Record) -> Result<(u32, u32), StoreError> {
+        if self.failed {
+            return Err(StoreError::Failed);
+        }
+        match record {
+            Record::Entry(entry) => {
+                let pages = entry.data.as_ref().map_or(0, |_| usize::from(entry.pages.count));
+                let mut wanted = (0, 0);
+                if let Some(data) = &entry.data {
+                    assert!(data.checksums.len() == pages);
+                    assert!(data.bytes.len() == pages * PAGE_SIZE);
+                    wanted = self.index.wanted(entry.group, entry.key, entry.pages);
+                }
+                // Zeroes free space: they may use the last of the journal.
+                self.check_journal(pages, if entry.data.is_some() { 16 } else { 0 })?;
+                self.check_capacity(wanted, 2)?;
+                Ok(wanted)
+            }
+            Record::Push { group, key, unit, data, .. } => {
+                self.check_journal(data.as_ref().map_or(0, |_| PAGES_PER_UNIT), 16)?;
+                if let Some(data) = data {
+                    assert!(data.checksums.len() == PAGES_PER_UNIT);
+                    assert!(data.bytes.len() == UNIT_SIZE);
+                    self.check_capacity(self.index.wanted(*group, *key, PageRange::of_unit(*unit)), 0)?;
+                }
+                Ok((0, 0))
+            }
+            Record::Reset { .. } => self.check_journal(0, 0).map(|()| (0, 0)),
+        }
     }
 
     fn release_reserved(&mut self, released: (u32, u32)) {

@@ -142,6 +142,13 @@ pub struct GroupTail {
     pub acked: Seq,
 }
 
+/// A record that the store did not take.
+#[derive(Debug)]
+pub struct Refused {
+    pub record: Box<Record>,
+    pub error: StoreError,
+}
+
 /// Why the store does not take a record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum StoreError {

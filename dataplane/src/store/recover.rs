@@ -13,6 +13,7 @@
 //!
 //! Source: Alagappan et al., "Protocol-Aware Recovery for Consensus-Based Storage", FAST '18.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
@@ -194,26 +195,26 @@ struct Unapplied {
     bytes: Option<Buffer>,
 }
 
-/// The state of an opening, step by step.
-/// Memory for the data of replayed entries: those that stay pending must not take the shard's buffers away.
-///
-/// Arenas are never unmapped, and only what replay fills of them takes memory.
-#[derive(Default)]
-struct ReplayMemory(Option<&'static BufferPool>);
-
-impl ReplayMemory {
-    const ARENA_BYTES: usize = 64 << 20;
-
-    fn alloc(&mut self, bytes: usize) -> BufferMut {
-        if let Some(buffer) = self.0.and_then(|pool| pool.alloc(bytes)) {
-            return buffer;
-        }
-        let pool = BufferPool::anonymous(Self::ARENA_BYTES);
-        self.0 = Some(pool);
-        pool.alloc(bytes).expect("a fresh arena has slots of every class")
-    }
+thread_local! {
+    /// Memory for the data of replayed entries: those that stay pending must not take the shard's buffers away.
+    ///
+    /// Arenas are never unmapped, and only what replay fills of them takes memory; a later opening uses them again.
+    static REPLAY_ARENAS: RefCell<Vec<&'static BufferPool>> = const { RefCell::new(Vec::new()) };
 }
 
+fn replay_buffer(bytes: usize) -> BufferMut {
+    const ARENA_BYTES: usize = 64 << 20;
+    REPLAY_ARENAS.with_borrow_mut(|arenas| {
+        if let Some(buffer) = arenas.iter().find_map(|arena| arena.alloc(bytes)) {
+            return buffer;
+        }
+        let arena = BufferPool::anonymous(ARENA_BYTES);
+        arenas.push(arena);
+        arena.alloc(bytes).expect("a fresh arena has slots of every class")
+    })
+}
+
+/// The state of an opening, step by step.
 struct Recovery<'a> {
     devices: Devices<'a>,
     layout: Layout,
@@ -230,7 +231,6 @@ struct Recovery<'a> {
     broken: Vec<u64>,
     /// Highest journal position in any block record.
     newest_record: u64,
-    replayed: ReplayMemory,
     /// End of what replay took over.
     end: u64,
     /// End of anything whole that was seen, also behind `end`.
@@ -257,7 +257,6 @@ impl<'a> Recovery<'a> {
             resets: BTreeMap::new(),
             broken: Vec::new(),
             newest_record: 0,
-            replayed: ReplayMemory::default(),
             damaged: false,
         }
     }
@@ -403,7 +402,7 @@ impl<'a> Recovery<'a> {
                 records.push(None);
                 continue;
             }
-            let mut buffer = self.replayed.alloc(descriptor.pages.bytes());
+            let mut buffer = replay_buffer(descriptor.pages.bytes());
             let offset =
                 self.layout.journal_offset(data) + u64::from(descriptor.data_page) * PAGE_SIZE as u64;
             if device.read_at(offset, &mut buffer).is_err() {

@@ -20,7 +20,6 @@ use xsan_protocol::ids::{
 use xsan_protocol::map::{ClusterMap, Durability, Group, Member, Pool};
 use xsan_protocol::units::{PAGE_SIZE, PageRange, SECTOR_SIZE};
 
-use super::history::{History, Span};
 use super::model::ModelStore;
 use super::pool;
 use crate::net::frame::Frame;
@@ -28,6 +27,7 @@ use crate::replication::{
     Action, Change, Operation, Origin, RecoveredGroup, Replication, Reply, Request, RequestId,
 };
 use crate::store::{PageData, Record, StoreError};
+use crate::testing::{History, Random, Span};
 
 const NODES: u32 = 3;
 const GROUPS: u16 = 2;
@@ -35,26 +35,6 @@ const SECTORS_PER_PAGE: usize = PAGE_SIZE / SECTOR_SIZE as usize;
 /// Most requests that clients have outstanding.
 const OUTSTANDING: usize = 24;
 const MS: u64 = 1_000_000;
-
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, bound: usize) -> usize {
-        (self.next() % bound as u64) as usize
-    }
-
-    fn one_in(&mut self, n: usize) -> bool {
-        self.below(n) == 0
-    }
-}
 
 struct Node {
     id: NodeId,
@@ -137,7 +117,7 @@ impl Cluster {
             map.groups.insert(group.id, group);
         }
         let mut cluster = Self {
-            random: Random(seed),
+            random: Random::new(seed),
             now_ns: MS,
             step: 1,
             nodes: Vec::new(),
@@ -305,37 +285,37 @@ impl Cluster {
 
     fn random_pages(&mut self) -> PageRange {
         let starts = [0, 1, 2, 13, 14, 15, 16, 30];
-        let first = starts[self.random.below(starts.len())];
-        match self.random.below(8) {
+        let first = starts[self.random.index(starts.len())];
+        match self.random.index(8) {
             0 => PageRange::new(0, 16),
             1 => PageRange::new(first, 4),
-            _ => PageRange::new(first, 1 + self.random.below(2) as u16),
+            _ => PageRange::new(first, 1 + self.random.index(2) as u16),
         }
     }
 
     fn client(&mut self) {
-        let group = group_id(self.random.below(usize::from(GROUPS)) as u16);
+        let group = group_id(self.random.index(usize::from(GROUPS)) as u16);
         let Some(truth) = self.map.groups.get(&group) else { return };
         let (Some(primary), epoch) = (truth.primary, truth.epoch) else { return };
         let node = if self.random.one_in(20) {
-            NodeId(self.random.below(NODES as usize) as u32 + 1)
+            NodeId(self.random.index(NODES as usize) as u32 + 1)
         } else {
             primary
         };
         let key = BlockKey {
             lineage: Lineage(7),
             layer: Layer(1),
-            index: BlockIndex(u32::from(group.index()) * 100 + self.random.below(3) as u32),
+            index: BlockIndex(u32::from(group.index()) * 100 + self.random.index(3) as u32),
         };
         let pages = self.random_pages();
         let fua = self.random.one_in(6);
-        let operation = match self.random.below(10) {
+        let operation = match self.random.index(10) {
             0..3 => Operation::Read { key, pages },
             3 => Operation::Zero { key, pages, fua },
             4 => Operation::Flush,
             5..7 => {
-                let sectors = 1 + self.random.below(3) as u32;
-                let offset = pages.byte_offset() + self.random.below(6) as u32 * SECTOR_SIZE;
+                let sectors = 1 + self.random.index(3) as u32;
+                let offset = pages.byte_offset() + self.random.index(6) as u32 * SECTOR_SIZE;
                 let value = self.next_request;
                 let mut bytes = pool().alloc((sectors * SECTOR_SIZE) as usize).unwrap();
                 fill(&mut bytes, value);
@@ -393,15 +373,15 @@ impl Cluster {
     /// Lets one random thing happen.
     fn advance(&mut self) {
         self.step += 1;
-        self.now_ns += self.random.below(200_000) as u64;
-        let id = NodeId(self.random.below(NODES as usize) as u32 + 1);
-        match self.random.below(100) {
+        self.now_ns += self.random.below(200_000);
+        let id = NodeId(self.random.index(NODES as usize) as u32 + 1);
+        match self.random.index(100) {
             0..50 => self.deliver(),
             50..72 => self.device(id),
             72..76 => self.tick(id),
             76..80 => self.take_map(id),
             80..82 => {
-                let group = group_id(self.random.below(usize::from(GROUPS)) as u16);
+                let group = group_id(self.random.index(usize::from(GROUPS)) as u16);
                 self.control(group);
                 self.on_proposals();
             }
@@ -424,8 +404,8 @@ impl Cluster {
         if ready.is_empty() {
             return;
         }
-        let (from, to) = ready[self.random.below(ready.len())];
-        let count = 1 + self.random.below(4);
+        let (from, to) = ready[self.random.index(ready.len())];
+        let count = 1 + self.random.index(4);
         for _ in 0..count {
             let Some(frame) = self.links.get_mut(&(from, to)).unwrap().pop_front() else { return };
             self.call(to, |replication, store, now_ns, out| {
@@ -439,9 +419,9 @@ impl Cluster {
             return;
         }
         let in_flight = self.node(id).store.in_flight();
-        let events = match self.random.below(4) {
+        let events = match self.random.index(4) {
             0 | 1 if in_flight > 0 => {
-                let count = 1 + self.random.below(in_flight);
+                let count = 1 + self.random.index(in_flight);
                 self.node(id).store.complete(count)
             }
             2 => self.node(id).store.complete_flush().into_iter().collect(),
@@ -455,7 +435,7 @@ impl Cluster {
     }
 
     fn tick(&mut self, id: NodeId) {
-        self.now_ns += self.random.below(10) as u64 * MS;
+        self.now_ns += self.random.below(10) * MS;
         self.call(id, |replication, store, now_ns, out| replication.on_tick(now_ns, store, out));
     }
 

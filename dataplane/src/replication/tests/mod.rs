@@ -3,7 +3,6 @@
 //! Both run the state machine over [`model::ModelStore`], a store that keeps everything in memory.
 
 mod cluster;
-mod history;
 mod model;
 mod script;
 

@@ -4,9 +4,9 @@ use xsan_protocol::ids::{GroupId, Seq, Version};
 use xsan_protocol::units::{PAGES_PER_BLOCK, PageRange};
 
 use super::rig::{Rig, data, key, pool, version};
-use super::sim::SimDevice;
 use crate::io::Device;
 use crate::store::{Content, Entry, Foreign, Record, Store, StoreError, StoreEvent, StoreView};
+use crate::testing::SimDevice;
 
 const GROUP: GroupId = GroupId(3);
 
@@ -186,7 +186,7 @@ fn a_failed_flush_latches_the_store() {
     assert_eq!(failed, 1);
     assert!(!rig.events.iter().any(|event| matches!(event, StoreEvent::Flushed { .. })));
     let reset = Record::Reset { group: GROUP, last: Version::ZERO };
-    assert_eq!(rig.store.append(reset), Err(StoreError::Failed));
+    assert_eq!(rig.store.append(reset).unwrap_err().error, StoreError::Failed);
     assert_eq!(rig.store.admit(1), Err(StoreError::Failed));
     assert!(rig.read(GROUP, key(1), PageRange::new(0, 1)).is_err());
 }

@@ -7,10 +7,10 @@
 use xsan_protocol::ids::{GroupId, Seq};
 use xsan_protocol::units::PageRange;
 
-use super::Random;
 use super::model::{Event, Model};
 use super::rig::{Rig, data, key, version};
 use crate::store::{Entry, Record, StoreEvent};
+use crate::testing::Random;
 
 const GROUP: GroupId = GroupId(0);
 

@@ -4,10 +4,10 @@ use xsan_protocol::disk::superblock::Superblock;
 use xsan_protocol::ids::{GroupId, Seq};
 use xsan_protocol::units::{PAGE_SIZE, PageRange};
 
-use super::Random;
 use super::rig::{JOURNAL_BYTES, Rig, data, key, page_bytes, version};
 use crate::io::Device;
 use crate::store::{ReadError, Record, StoreEvent, StoreView};
+use crate::testing::Random;
 
 const GROUP: GroupId = GroupId(3);
 const PAGES: PageRange = PageRange::new(2, 8);

@@ -54,7 +54,7 @@ impl Run {
     fn append(&mut self, group: GroupId, record: Record, event: Event) {
         match self.rig.store.append(record) {
             Ok(()) => self.model.groups.get_mut(&group).unwrap().log.push(event),
-            Err(StoreError::JournalFull) => {
+            Err(refused) if refused.error == StoreError::JournalFull => {
                 self.refused += 1;
                 self.settle();
                 for group in 0..GROUPS {
@@ -63,7 +63,7 @@ impl Run {
                 self.rig.idle();
                 self.learn();
             }
-            Err(error) => panic!("{error}"),
+            Err(refused) => panic!("{}", refused.error),
         }
     }
 

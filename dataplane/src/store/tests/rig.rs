@@ -4,13 +4,13 @@ use xsan_protocol::checksum::page_checksums;
 use xsan_protocol::ids::{BlockIndex, BlockKey, Epoch, GroupId, Layer, Lineage, Seq, StoreId, Version};
 use xsan_protocol::units::{PAGE_SIZE, PageRange};
 
-use super::Random;
-use super::sim::SimDevice;
 use crate::disk::buffers::BufferPool;
-use crate::io::{Device, DeviceRole, DiskAction, DiskCompletion, DiskError, DiskOk};
+use crate::io::{Device, DeviceRole, DiskAction};
 use crate::store::{
     Entry, FormatParameters, Options, PageData, ReadError, ReadPages, Record, Recovered, Store, StoreEvent,
 };
+use crate::testing::Random;
+use crate::testing::SimDevice;
 
 pub const JOURNAL_BYTES: u64 = 16 << 20;
 pub const DEVICE_BYTES: u64 = 64 << 20;
@@ -54,7 +54,7 @@ pub fn data(first: u64, count: u16) -> PageData {
 /// What is under way, with what a flush would cover.
 struct InFlight {
     action: DiskAction,
-    mark: usize,
+    mark: u64,
 }
 
 pub struct Rig {
@@ -146,39 +146,14 @@ impl Rig {
         let index = self.random.below(self.in_flight.len() as u64) as usize;
         let InFlight { action, mark } = self.in_flight.swap_remove(index);
         self.operations += 1;
-        let completion = self.carry_out(action, mark);
+        let failing = matches!(action, DiskAction::Flush { .. }) && std::mem::take(&mut self.fail_next_flush);
+        let device = self.device(action.device());
+        device.set_failing(failing);
+        let completion = device.carry_out(action, mark);
+        device.set_failing(false);
         self.store.on_disk(completion);
         self.store.take_events(&mut self.events);
         true
-    }
-
-    fn carry_out(&mut self, action: DiskAction, mark: usize) -> DiskCompletion {
-        let refused = Err(DiskError { errno: libc::EIO });
-        match action {
-            DiskAction::Read { id, device, offset, mut buffer } => {
-                let result = self.device(device).read_at(offset, &mut buffer);
-                DiskCompletion { id, result: if result.is_ok() { Ok(DiskOk::Read(buffer)) } else { refused } }
-            }
-            DiskAction::Write { id, device, mut offset, parts } => {
-                for part in &parts {
-                    self.device(device).write_at(offset, part).unwrap();
-                    offset += part.len() as u64;
-                }
-                DiskCompletion { id, result: Ok(DiskOk::Written) }
-            }
-            DiskAction::Flush { id, .. } if std::mem::take(&mut self.fail_next_flush) => {
-                DiskCompletion { id, result: refused }
-            }
-            DiskAction::Flush { id, device } => {
-                let count = self.device(device).flush_to(mark);
-                for other in &mut self.in_flight {
-                    if matches!(other.action, DiskAction::Flush { device: of, .. } if of == device) {
-                        other.mark = other.mark.saturating_sub(count);
-                    }
-                }
-                DiskCompletion { id, result: Ok(DiskOk::Flushed) }
-            }
-        }
     }
 
     /// Runs until nothing is under way.
@@ -202,15 +177,7 @@ impl Rig {
     pub fn crash(mut self, power: bool) -> Self {
         let in_flight = std::mem::take(&mut self.in_flight);
         for InFlight { action, .. } in in_flight {
-            let DiskAction::Write { device, offset, parts, .. } = action else { continue };
-            let device = self.device(device).clone();
-            let kept = self.random.below(101);
-            let pages = parts.iter().flat_map(|part| part.chunks_exact(PAGE_SIZE));
-            for (page, bytes) in (offset / PAGE_SIZE as u64..).zip(pages) {
-                if self.random.chance(kept) {
-                    device.write_page(page, bytes);
-                }
-            }
+            self.device(action.device()).clone().tear(&action, &mut self.random);
         }
         if power {
             for device in [Some(&self.capacity), self.cache.as_ref()].into_iter().flatten() {

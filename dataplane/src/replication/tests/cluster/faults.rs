@@ -210,9 +210,9 @@ impl Cluster {
     }
 
     pub(super) fn fault(&mut self) {
-        let a = NodeId(self.random.below(NODES as usize) as u32 + 1);
-        let b = NodeId((a.0 + self.random.below(NODES as usize - 1) as u32) % NODES + 1);
-        match self.random.below(12) {
+        let a = NodeId(self.random.index(NODES as usize) as u32 + 1);
+        let b = NodeId((a.0 + self.random.index(NODES as usize - 1) as u32) % NODES + 1);
+        match self.random.index(12) {
             0 => {
                 let alive = self.nodes.iter().filter(|node| node.replication.is_some()).count();
                 if alive == NODES as usize || (alive > 0 && self.random.one_in(3)) {
@@ -234,17 +234,17 @@ impl Cluster {
                 self.node(a).store.refusing = full;
             }
             9 if self.is_whole() => {
-                let group = group_id(self.random.below(usize::from(GROUPS)) as u16);
+                let group = group_id(self.random.index(usize::from(GROUPS)) as u16);
                 let pages = self.random_pages();
                 let keys: Vec<BlockKey> = self.node(a).store.blocks(group).into_keys().collect();
                 if !keys.is_empty() {
-                    let key = keys[self.random.below(keys.len())];
+                    let key = keys[self.random.index(keys.len())];
                     self.node(a).store.damage(group, key, pages.first);
                 }
             }
             10 if self.random.one_in(2) => {
                 // Balance: the primary moves, the old one stays in the acting set.
-                let id = group_id(self.random.below(usize::from(GROUPS)) as u16);
+                let id = group_id(self.random.index(usize::from(GROUPS)) as u16);
                 let group = self.map.groups[&id].clone();
                 let next = group
                     .acting()

@@ -1,0 +1,91 @@
+//! The planner: one term's decisions about the groups, from the state, the leases and the primaries' wishes.
+//!
+//! `controller` runs it on the Raft leader and has its changes committed; the simulator runs it as it is. Reads no clock.
+//!
+//! Invariants
+//! - The nodes that a plan takes for gone are held before it is given out: see `LeaseTable::hold`.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use xsan_protocol::ids::NodeId;
+use xsan_protocol::map::Pool;
+use xsan_protocol::placement::{Candidate, place_what_fits};
+
+use super::balance::balance;
+use super::decide::decide;
+use super::{Memory, NodeView, Proposal, Targets, View};
+use crate::clock::BootTime;
+use crate::lease::{Health, LeaseTable};
+use crate::state::ClusterState;
+use crate::state::command::GroupChange;
+use crate::timing::OUT_AFTER;
+
+/// What is remembered from one plan to the next, for one term of leadership.
+#[derive(Default)]
+pub struct Planner {
+    memory: Memory,
+    gone_since: BTreeMap<NodeId, BootTime>,
+    placed: Placed,
+}
+
+/// Targets, and what they were computed from.
+#[derive(Default)]
+struct Placed {
+    pools: Vec<Pool>,
+    candidates: Vec<Candidate>,
+    targets: Targets,
+}
+
+impl Placed {
+    fn update(&mut self, state: &ClusterState, left_out: &BTreeSet<NodeId>) {
+        let candidates = state.candidates(left_out);
+        let pools: Vec<_> = state.map().pools.values().cloned().collect();
+        if candidates != self.candidates || pools != self.pools {
+            let placed = pools.iter().flat_map(|pool| place_what_fits(pool, &candidates));
+            self.targets = placed.map(|placement| (placement.group, placement.replicas)).collect();
+            (self.pools, self.candidates) = (pools, candidates);
+        }
+    }
+}
+
+impl Planner {
+    /// The changes that are due; what safety asks for first, balance when there is nothing of that.
+    pub fn plan(
+        &mut self,
+        now: BootTime,
+        state: &ClusterState,
+        leases: &mut LeaseTable,
+        proposals: &[Proposal],
+    ) -> Vec<GroupChange> {
+        let view = |node: &xsan_protocol::map::Node| {
+            let registered = node.data.as_ref().map(|data| data.incarnation);
+            let confirmed = registered.map(|incarnation| leases.confirmed(node.id, incarnation));
+            let health = leases.health(now, node.id, registered);
+            (node.id, NodeView { health, confirmed: confirmed.unwrap_or_default() })
+        };
+        let nodes: BTreeMap<NodeId, NodeView> = state.map().nodes.values().map(view).collect();
+        let is_gone = |(_, view): &(&NodeId, &NodeView)| view.health == Health::Gone;
+        let gone: BTreeSet<NodeId> = nodes.iter().filter(is_gone).map(|(node, _)| *node).collect();
+        let left_out = self.left_out(now, &gone);
+        self.placed.update(state, &left_out);
+        let view = View { now, state, nodes: &nodes, targets: &self.placed.targets };
+        let mut changes = decide(&view, &mut self.memory, proposals);
+        if changes.is_empty() {
+            changes = balance(&view, &mut self.memory);
+        }
+        if !changes.is_empty() {
+            leases.hold(gone);
+        }
+        changes
+    }
+
+    /// Nodes gone for so long that their groups are rebuilt elsewhere.
+    fn left_out(&mut self, now: BootTime, gone: &BTreeSet<NodeId>) -> BTreeSet<NodeId> {
+        self.gone_since.retain(|node, _| gone.contains(node));
+        gone.iter().for_each(|node| {
+            self.gone_since.entry(*node).or_insert(now);
+        });
+        let long = self.gone_since.iter().filter(|(_, since)| now.since(**since) >= OUT_AFTER);
+        long.map(|(node, _)| *node).collect()
+    }
+}

@@ -1,0 +1,195 @@
+//! A device in memory that loses what was not flushed, tears writes, rots and fails on demand.
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::io;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use xsan_protocol::units::PAGE_SIZE;
+
+use super::random::Random;
+use crate::disk::buffers::Buffer;
+use crate::io::{Device, DiskAction, DiskCompletion, DiskError, DiskOk};
+
+type Page = Arc<[u8]>;
+
+#[derive(Clone, Default)]
+struct Inner {
+    stable: BTreeMap<u64, Page>,
+    /// Written and not flushed, in order: the number of the write, its page and content.
+    volatile: VecDeque<(u64, u64, Page)>,
+    current: BTreeMap<u64, Page>,
+    /// Pages that can not be read until they are written.
+    unreadable: BTreeSet<u64>,
+    /// Page writes so far.
+    written: u64,
+    /// Page writes that end well and change nothing.
+    to_lose: u64,
+    fails: bool,
+}
+
+/// Handles share the device.
+#[derive(Clone)]
+pub struct SimDevice {
+    bytes: u64,
+    inner: Rc<RefCell<Inner>>,
+}
+
+impl SimDevice {
+    pub fn new(bytes: u64) -> Self {
+        Self { bytes, inner: Rc::default() }
+    }
+
+    /// A device of its own with the same content.
+    pub fn fork(&self) -> Self {
+        Self { bytes: self.bytes, inner: Rc::new(RefCell::new(self.inner.borrow().clone())) }
+    }
+
+    pub fn write_page(&self, page: u64, bytes: &[u8]) {
+        let mut inner = self.inner.borrow_mut();
+        if inner.to_lose > 0 {
+            inner.to_lose -= 1;
+            return;
+        }
+        let bytes: Page = bytes.into();
+        inner.unreadable.remove(&page);
+        inner.current.insert(page, Arc::clone(&bytes));
+        let number = inner.written;
+        inner.volatile.push_back((number, page, bytes));
+        inner.written += 1;
+    }
+
+    /// What a flush issued now covers.
+    pub fn mark(&self) -> u64 {
+        self.inner.borrow().written
+    }
+
+    /// Makes the writes before `mark` stable.
+    pub fn flush_to(&self, mark: u64) {
+        let mut inner = self.inner.borrow_mut();
+        while let Some((_, page, bytes)) = inner.volatile.pop_front_if(|(number, ..)| *number < mark) {
+            inner.stable.insert(page, bytes);
+        }
+    }
+
+    /// The power goes: any subset of what was not flushed is lost.
+    pub fn lose_power(&self, random: &mut Random) {
+        let mut inner = self.inner.borrow_mut();
+        let kept = random.below(101);
+        for (_, page, bytes) in std::mem::take(&mut inner.volatile) {
+            if random.chance(kept) {
+                inner.stable.insert(page, bytes);
+            }
+        }
+        inner.current = inner.stable.clone();
+    }
+
+    pub fn flip_bit(&self, offset: u64, bit: u64) {
+        let mut inner = self.inner.borrow_mut();
+        let page = offset / PAGE_SIZE as u64;
+        let mut bytes = inner.current.get(&page).map_or_else(|| vec![0; PAGE_SIZE], |page| page.to_vec());
+        bytes[(bit / 8) as usize % PAGE_SIZE] ^= 1 << (bit % 8);
+        let bytes: Page = bytes.into();
+        inner.current.insert(page, Arc::clone(&bytes));
+        inner.stable.insert(page, bytes);
+    }
+
+    pub fn make_unreadable(&self, offset: u64) {
+        self.inner.borrow_mut().unreadable.insert(offset / PAGE_SIZE as u64);
+    }
+
+    /// The next `pages` page writes end well and change nothing.
+    pub fn lose_writes(&self, pages: u64) {
+        self.inner.borrow_mut().to_lose += pages;
+    }
+
+    /// From now on (or no longer) writes and flushes fail.
+    pub fn set_failing(&self, fails: bool) {
+        self.inner.borrow_mut().fails = fails;
+    }
+
+    /// A page that was written, chosen at random; its offset.
+    pub fn some_page(&self, random: &mut Random) -> Option<u64> {
+        let inner = self.inner.borrow();
+        let nth = random.index(inner.current.len().max(1));
+        inner.current.keys().nth(nth).map(|page| page * PAGE_SIZE as u64)
+    }
+
+    /// Carries out one operation; `mark` is what a flush covers.
+    pub fn carry_out(&self, action: DiskAction, mark: u64) -> DiskCompletion {
+        let refused = Err(DiskError { errno: libc::EIO });
+        let fails = self.inner.borrow().fails;
+        let (id, result) = match action {
+            DiskAction::Read { id, offset, mut buffer, .. } => {
+                let read = self.read_at(offset, &mut buffer);
+                (id, read.map(|()| DiskOk::Read(buffer)).or(refused))
+            }
+            DiskAction::Write { id, .. } | DiskAction::Flush { id, .. } if fails => (id, refused),
+            DiskAction::Write { id, offset, parts, .. } => {
+                for (page, bytes) in pages(offset, &parts) {
+                    self.write_page(page, bytes);
+                }
+                (id, Ok(DiskOk::Written))
+            }
+            DiskAction::Flush { id, .. } => {
+                self.flush_to(mark);
+                (id, Ok(DiskOk::Flushed))
+            }
+        };
+        DiskCompletion { id, result }
+    }
+
+    /// The process ends while `action` is under way: of a write any pages may have landed.
+    pub fn tear(&self, action: &DiskAction, random: &mut Random) {
+        let DiskAction::Write { offset, parts, .. } = action else { return };
+        let kept = random.below(101);
+        for (page, bytes) in pages(*offset, parts) {
+            if random.chance(kept) {
+                self.write_page(page, bytes);
+            }
+        }
+    }
+}
+
+/// The pages of a write, with their numbers on the device.
+fn pages(offset: u64, parts: &[Buffer]) -> impl Iterator<Item = (u64, &[u8])> {
+    let bytes = parts.iter().flat_map(|part| part.chunks_exact(PAGE_SIZE));
+    (offset / PAGE_SIZE as u64..).zip(bytes)
+}
+
+impl Device for SimDevice {
+    fn size_bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        assert!(offset.is_multiple_of(PAGE_SIZE as u64) && offset + buffer.len() as u64 <= self.bytes);
+        let inner = self.inner.borrow();
+        let first = offset / PAGE_SIZE as u64;
+        for (page, to) in (first..).zip(buffer.chunks_exact_mut(PAGE_SIZE)) {
+            if inner.unreadable.contains(&page) {
+                return Err(io::Error::from_raw_os_error(libc::EIO));
+            }
+            match inner.current.get(&page) {
+                Some(bytes) => to.copy_from_slice(bytes),
+                None => to.fill(0),
+            }
+        }
+        Ok(())
+    }
+
+    fn write_at(&self, offset: u64, buffer: &[u8]) -> io::Result<()> {
+        assert!(offset.is_multiple_of(PAGE_SIZE as u64) && offset + buffer.len() as u64 <= self.bytes);
+        let first = offset / PAGE_SIZE as u64;
+        for (page, bytes) in (first..).zip(buffer.chunks_exact(PAGE_SIZE)) {
+            self.write_page(page, bytes);
+        }
+        Ok(())
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        self.flush_to(u64::MAX);
+        Ok(())
+    }
+}
