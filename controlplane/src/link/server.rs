@@ -366,6 +366,8 @@ pub fn decode_proposals(message: &proto::GroupProposals) -> Vec<Proposal> {
         let change = match Change::try_from(proposal.change) {
             Ok(Change::Promote) => ProposedChange::Promote,
             Ok(Change::Demote) => ProposedChange::Demote,
+            Ok(Change::Exclude) => ProposedChange::Exclude,
+            Ok(Change::Lead) => ProposedChange::Lead,
             Ok(Change::Unspecified) | Err(_) => return None,
         };
         Some(Proposal {

@@ -133,8 +133,14 @@ fn steady(
 ) -> Option<GroupChange> {
     let mut members: Vec<Member> = group.acting().copied().collect();
     members.extend(group.learners().filter_map(|learner| as_learner(view, group, learner)));
+    let mut leads = None;
     for wish in wishes.iter().filter(|wish| wish.epoch == group.epoch) {
-        grant(view, pool, group, wish, &mut members);
+        leads = grant(view, pool, group, wish, &mut members).or(leads);
+    }
+    if leads.is_some_and(|node| group.primary != Some(node)) {
+        // Nothing else in the same step: who leaves is told by the one that leads.
+        let members = group.members.clone();
+        return Some(GroupChange { group: group.id, expected: group.epoch, primary: leads, members });
     }
     drop_surplus(view, pool, group, &mut members);
     let wanted = usize::from(pool.replica_count);
@@ -148,23 +154,37 @@ fn steady(
     change(view, group, members, counts)
 }
 
-/// Grants a wish of the group's primary, if the group's safety allows it.
-fn grant(view: &View<'_>, pool: &Pool, group: &Group, wish: &Proposal, members: &mut [Member]) {
+/// Grants a wish of the group's primary, if the group's safety allows it. Returns who is to be the primary, if
+/// another.
+fn grant(
+    view: &View<'_>,
+    pool: &Pool,
+    group: &Group,
+    wish: &Proposal,
+    members: &mut [Member],
+) -> Option<NodeId> {
     let acting = members.iter().filter(|member| !member.learner).count();
-    let Some(member) = members.iter_mut().find(|member| member.node == wish.node) else { return };
+    let able = |member: &Member| !member.learner && view.standing(member) == Standing::Live;
+    let member = members.iter_mut().find(|member| member.node == wish.node)?;
     match wish.change {
         ProposedChange::Promote => {
             if member.learner && view.standing(member) == Standing::Live {
                 (member.learner, member.damaged) = (false, false);
             }
         }
-        ProposedChange::Demote => {
-            let spare = acting > usize::from(pool.min_replicas);
+        ProposedChange::Demote if group.primary == Some(wish.node) => {
+            let other = members.iter().find(|other| other.node != wish.node && able(other));
+            return other.map(|other| other.node);
+        }
+        ProposedChange::Demote | ProposedChange::Exclude => {
+            let spare = acting > usize::from(pool.min_replicas) || wish.change == ProposedChange::Exclude;
             if !member.learner && spare && view.may_leave(group, member) {
                 member.learner = true;
             }
         }
+        ProposedChange::Lead => return able(member).then_some(wish.node),
     }
+    None
 }
 
 /// With all the replicas that are wanted, learners elsewhere and acting members too many are let go.

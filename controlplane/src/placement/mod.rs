@@ -40,8 +40,14 @@ pub struct Proposal {
 pub enum ProposedChange {
     /// The learner has everything.
     Promote,
-    /// The member does not answer.
+    /// The member does not answer or does not get on. It becomes a learner while `min_replicas` are left; the primary
+    /// itself hands over.
     Demote,
+    /// Its journal does not continue into the group's: it becomes a learner, however few are left. They hold all
+    /// that the group has, and bring it up again.
+    Exclude,
+    /// Its journal holds what the primary's lacks and can not be given: it becomes the primary.
+    Lead,
 }
 
 /// What the controller remembers from one decision to the next, for one term of leadership.

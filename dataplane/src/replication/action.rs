@@ -32,10 +32,17 @@ pub enum Action {
     Propose { group: GroupId, epoch: Epoch, node: NodeId, change: Change },
 }
 
+/// What a primary asks for one of its members.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Change {
+    /// The learner has everything.
     Promote,
+    /// It does not answer or does not get on: to be a learner, if enough members are left.
     Demote,
+    /// Its journal does not continue into the group's: to be a learner, however few are left.
+    Exclude,
+    /// Its journal holds what the primary's lacks and can not be given: to be the primary.
+    Lead,
 }
 
 /// Names a client request at the primary: who sent it, and its number there. Requests of a fenced session are

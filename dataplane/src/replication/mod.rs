@@ -340,6 +340,16 @@ impl Replication {
         !self.core.deferred.is_empty()
     }
 
+    /// A group in words, for those who look for the cause of something.
+    pub fn describe(&self, group: GroupId) -> String {
+        self.groups.get(&group).map_or_else(String::new, |group| format!("{group:?}"))
+    }
+
+    /// Does any group have something to do at a tick?
+    pub fn is_busy(&self) -> bool {
+        !self.core.ticking.is_empty() || self.has_deferred()
+    }
+
     pub fn status(&self) -> ReplicationStatus {
         let mut status = ReplicationStatus {
             counters: self.core.counters,

@@ -112,6 +112,7 @@ impl Group {
         primary.round = None;
         primary.flushed = None;
         primary.announced = Seq(0);
+        primary.successor = None;
         for waiting in &mut primary.waiting {
             waiting.request.epoch = group.epoch;
         }
@@ -242,7 +243,7 @@ impl Group {
         let Some((longest, from)) = longest else { return self.all_known(call) };
         if longest.seq <= last.seq {
             tracing::error!(group = %self.id, own = %last, %from, longest = %longest, "this node's journal is no prefix of a newer one");
-            return self.cast_out(own);
+            return self.yield_to(call, from);
         }
         primary.phase = Phase::Fetching { from, to: longest.seq };
         let mut fetch = frames::frame(Opcode::Fetch, self.id, primary.epoch);
@@ -259,7 +260,7 @@ impl Group {
         }
         if let Some(code) = frame.header.status {
             tracing::error!(group = %self.id, %from, ?code, "a member's longer journal can not be fetched");
-            return self.cast_out(call.node());
+            return self.yield_to(call, from);
         }
         let epoch = primary.epoch;
         let entry = match frames::entry_of(frame) {
@@ -365,11 +366,12 @@ impl Group {
         self.on_progress(call);
     }
 
-    fn cast_out(&mut self, node: NodeId) {
+    /// `node` has what this node lacks and can not be given: it should lead the group.
+    fn yield_to(&mut self, call: &mut Call<'_>, node: NodeId) {
         let Some(primary) = &mut self.primary else { return };
-        for member in primary.members.iter_mut().filter(|member| member.node == node) {
-            member.outcast = true;
-        }
+        primary.successor = Some(node);
+        primary.yielded_ns = None;
+        self.propose_out(call);
     }
 
     /// The connection to `node` is broken: what was under way is lost.
@@ -448,6 +450,13 @@ impl Group {
         let Some(primary) = &mut self.primary else { return };
         let spare = primary.members.len() > primary.min_replicas;
         let epoch: Epoch = primary.epoch;
+        if let Some(successor) = primary.successor
+            && is_due(primary.yielded_ns, PROPOSE_AGAIN_NS, now_ns)
+        {
+            primary.yielded_ns = Some(now_ns);
+            tracing::warn!(group = %id, node = %successor, "proposing the member with the longest journal as primary");
+            call.propose(id, epoch, successor, Change::Lead);
+        }
         for member in &mut primary.members {
             let durable = primary.quorum.as_ref().and_then(|quorum| quorum.durable(member.node));
             let silent = member.node != own
@@ -464,7 +473,8 @@ impl Group {
                     group = %id, node = %member.node, outcast = member.outcast, silent, stalled,
                     "proposing a member out of the acting set"
                 );
-                call.propose(id, epoch, member.node, Change::Demote);
+                let change = if member.outcast { Change::Exclude } else { Change::Demote };
+                call.propose(id, epoch, member.node, change);
             }
         }
     }

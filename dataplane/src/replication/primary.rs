@@ -102,6 +102,9 @@ pub(super) struct Primary {
     pub held: Vec<(RequestId, Reply)>,
     /// The acknowledged seq that every member was told.
     pub announced: Seq,
+    /// Its journal is newer than this node's and can not be fetched: it should lead.
+    pub successor: Option<NodeId>,
+    pub yielded_ns: Option<u64>,
 }
 
 impl Primary {
@@ -124,6 +127,8 @@ impl Primary {
             flushed: None,
             held: Vec::new(),
             announced: Seq(0),
+            successor: None,
+            yielded_ns: None,
         }
     }
 

@@ -55,6 +55,7 @@ use control::Control;
 use link::LinkEvent;
 use mailbox::MeshEnd;
 pub use message::{Message, Question, Report};
+pub use peers::is_answer;
 use peers::{ConnectionId, PeerShard, Peers};
 
 /// What a task of the shard's thread has for the next turn.

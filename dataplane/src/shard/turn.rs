@@ -78,6 +78,8 @@ impl Shard {
                     let change = match change {
                         Change::Promote => proto::group_proposal::Change::Promote,
                         Change::Demote => proto::group_proposal::Change::Demote,
+                        Change::Exclude => proto::group_proposal::Change::Exclude,
+                        Change::Lead => proto::group_proposal::Change::Lead,
                     };
                     self.scratch.proposals.push(proto::GroupProposal {
                         group: group.0,

@@ -2,6 +2,7 @@
 //!
 //! Every write of data has a value of its own, so the check is exact for them: Gibbons and Korach, "Testing Shared Memories", 1997
 //! (zones). Zeroes are written by many; a read of zero is checked against each of them.
+//! A write that was tried again may be seen more than once while it is not answered (docs/decisions/0009).
 
 use std::collections::BTreeMap;
 
@@ -14,9 +15,16 @@ pub struct Span {
     pub end: u64,
 }
 
+#[derive(Clone, Copy, Debug)]
+struct Write {
+    span: Span,
+    /// It was tried more than once: until it is answered, it may take effect more than once.
+    repeated: bool,
+}
+
 #[derive(Debug, Default)]
 struct Register {
-    writes: BTreeMap<u64, Span>,
+    writes: BTreeMap<u64, Write>,
     zeroes: Vec<Span>,
     reads: Vec<(u64, Span)>,
 }
@@ -28,11 +36,20 @@ pub struct History {
 
 impl History {
     pub fn wrote(&mut self, sector: Sector, value: u64, span: Span) {
+        self.wrote_in(sector, value, span, false);
+    }
+
+    /// As `wrote`, for a write that was tried more than once.
+    pub fn wrote_repeatedly(&mut self, sector: Sector, value: u64, span: Span) {
+        self.wrote_in(sector, value, span, true);
+    }
+
+    fn wrote_in(&mut self, sector: Sector, value: u64, span: Span, repeated: bool) {
         let register = self.registers.entry(sector).or_default();
         if value == 0 {
             register.zeroes.push(span);
         } else {
-            assert!(register.writes.insert(value, span).is_none());
+            assert!(register.writes.insert(value, Write { span, repeated }).is_none());
         }
     }
 
@@ -56,7 +73,8 @@ impl Register {
                 self.check_zero(*read)?;
                 continue;
             }
-            let write = self.writes.get(value).ok_or(format!("read {value}, which nobody wrote"))?;
+            let Write { span: write, repeated } =
+                *self.writes.get(value).ok_or(format!("read {value}, which nobody wrote"))?;
             if read.end < write.start {
                 return Err(format!("read {value} before it was written"));
             }
@@ -65,14 +83,17 @@ impl Register {
             {
                 return Err(format!("read {value} {read:?} ({write:?}) after it was zeroed {between:?}"));
             }
+            if repeated && read.start <= write.end {
+                continue;
+            }
             let zone = zones.entry(*value).or_insert(Span { start: write.start, end: write.end });
             // As Gibbons and Korach have it: from the first end to the last start.
             zone.end = zone.end.min(read.end);
             zone.start = zone.start.max(read.start);
         }
         for (value, write) in &self.writes {
-            if write.end != u64::MAX {
-                zones.entry(*value).or_insert(*write);
+            if write.span.end != u64::MAX {
+                zones.entry(*value).or_insert(write.span);
             }
         }
         let forward: Vec<_> = zones.iter().filter(|(_, zone)| zone.end < zone.start).collect();
@@ -98,7 +119,7 @@ impl Register {
         let beginning = Span { start: 0, end: 0 };
         let possible = |zero: &Span| {
             zero.start <= read.end
-                && !self.writes.values().any(|write| zero.end < write.start && write.end < read.start)
+                && !self.writes.values().any(|write| zero.end < write.span.start && write.span.end < read.start)
         };
         let mut all = self.zeroes.iter().chain(std::iter::once(&beginning));
         all.any(possible).then_some(()).ok_or_else(|| format!("read zero {read:?} where data was written"))
@@ -124,6 +145,16 @@ fn a_lost_write_and_a_read_from_the_past_are_found() {
     zero.wrote(sector, 1, span(1, 2));
     zero.read(sector, 0, span(3, 4));
     assert!(zero.check().is_err());
+    let mut again = History::default();
+    again.wrote_repeatedly(sector, 1, span(1, 8));
+    again.wrote(sector, 2, span(3, 4));
+    for (value, read) in [(1, span(2, 3)), (2, span(5, 5)), (1, span(6, 7))] {
+        again.read(sector, value, read);
+    }
+    assert_eq!(again.check(), Ok(()));
+    again.read(sector, 2, span(9, 9));
+    again.read(sector, 1, span(10, 10));
+    assert!(again.check().is_err());
     let mut good = History::default();
     good.wrote(sector, 1, span(1, 9));
     good.wrote(sector, 2, span(1, u64::MAX));

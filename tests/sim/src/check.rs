@@ -1,0 +1,316 @@
+//! What must hold, kept apart from the code that it checks.
+//!
+//! - Every sector is a linearizable register: `History`, which is itself tested on histories known to be bad.
+//! - After all hosts lost power at once, a sector holds what a flush (or FUA) that was answered covered, or something newer.
+//! - Replicas at rest are the same: blocks, versions, every byte.
+
+use std::collections::BTreeMap;
+
+use xsan_dataplane::disk::buffers::BufferPool;
+use xsan_dataplane::io::{Device, DiskAction};
+use xsan_dataplane::store::{Options, ReadError, Store, StoreEvent, StoreView};
+use xsan_dataplane::testing::{History, Span};
+use xsan_protocol::ids::{BlockKey, GroupId, NodeId, Version};
+use xsan_protocol::map::ClusterMap;
+use xsan_protocol::units::{PAGE_SIZE, PAGES_PER_UNIT, PageRange, SECTOR_SIZE, UNITS_PER_BLOCK};
+
+use crate::host::Host;
+
+const SECTORS_PER_PAGE: u16 = (PAGE_SIZE / SECTOR_SIZE as usize) as u16;
+
+/// Sectors of one block, one behind the other.
+#[derive(Clone, Copy, Debug)]
+pub struct SectorRange {
+    pub block: u32,
+    pub first: u16,
+    pub count: u16,
+}
+
+impl SectorRange {
+    fn sectors(self) -> impl Iterator<Item = Sector> {
+        (self.first..self.first + self.count).map(move |sector| (self.block, sector))
+    }
+}
+
+type Sector = (u32, u16);
+
+fn in_history(sector: Sector) -> xsan_dataplane::testing::Sector {
+    (u64::from(sector.0), sector.1 / SECTORS_PER_PAGE, sector.1 % SECTORS_PER_PAGE)
+}
+
+/// What an operation reads or writes. Every write has a value of its own; 0 is zeroes.
+#[derive(Clone, Copy, Debug)]
+pub enum Access {
+    Read(SectorRange),
+    Write {
+        sectors: SectorRange,
+        value: u64,
+        /// On stable media once it is answered.
+        durable: bool,
+    },
+    Flush,
+}
+
+/// One write of a sector, as far as a loss of power is concerned.
+#[derive(Clone, Copy, Debug)]
+struct Written {
+    value: u64,
+    span: Span,
+    durable: bool,
+    repeated: bool,
+}
+
+/// What clients did and saw. Its clock counts beginnings and ends of operations.
+#[derive(Default)]
+pub struct Ledger {
+    clock: u64,
+    under_way: BTreeMap<u64, (u64, Access)>,
+    history: History,
+    written: BTreeMap<Sector, Vec<Written>>,
+    /// Flushes that were answered well: when each began.
+    flushed: Vec<u64>,
+    /// After a loss of power: what each sector may hold, until it is read.
+    possible: BTreeMap<Sector, Vec<u64>>,
+    pub answered: u64,
+    pub failed: u64,
+    pub longest_ns: u64,
+    pub violation: Option<String>,
+}
+
+impl Ledger {
+    pub fn begin(&mut self, number: u64, access: Access) {
+        self.clock += 1;
+        self.under_way.insert(number, (self.clock, access));
+    }
+
+    /// The operation ended well; a read with this data, `None` being zeroes.
+    pub fn answered(&mut self, number: u64, data: Option<&[u8]>, repeated: bool) {
+        let Some((start, access)) = self.under_way.remove(&number) else {
+            return self.violation = Some(format!("operation {number} was answered twice"));
+        };
+        self.clock += 1;
+        self.answered += 1;
+        let span = Span { start, end: self.clock };
+        match access {
+            Access::Read(range) => {
+                for (index, sector) in range.sectors().enumerate() {
+                    let offset = index * SECTOR_SIZE as usize;
+                    let value = data.map_or(0, |data| {
+                        u64::from_le_bytes(data[offset..offset + 8].try_into().expect("eight bytes"))
+                    });
+                    self.saw(sector, value, span);
+                }
+            }
+            Access::Write { sectors, value, durable } => {
+                self.wrote(sectors, Written { value, span, durable, repeated });
+            }
+            Access::Flush => self.flushed.push(start),
+        }
+    }
+
+    fn saw(&mut self, sector: Sector, value: u64, span: Span) {
+        if let Some(possible) = self.possible.remove(&sector) {
+            if !possible.contains(&value) {
+                self.violation = Some(format!(
+                    "block {} sector {} holds {value} after power was lost; what was flushed, or is newer, is {possible:?}",
+                    sector.0, sector.1
+                ));
+            }
+            // From here on it is what the sector began with.
+            let begin = Span { start: 1, end: 1 };
+            self.history.wrote(in_history(sector), value, begin);
+            self.written.entry(sector).or_default().push(Written {
+                value,
+                span: begin,
+                durable: true,
+                repeated: false,
+            });
+        }
+        self.history.read(in_history(sector), value, span);
+    }
+
+    fn wrote(&mut self, range: SectorRange, written: Written) {
+        for sector in range.sectors() {
+            if written.repeated {
+                self.history.wrote_repeatedly(in_history(sector), written.value, written.span);
+            } else {
+                self.history.wrote(in_history(sector), written.value, written.span);
+            }
+            self.written.entry(sector).or_default().push(written);
+        }
+    }
+
+    /// Nobody knows what became of the operation: a write of it may take effect at any time, or never.
+    pub fn lost(&mut self, number: u64, repeated: bool) {
+        let Some((start, access)) = self.under_way.remove(&number) else { return };
+        self.clock += 1;
+        self.failed += 1;
+        if let Access::Write { sectors, value, .. } = access {
+            let span = Span { start, end: u64::MAX };
+            self.wrote(sectors, Written { value, span, durable: false, repeated });
+        }
+    }
+
+    /// Is one order of all operations an explanation of what was seen?
+    pub fn check(&self) -> Result<(), String> {
+        self.history.check()
+    }
+
+    /// Every host lost its power at once: a new history begins, from what flushes cover.
+    pub fn blackout(&mut self) {
+        if let Err(violation) = self.check() {
+            self.violation = Some(violation);
+        }
+        let flushed = self.flushed.iter().copied().max().unwrap_or(0);
+        let durable = |write: &Written| {
+            write.span.end != u64::MAX && (write.durable || write.span.end < flushed)
+        };
+        // What no read has settled since the last time stays as open as it was.
+        let mut possible = std::mem::take(&mut self.possible);
+        for (sector, writes) in std::mem::take(&mut self.written) {
+            let mut all = writes;
+            let before = possible.remove(&sector).unwrap_or_else(|| vec![0]);
+            if !all.iter().any(|write| write.span.end <= 1) {
+                let begin = Span { start: 0, end: 0 };
+                all.extend(before.iter().map(|value| Written {
+                    value: *value,
+                    span: begin,
+                    durable: true,
+                    repeated: false,
+                }));
+            }
+            let replaced =
+                |write: &Written| all.iter().any(|other| durable(other) && write.span.end < other.span.start);
+            let left = all.iter().filter(|write| !replaced(write)).map(|write| write.value).collect();
+            possible.insert(sector, left);
+        }
+        self.possible = possible;
+        self.history = History::default();
+        self.flushed.clear();
+    }
+
+    /// After everything was read: no sector may be left open.
+    pub fn everything_was_read(&mut self) -> Result<(), String> {
+        match self.possible.first_key_value() {
+            Some((sector, _)) => Err(format!("sector {sector:?} was not read after power was lost")),
+            None => Ok(()),
+        }
+    }
+}
+
+/// A block as a store holds it.
+#[derive(Debug, PartialEq)]
+pub struct Content {
+    versions: [Version; UNITS_PER_BLOCK],
+    /// Pages that are not zero; `None`: damaged, and known to be.
+    pages: BTreeMap<u16, Option<Vec<u8>>>,
+}
+
+pub type Contents = BTreeMap<GroupId, BTreeMap<BlockKey, Content>>;
+
+/// Opens a host's store, and reads all of it.
+pub fn contents(host: &Host, pool: &'static BufferPool) -> Result<Contents, String> {
+    let cache = host.cache.as_ref().map(|device| device as &dyn Device);
+    let opened = Store::open(&host.capacity, cache, pool, Options::default());
+    let (mut store, recovered) = opened.map_err(|error| format!("node {}: {error}", host.node))?;
+    for group in &recovered.groups {
+        store.apply(group.group, group.tail.last.seq);
+    }
+    let mut contents = Contents::new();
+    for group in &recovered.groups {
+        let mut after = None;
+        loop {
+            let blocks = store.blocks_after(group.group, after, 64);
+            let Some((last, _)) = blocks.last() else { break };
+            after = Some(*last);
+            for (key, _) in blocks {
+                let content = content(&mut store, host, group.group, key, pool)?;
+                contents.entry(group.group).or_default().insert(key, content);
+            }
+        }
+    }
+    Ok(contents)
+}
+
+fn content(
+    store: &mut Store,
+    host: &Host,
+    group: GroupId,
+    key: BlockKey,
+    pool: &'static BufferPool,
+) -> Result<Content, String> {
+    let versions = store.unit_versions(group, key);
+    let mut pages = BTreeMap::new();
+    for unit in (0..UNITS_PER_BLOCK as u8).filter(|unit| versions[usize::from(*unit)] != Version::ZERO) {
+        let range = PageRange::of_unit(unit);
+        let buffer = pool.alloc(range.bytes()).expect("the pool is large");
+        store.read(1, group, key, range, buffer);
+        let read = loop {
+            let (mut actions, mut events) = (Vec::new(), Vec::new());
+            store.end_turn(&mut actions);
+            for action in actions {
+                // Only the reads: this look at the store changes nothing.
+                if matches!(action, DiskAction::Read { .. }) {
+                    store.on_disk(host.device(action.device()).carry_out(action, 0));
+                }
+            }
+            store.take_events(&mut events);
+            if let Some(StoreEvent::ReadDone { result, .. }) =
+                events.into_iter().find(|event| matches!(event, StoreEvent::ReadDone { .. }))
+            {
+                break result;
+            }
+        };
+        let (bytes, damaged) = match read {
+            Ok(read) => (read.buffer, Vec::new()),
+            Err(ReadError::Damaged { buffer, damaged, .. }) if host.damage_allowed => (buffer, damaged),
+            Err(error) => return Err(format!("node {} block {key} unit {unit}: {error:?}", host.node)),
+        };
+        for (index, page) in bytes.chunks_exact(PAGE_SIZE).enumerate().take(PAGES_PER_UNIT) {
+            let number = range.first + index as u16;
+            if damaged.contains(&(index as u16)) {
+                pages.insert(number, None);
+            } else if page.iter().any(|byte| *byte != 0) {
+                pages.insert(number, Some(page.to_vec()));
+            }
+        }
+    }
+    Ok(Content { versions, pages })
+}
+
+/// Damaged pages are no difference: a read mends them.
+fn same_pages(a: &Content, b: &Content) -> bool {
+    let agrees = |(one, other): (&Content, &Content)| {
+        one.pages.iter().all(|(number, page)| {
+            let theirs = other.pages.get(number);
+            page.is_none() || theirs == Some(&None) || theirs == Some(page)
+        })
+    };
+    agrees((a, b)) && agrees((b, a))
+}
+
+/// Do all the replicas of each group hold the same?
+pub fn compare(map: &ClusterMap, contents: &BTreeMap<NodeId, Contents>) -> Result<(), String> {
+    let nothing = BTreeMap::new();
+    for group in map.groups.values() {
+        let of = |node: NodeId| contents[&node].get(&group.id).unwrap_or(&nothing);
+        let mut members = group.acting().map(|member| member.node);
+        let first = members.next().expect("every group has members");
+        for other in members {
+            let (a, b) = (of(first), of(other));
+            if !a.keys().eq(b.keys()) {
+                return Err(format!("group {}: nodes {first} and {other} hold other blocks", group.id));
+            }
+            for (key, content) in a {
+                let theirs = &b[key];
+                if content.versions != theirs.versions {
+                    return Err(format!("block {key}: versions differ on nodes {first} and {other}"));
+                }
+                if !same_pages(content, theirs) {
+                    return Err(format!("block {key}: content differs on nodes {first} and {other}"));
+                }
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,243 @@
+//! What goes wrong, and when. Every fault ends by itself, or with `end_faults`.
+//!
+//! Faults keep to what XSAN promises to bear: at most what one node alone holds is lost for good. So one host loses its power
+//! only while every group has another live member (all hosts at once is `World::blackout`), and one host's device
+//! rots only, never in a run in which others lose what they did not flush.
+
+use xsan_protocol::units::PAGE_SIZE;
+
+use crate::plan::{MS, SECOND};
+use crate::world::{Event, World};
+
+/// Hosts that a run may add.
+const NODES_ADDED_MAX: usize = 1;
+
+impl World {
+    pub fn next_fault(&mut self) {
+        let mean = self.plan.fault_ns;
+        let wait = mean / 4 + self.random.below(mean * 3 / 2);
+        self.after(wait, Event::Fault);
+        if self.quiet_until <= self.now {
+            self.fault();
+        }
+    }
+
+    fn fault(&mut self) {
+        let host = self.random.index(self.hosts.len());
+        let other = (host + 1 + self.random.index(self.hosts.len() - 1)) % self.hosts.len();
+        let weights = self.plan.weights;
+        let kinds: [(u64, fn(&mut Self, usize, usize)); 13] = [
+            (weights.kill_data, Self::fault_kill_data),
+            (weights.kill_control, Self::fault_kill_control),
+            (weights.kill_host, Self::fault_kill_host),
+            (weights.lose_power, Self::fault_lose_power),
+            (weights.pause, Self::fault_pause),
+            (weights.reset, Self::fault_reset),
+            (weights.partition, Self::fault_partition),
+            (weights.one_way, Self::fault_one_way),
+            (weights.heal, Self::fault_heal),
+            (weights.slow, Self::fault_slow),
+            (weights.fail_device, Self::fault_fail_device),
+            (weights.damage, Self::fault_damage),
+            (weights.add_node, Self::fault_add_node),
+        ];
+        let mut choice = self.random.below(kinds.iter().map(|(weight, _)| weight).sum());
+        for (weight, kind) in kinds {
+            if choice < weight {
+                self.faults += 1;
+                return kind(self, host, other);
+            }
+            choice -= weight;
+        }
+    }
+
+    /// Mostly soon, sometimes late.
+    fn down_time(&mut self) -> u64 {
+        if self.random.one_in(5) { self.random.below(5 * SECOND) } else { 10 * MS + self.random.below(400 * MS) }
+    }
+
+    fn fault_kill_data(&mut self, host: usize, _: usize) {
+        self.kill_data(host);
+        let wait = self.down_time();
+        self.restart(host, wait);
+    }
+
+    fn fault_kill_control(&mut self, host: usize, _: usize) {
+        self.kill_control(host);
+        let wait = self.down_time();
+        self.restart(host, wait);
+    }
+
+    fn fault_kill_host(&mut self, host: usize, _: usize) {
+        self.kill_control(host);
+        self.kill_data(host);
+        let wait = self.down_time();
+        self.restart(host, wait);
+    }
+
+    fn fault_lose_power(&mut self, host: usize, _: usize) {
+        if !self.hosts[host].powered || !self.bears_loss_of(host) {
+            return;
+        }
+        self.power_off(host);
+        let wait = self.down_time();
+        let boot = self.hosts[host].boot;
+        self.after(wait, Event::PowerOn { host, boot });
+    }
+
+    /// Does every group have a live acting member elsewhere, in a state that all agree on?
+    fn bears_loss_of(&self, lost: usize) -> bool {
+        let map = self.control.state.map();
+        let safe = |group: &xsan_protocol::map::Group| {
+            group.acting().any(|member| {
+                let host = member.node.0 as usize - 1;
+                let process = self.hosts[host].process.as_ref();
+                let lives = process.is_some_and(|process| process.incarnation == member.incarnation);
+                host != lost && lives
+            })
+        };
+        let active: usize = self.hosts.iter().filter_map(|host| host.process.as_ref()).map(|process| process.driver.replication.status().groups_active).sum();
+        active == map.groups.len() && map.groups.values().all(safe)
+    }
+
+    /// SIGSTOP, for a while: of the data process, the control process or both.
+    fn fault_pause(&mut self, host: usize, _: usize) {
+        let time = if self.random.one_in(2) { self.random.below(4 * SECOND) } else { self.random.below(300 * MS) };
+        let until = self.now + time;
+        let which = self.random.below(3);
+        self.log(|| format!("host {host}: processes stop for {} ms ({which})", time / MS));
+        if which != 1 {
+            self.hosts[host].data_paused_until = until;
+        }
+        if which != 0 {
+            self.hosts[host].control_paused_until = until;
+        }
+    }
+
+    fn fault_reset(&mut self, host: usize, other: usize) {
+        let between: Vec<_> = self
+            .net
+            .connections
+            .iter()
+            .filter(|(_, connection)| {
+                let hosts = connection.ends.map(|end| end.host);
+                hosts == [host, other] || hosts == [other, host]
+            })
+            .map(|(id, _)| *id)
+            .collect();
+        if let Some(&id) = self.random.pick(&between) {
+            self.log(|| format!("connection between hosts {host} and {other} breaks"));
+            self.break_connection(id);
+        }
+    }
+
+    /// One host is cut off from the others, or from one of them.
+    fn fault_partition(&mut self, host: usize, other: usize) {
+        let others: Vec<usize> =
+            if self.random.one_in(2) { vec![other] } else { (0..self.hosts.len()).collect() };
+        self.log(|| format!("host {host} is cut off from {others:?}"));
+        for other in others {
+            self.block(host, other);
+            self.block(other, host);
+        }
+    }
+
+    fn fault_one_way(&mut self, host: usize, other: usize) {
+        self.log(|| format!("host {other} does not hear host {host}"));
+        self.block(host, other);
+    }
+
+    fn fault_heal(&mut self, _: usize, _: usize) {
+        self.heal_network();
+    }
+
+    fn heal_network(&mut self) {
+        let blocked: Vec<_> = self.net.blocked.iter().copied().collect();
+        if !blocked.is_empty() {
+            self.log(|| "the network is whole again".to_owned());
+        }
+        for (from, to) in blocked {
+            self.unblock(from, to);
+        }
+    }
+
+    fn fault_slow(&mut self, host: usize, _: usize) {
+        let time = self.random.below(2 * SECOND);
+        self.log(|| format!("host {host}: its device is slow for {} ms", time / MS));
+        self.hosts[host].slow_until = self.now + time;
+    }
+
+    /// Writes and flushes fail; after a while the device works again, and the process is started anew.
+    fn fault_fail_device(&mut self, host: usize, _: usize) {
+        if !self.bears_loss_of(host) {
+            return;
+        }
+        self.log(|| format!("host {host}: its device fails"));
+        self.hosts[host].capacity.set_failing(true);
+    }
+
+    /// A page of the one host that may rot: a flipped bit, an unreadable page, or writes that do nothing.
+    fn fault_damage(&mut self, _: usize, _: usize) {
+        let host = (self.plan.seed % self.plan.nodes as u64) as usize;
+        // With fewer replicas it could be the only copy.
+        let map = self.control.state.map();
+        let whole = map.groups.values().all(|group| group.acting().count() >= usize::from(self.plan.replica_count));
+        if self.plan.replica_count < 3 || !whole || self.hosts[host].process.is_none() {
+            return;
+        }
+        self.hosts[host].damage_allowed = true;
+        let device = self.hosts[host].capacity.clone();
+        let Some(offset) = device.some_page(&mut self.random) else { return };
+        match self.random.below(4) {
+            0 => {
+                self.log(|| format!("host {host}: page at {offset} can not be read"));
+                device.make_unreadable(offset);
+            }
+            1 => {
+                self.log(|| format!("host {host}: its device loses writes"));
+                let pages = 1 + self.random.below(4);
+                device.lose_writes(pages);
+            }
+            _ => {
+                let bit = self.random.below(8 * PAGE_SIZE as u64);
+                self.log(|| format!("host {host}: a bit of the page at {offset} flips"));
+                device.flip_bit(offset, bit);
+            }
+        }
+    }
+
+    fn fault_add_node(&mut self, _: usize, _: usize) {
+        if self.hosts.len() >= self.plan.nodes + NODES_ADDED_MAX || self.control.leader.is_none() {
+            return;
+        }
+        let host = self.add_host();
+        self.hosts[host].booted_at = self.now;
+        self.log(|| format!("host {host} joins"));
+        self.add_to_cluster(host);
+        self.format(host);
+        self.start_control(host);
+        self.start_data(host);
+    }
+
+    /// Everything works again, at once or soon.
+    pub fn end_faults(&mut self) {
+        self.heal_network();
+        for host in 0..self.hosts.len() {
+            let this = &mut self.hosts[host];
+            this.data_paused_until = this.data_paused_until.min(self.now);
+            this.control_paused_until = this.control_paused_until.min(self.now);
+            this.slow_until = 0;
+            this.capacity.set_failing(false);
+            let failed = this.process.as_ref().is_some_and(|process| {
+                process.driver.stores().any(|store| store.status().failed)
+            });
+            if failed {
+                self.kill_data(host);
+            }
+            if !self.hosts[host].powered {
+                self.power_on(host);
+            }
+            self.restart(host, 20 * MS);
+        }
+    }
+}

@@ -1,0 +1,96 @@
+//! The plan of one run: its cluster, its load, and which faults may happen how often. All of it follows from the seed.
+
+use xsan_dataplane::testing::Random;
+
+pub const US: u64 = 1_000;
+pub const MS: u64 = 1_000_000;
+pub const SECOND: u64 = 1_000_000_000;
+
+#[derive(Clone, Debug)]
+pub struct Plan {
+    pub seed: u64,
+    pub nodes: usize,
+    pub replica_count: u8,
+    pub group_count: u16,
+    pub clients: usize,
+    /// Operations that one client has under way.
+    pub depth: usize,
+    /// Blocks of the volume; few, so that operations meet.
+    pub blocks: u32,
+    pub cached: bool,
+    pub every_write: bool,
+    /// Virtual time with faults, in each of the run's parts.
+    pub part_ns: u64,
+    /// Parts; between two of them the whole cluster loses its power, or (sometimes) is just killed.
+    pub parts: u32,
+    /// Mean time between faults.
+    pub fault_ns: u64,
+    pub think_ns: u64,
+    pub network_ns: u64,
+    pub device_ns: u64,
+    pub drift_ppm: u64,
+    /// Relative frequency of each kind of fault.
+    pub weights: Weights,
+}
+
+/// How often each kind of fault is chosen, in parts of their sum.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Weights {
+    pub kill_data: u64,
+    pub kill_control: u64,
+    pub kill_host: u64,
+    pub lose_power: u64,
+    pub pause: u64,
+    pub reset: u64,
+    pub partition: u64,
+    pub one_way: u64,
+    pub heal: u64,
+    pub slow: u64,
+    pub fail_device: u64,
+    pub damage: u64,
+    pub add_node: u64,
+}
+
+impl Plan {
+    pub fn of(seed: u64) -> Self {
+        let mut random = Random::new(seed);
+        let mut sometimes = |percent: u64, weight: u64| if random.chance(percent) { 1 + random.below(weight) } else { 0 };
+        // Bit rot and lost power do not meet: together they can take the last good copy of a page.
+        let rot = sometimes(35, 6);
+        let weights = Weights {
+            kill_data: sometimes(80, 10),
+            kill_control: sometimes(60, 6),
+            kill_host: sometimes(60, 6),
+            lose_power: if rot == 0 { sometimes(60, 6) } else { 0 },
+            pause: sometimes(50, 6),
+            reset: sometimes(70, 10),
+            partition: sometimes(50, 6),
+            one_way: sometimes(40, 6),
+            heal: 6,
+            slow: sometimes(40, 4),
+            fail_device: if rot == 0 { sometimes(20, 2) } else { 0 },
+            damage: rot,
+            add_node: sometimes(20, 2),
+        };
+        let nodes = [3, 3, 3, 4, 5][random.index(5)];
+        Self {
+            seed,
+            nodes,
+            replica_count: if random.chance(75) { 3 } else { 2 },
+            group_count: 1 << random.below(4),
+            clients: 1 + random.index(4),
+            depth: 1 + random.index(8),
+            blocks: 1 + random.below(6) as u32,
+            cached: random.chance(25),
+            every_write: random.chance(15),
+            part_ns: (1 + random.below(5)) * SECOND,
+            parts: 1 + random.below(3) as u32,
+            fault_ns: [30 * MS, 150 * MS, 600 * MS, 2 * SECOND][random.index(4)],
+            think_ns: [0, 100 * US, 2 * MS, 10 * MS][random.index(4)],
+            network_ns: [10 * US, 50 * US, 500 * US][random.index(3)],
+            device_ns: [15 * US, 80 * US, 1000 * US][random.index(3)],
+            drift_ppm: if random.chance(50) { random.below(250) } else { 0 },
+            weights,
+        }
+    }
+}

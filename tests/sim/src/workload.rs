@@ -1,0 +1,337 @@
+//! Clients: each with some operations under way through the gateway of one host, by the rules of `volume::client`.
+//!
+//! An operation is tried again, with back-off, for as long as its code allows. When its gateway dies nobody knows what
+//! became of it, and its client moves to another host.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use xsan_dataplane::replication::Operation;
+use xsan_dataplane::store::PageData;
+use xsan_dataplane::volume::calls::Answer;
+use xsan_protocol::checksum::page_checksums;
+use xsan_protocol::error::{Code, Retry};
+use xsan_protocol::ids::{BlockIndex, BlockKey, GroupId, Layer, Lineage, PoolId};
+use xsan_protocol::map::{Durability, Pool};
+use xsan_protocol::units::{PAGE_SIZE, PageRange, SECTOR_SIZE};
+
+use crate::check::{Access, SectorRange};
+use crate::plan::{MS, Plan, SECOND};
+use crate::process::data_of;
+use crate::world::{Event, World};
+
+const IO_TIMEOUT: u64 = 30 * SECOND;
+const BACKOFF_FIRST: u64 = 2 * MS;
+const BACKOFF_MAX: u64 = 50 * MS;
+pub const POOL: PoolId = PoolId(1);
+const SECTORS_PER_PAGE: u16 = (PAGE_SIZE / SECTOR_SIZE as usize) as u16;
+/// Pages of each block that clients use: two units and a bit, so that ranges cross units.
+pub const PAGES_USED: u16 = 36;
+
+pub struct Workload {
+    /// Do clients begin new operations?
+    pub running: bool,
+    clients: Vec<Client>,
+    operations: BTreeMap<u64, UnderWay>,
+    next: u64,
+}
+
+struct Client {
+    host: usize,
+    under_way: usize,
+}
+
+/// A client operation that has no answer yet.
+struct UnderWay {
+    client: Option<usize>,
+    host: usize,
+    kind: Kind,
+    started: u64,
+    deadline: u64,
+    backoff: u64,
+    /// How often it was tried.
+    tries: u32,
+}
+
+enum Kind {
+    One { group: GroupId, operation: Operation },
+    /// Groups that no answer covered yet, and calls that have none.
+    Flush { missing: BTreeSet<GroupId>, calls: usize, refusal: Code },
+}
+
+impl Workload {
+    pub fn new(plan: &Plan) -> Self {
+        let clients = (0..plan.clients).map(|client| Client { host: client % plan.nodes, under_way: 0 });
+        Self { running: false, clients: clients.collect(), operations: BTreeMap::new(), next: 0 }
+    }
+
+    /// The operation that waits the longest, in words; `None` when there is none.
+    pub fn oldest(&self) -> Option<String> {
+        let (number, oldest) = self.operations.iter().next()?;
+        let what = match &oldest.kind {
+            Kind::One { group, operation } => format!("{} in group {group}", name(operation)),
+            Kind::Flush { missing, .. } => format!("flush, {} groups missing", missing.len()),
+        };
+        Some(format!("operation {number} through host {} waits: {what}", oldest.host))
+    }
+}
+
+const fn name(operation: &Operation) -> &'static str {
+    match operation {
+        Operation::Read { .. } => "read",
+        Operation::Write { .. } => "write",
+        Operation::WriteSectors { .. } => "sub-page write",
+        Operation::Zero { .. } => "write-zeroes",
+        Operation::BlockStatus { .. } => "block status",
+        Operation::Flush => "flush",
+    }
+}
+
+pub fn key(block: u32) -> BlockKey {
+    BlockKey { lineage: Lineage(1), layer: Layer(0), index: BlockIndex(block) }
+}
+
+impl World {
+    pub fn start_clients(&mut self) {
+        for client in 0..self.workload.clients.len() {
+            self.after(1 + client as u64, Event::Client { client });
+        }
+    }
+
+    /// A client looks for something to do.
+    pub fn client(&mut self, client: usize) {
+        let wait = self.plan.think_ns / 2 + self.random.below(self.plan.think_ns + 50_000);
+        self.after(wait, Event::Client { client });
+        let idle = self.workload.clients[client].under_way < self.plan.depth;
+        if !self.workload.running || !idle {
+            return;
+        }
+        let host = self.workload.clients[client].host;
+        if self.hosts[host].process.is_none() || self.random.one_in(500) {
+            self.workload.clients[client].host = self.random.index(self.hosts.len());
+            return;
+        }
+        self.workload.clients[client].under_way += 1;
+        self.begin(Some(client), host);
+    }
+
+    fn random_pages(&mut self) -> PageRange {
+        let starts = [0, 1, 2, 13, 14, 15, 16, 30];
+        let first = starts[self.random.index(starts.len())];
+        match self.random.below(10) {
+            0 => PageRange::new(0, 16),
+            1 => PageRange::new(first, 4),
+            2 => PageRange::new(0, PAGES_USED),
+            _ => PageRange::new(first, 1 + self.random.below(2) as u16),
+        }
+    }
+
+    fn buffer(&mut self, bytes: usize, value: u64) -> Option<xsan_dataplane::disk::buffers::Buffer> {
+        let mut buffer = self.pool.alloc(bytes)?;
+        buffer.fill(0);
+        for sector in buffer.chunks_exact_mut(SECTOR_SIZE as usize) {
+            sector[..8].copy_from_slice(&value.to_le_bytes());
+        }
+        Some(buffer.freeze())
+    }
+
+    /// Begins a random operation.
+    fn begin(&mut self, client: Option<usize>, host: usize) {
+        let number = self.workload.next + 1;
+        let block = self.random.below(u64::from(self.plan.blocks)) as u32;
+        let (key, pages) = (key(block), self.random_pages());
+        let fua = self.random.one_in(8);
+        let operation = match self.random.below(12) {
+            0..4 => Operation::Read { key, pages },
+            4 => Operation::Zero { key, pages, fua },
+            5 => Operation::Flush,
+            6..8 => {
+                let sectors = 1 + self.random.below(3) as u32;
+                let offset = pages.byte_offset() + self.random.below(6) as u32 * SECTOR_SIZE;
+                let bytes = self.buffer((sectors * SECTOR_SIZE) as usize, number).expect("clients are few");
+                Operation::WriteSectors { key, offset, bytes, fua }
+            }
+            _ => {
+                let bytes = self.buffer(pages.bytes(), number).expect("clients are few");
+                let checksums = page_checksums(&bytes);
+                Operation::Write { key, pages, data: PageData { bytes, checksums }, fua }
+            }
+        };
+        self.submit_operation(client, host, operation);
+    }
+
+    /// Takes an operation up: notes that it began, and tries it.
+    pub fn submit_operation(&mut self, client: Option<usize>, host: usize, operation: Operation) {
+        self.workload.next += 1;
+        let number = self.workload.next;
+        let access = access_of(&operation, number, self.plan.every_write);
+        self.ledger.begin(number, access);
+        let kind = match operation {
+            Operation::Flush => {
+                let groups = self.control.state.map().pools.get(&POOL).map(Pool::groups);
+                let missing = groups.into_iter().flatten().collect();
+                Kind::Flush { missing, calls: 0, refusal: Code::GroupInactive }
+            }
+            operation => {
+                let key = operation.key().expect("only a flush has none");
+                let group = Pool::group_in(POOL, self.plan.group_count, key.lineage, key.index);
+                Kind::One { group, operation }
+            }
+        };
+        let under_way = UnderWay {
+            client,
+            host,
+            kind,
+            started: self.now,
+            deadline: self.now + IO_TIMEOUT,
+            backoff: BACKOFF_FIRST,
+            tries: 0,
+        };
+        self.workload.operations.insert(number, under_way);
+        self.try_operation(number);
+    }
+
+    pub fn try_operation(&mut self, number: u64) {
+        let Some(under_way) = self.workload.operations.get_mut(&number) else { return };
+        let host = under_way.host;
+        under_way.tries += 1;
+        match &mut under_way.kind {
+            Kind::One { group, operation } => {
+                let (group, operation) = (*group, operation.clone());
+                let every_write = self.plan.every_write;
+                let durability = if every_write { Durability::EveryWrite } else { Durability::OnFlush };
+                if self.start_call(host, number, group, durability, operation).is_none() {
+                    self.refused(number, Code::GroupInactive);
+                }
+            }
+            Kind::Flush { missing, .. } => {
+                let missing = missing.clone();
+                let asked = self.start_flushes(host, number, POOL, &missing);
+                let under_way = self.workload.operations.get_mut(&number).expect("it was there above");
+                if let Kind::Flush { calls, .. } = &mut under_way.kind {
+                    *calls = asked;
+                }
+                if asked == 0 {
+                    self.refused(number, Code::GroupInactive);
+                }
+            }
+        }
+    }
+
+    /// One call of operation `number` was answered.
+    pub fn on_answer(&mut self, number: u64, result: Result<Answer, Code>) {
+        let Some(under_way) = self.workload.operations.get_mut(&number) else { return };
+        match (&mut under_way.kind, result) {
+            (Kind::One { .. }, Ok(Answer::Reply(reply))) => {
+                let data = data_of(reply);
+                self.end(number, |ledger, repeated| {
+                    ledger.answered(number, data.as_ref().map(|data| &data.bytes[..]), repeated);
+                });
+            }
+            (Kind::One { .. }, Err(code)) => self.refused(number, code),
+            (Kind::Flush { missing, calls, refusal }, result) => {
+                match result {
+                    Ok(Answer::Flushed(covered)) => covered.iter().for_each(|group| {
+                        missing.remove(group);
+                    }),
+                    Ok(Answer::Reply(_)) => {}
+                    Err(code) => *refusal = code,
+                }
+                *calls -= 1;
+                if *calls > 0 {
+                    return;
+                }
+                let (done, refusal) = (missing.is_empty(), *refusal);
+                if done {
+                    self.end(number, |ledger, repeated| ledger.answered(number, None, repeated));
+                } else {
+                    self.refused(number, refusal);
+                }
+            }
+            (Kind::One { .. }, Ok(Answer::Flushed(_))) => unreachable!("only a flush is answered so"),
+        }
+    }
+
+    /// A try failed: another follows, or the operation ends with the code.
+    fn refused(&mut self, number: u64, code: Code) {
+        let Some(under_way) = self.workload.operations.get_mut(&number) else { return };
+        if code.retry() == Retry::Never || self.now >= under_way.deadline {
+            self.log(|| format!("operation {number} ends with {code}"));
+            return self.end(number, |ledger, repeated| ledger.lost(number, repeated));
+        }
+        let wait = under_way.backoff;
+        under_way.backoff = (wait * 2).min(BACKOFF_MAX);
+        self.after(wait, Event::Retry { operation: number });
+    }
+
+    fn end(&mut self, number: u64, note: impl FnOnce(&mut crate::check::Ledger, bool)) {
+        let Some(under_way) = self.workload.operations.remove(&number) else { return };
+        note(&mut self.ledger, under_way.tries > 1);
+        let took = self.now - under_way.started;
+        self.ledger.longest_ns = self.ledger.longest_ns.max(took);
+        if let Some(client) = under_way.client {
+            self.workload.clients[client].under_way -= 1;
+        }
+    }
+
+    /// The gateway of a host is gone, and with it what was under way through it.
+    pub fn lose_operations(&mut self, host: usize) {
+        let lost: Vec<u64> = self
+            .workload
+            .operations
+            .iter()
+            .filter(|(_, under_way)| under_way.host == host)
+            .map(|(number, _)| *number)
+            .collect();
+        for number in lost {
+            self.end(number, |ledger, repeated| ledger.lost(number, repeated));
+        }
+    }
+
+    /// Reads every page that clients use, without anything else going on.
+    pub fn read_everything(&mut self) -> Result<(), String> {
+        let answered = self.ledger.answered;
+        let mut reads = 0;
+        for block in 0..self.plan.blocks {
+            let host = self.random.index(self.hosts.len());
+            for first in (0..PAGES_USED).step_by(12) {
+                reads += 1;
+                let pages = PageRange::new(first, 12);
+                self.submit_operation(None, host, Operation::Read { key: key(block), pages });
+            }
+        }
+        self.run_until(60 * SECOND, World::is_quiet)?;
+        let read = self.ledger.answered - answered;
+        if read < reads && self.plan.weights.damage == 0 {
+            return Err(format!("of {reads} reads without faults {read} were answered"));
+        }
+        self.ledger.everything_was_read()
+    }
+}
+
+/// What the checker is to know of an operation.
+fn access_of(operation: &Operation, value: u64, every_write: bool) -> Access {
+    let pages_of = |key: &BlockKey, pages: &PageRange| SectorRange {
+        block: key.index.0,
+        first: pages.first * SECTORS_PER_PAGE,
+        count: pages.count * SECTORS_PER_PAGE,
+    };
+    match operation {
+        Operation::Read { key, pages } => Access::Read(pages_of(key, pages)),
+        Operation::Write { key, pages, fua, .. } => {
+            Access::Write { sectors: pages_of(key, pages), value, durable: *fua || every_write }
+        }
+        Operation::Zero { key, pages, fua } => {
+            Access::Write { sectors: pages_of(key, pages), value: 0, durable: *fua || every_write }
+        }
+        Operation::WriteSectors { key, offset, bytes, fua } => {
+            let sectors = SectorRange {
+                block: key.index.0,
+                first: (*offset / SECTOR_SIZE) as u16,
+                count: (bytes.len() / SECTOR_SIZE as usize) as u16,
+            };
+            Access::Write { sectors, value, durable: *fua || every_write }
+        }
+        Operation::Flush => Access::Flush,
+        Operation::BlockStatus { .. } => unreachable!("clients of the simulation do not ask for it"),
+    }
+}
