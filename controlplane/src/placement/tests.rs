@@ -263,6 +263,33 @@ fn a_secondary_that_was_primary_stays_until_it_knows() {
 }
 
 #[test]
+fn a_primary_that_does_not_get_on_hands_over_and_so_does_one_with_a_short_journal() {
+    let mut cluster = Cluster::new(3, 3);
+    let first = cluster.primary();
+    cluster.wish(first, ProposedChange::Demote);
+    assert!(cluster.step());
+    let second = cluster.primary();
+    assert_ne!(first, second);
+    let third = cluster.others(&[first, second])[0];
+    cluster.wish(third, ProposedChange::Lead);
+    assert!(cluster.step());
+    assert_eq!(cluster.primary(), third);
+    assert_eq!(cluster.learners(), []);
+}
+
+#[test]
+fn members_without_the_groups_past_leave_however_few_are_left() {
+    let mut cluster = Cluster::new(3, 3);
+    let members = cluster.others(&[cluster.primary()]);
+    for member in &members {
+        cluster.wish(*member, ProposedChange::Exclude);
+        assert!(cluster.step());
+    }
+    assert_eq!(cluster.learners(), members);
+    assert_eq!(cluster.group().acting().count(), 1);
+}
+
+#[test]
 fn wishes_of_another_epoch_or_below_the_minimum_are_not_granted() {
     let mut cluster = Cluster::new(3, 3);
     let secondary = cluster.secondary();
@@ -270,8 +297,6 @@ fn wishes_of_another_epoch_or_below_the_minimum_are_not_granted() {
     cluster.proposals[0].epoch = Epoch(99);
     cluster.rest();
     let primary = cluster.primary();
-    cluster.wish(primary, ProposedChange::Demote);
-    cluster.rest();
     let other = cluster.others(&[primary, secondary])[0];
     cluster.set_health(other, Health::Gone);
     assert!(cluster.step());
