@@ -73,6 +73,9 @@ pub struct Group {
     pub epoch: Epoch,
     pub primary: Option<NodeId>,
     pub members: Vec<Member>,
+    /// Who left the acting set since the last epoch that was settled: until all present members have answered at this
+    /// one, what is acknowledged is safe with these, too. Nothing is served meanwhile (docs/decisions/0009).
+    pub former: Vec<Member>,
 }
 
 /// A replica of a group, as one life of one store of a node.
@@ -126,6 +129,11 @@ impl Group {
 
     pub fn member(&self, node: NodeId) -> Option<&Member> {
         self.members.iter().find(|member| member.node == node)
+    }
+
+    /// Have all acting members answered at an epoch with this acting set, or one that it grew from?
+    pub fn is_settled(&self) -> bool {
+        self.former.is_empty()
     }
 }
 
@@ -209,7 +217,7 @@ impl TryFrom<proto::ClusterMap> for ClusterMap {
         for group in message.groups {
             let group = Group::try_from(group)?;
             let entry = u64::from(group.id.0);
-            if group.members.iter().any(|member| !map.nodes.contains_key(&member.node)) {
+            if group.members.iter().chain(&group.former).any(|member| !map.nodes.contains_key(&member.node)) {
                 return Err(MapError { field: "groups.members.node", entry });
             }
             map.groups.insert(group.id, group);
@@ -370,6 +378,7 @@ impl TryFrom<proto::Group> for Group {
             epoch: Epoch(group.epoch),
             primary: (group.primary != 0).then_some(NodeId(group.primary)),
             members: group.members.into_iter().map(Member::from).collect(),
+            former: group.former.into_iter().map(Member::from).collect(),
         };
         if let Some(primary) = decoded.primary
             && !decoded.acting().any(|member| member.node == primary)
@@ -387,6 +396,7 @@ impl From<&Group> for proto::Group {
             epoch: group.epoch.0,
             primary: group.primary.map_or(0, |node| node.0),
             members: group.members.iter().map(proto::Member::from).collect(),
+            former: group.former.iter().map(proto::Member::from).collect(),
         }
     }
 }

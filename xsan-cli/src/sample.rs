@@ -126,6 +126,7 @@ pub fn map() -> ClusterMap {
         epoch: 5 + id,
         primary: [1, 2, 1, 0][id as usize],
         members: vec![member(1, false), member(2, id == 3), member(3, true)],
+        former: Vec::new(),
     };
     ClusterMap {
         version: 42,

@@ -368,6 +368,7 @@ pub fn decode_proposals(message: &proto::GroupProposals) -> Vec<Proposal> {
             Ok(Change::Demote) => ProposedChange::Demote,
             Ok(Change::Exclude) => ProposedChange::Exclude,
             Ok(Change::Lead) => ProposedChange::Lead,
+            Ok(Change::Settle) => ProposedChange::Settle,
             Ok(Change::Unspecified) | Err(_) => return None,
         };
         Some(Proposal {

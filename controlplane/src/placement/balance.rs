@@ -58,7 +58,7 @@ fn condition(view: &View<'_>, pool: &Pool, group: &Group) -> Condition {
     };
     let acting = group.acting().count();
     let wanted = usize::from(pool.replica_count).min(view.targets.get(&group.id).map_or(0, Vec::len));
-    if acting < wanted.max(1) || !group.members.iter().all(healthy) {
+    if acting < wanted.max(1) || !group.is_settled() || !group.members.iter().all(healthy) {
         return Condition::Unwell;
     }
     if group.learners().count() > 0 || acting > usize::from(pool.replica_count) {
@@ -77,6 +77,7 @@ fn move_primary(view: &View<'_>, group: &Group) -> Option<GroupChange> {
         expected: group.epoch,
         primary: Some(preferred),
         members: group.members.clone(),
+        settle: false,
     })
 }
 
@@ -90,5 +91,11 @@ fn move_replica(view: &View<'_>, group: &Group) -> Option<GroupChange> {
     let learner = view.member(group.id, missing.node, missing.store, true)?;
     let mut members = group.members.clone();
     members.push(learner);
-    Some(GroupChange { group: group.id, expected: group.epoch, primary: group.primary, members })
+    Some(GroupChange {
+        group: group.id,
+        expected: group.epoch,
+        primary: group.primary,
+        members,
+        settle: false,
+    })
 }

@@ -5,7 +5,8 @@
 //! 1. C = A: learners are added where the group belongs, dead ones dropped, wishes of the primary granted.
 //! 2. |C| ≥ `min_replicas`: A becomes C.
 //! 3. |C| < `min_replicas`: A becomes C and the members that are back, when that holds everything that was
-//!    acknowledged: C is not empty (it has it all), or one of them lost nothing, or all of A are back.
+//!    acknowledged: C is not empty (it has it all), or one of them lost nothing, or all of A are back. As long as the
+//!    epoch is not settled, its former members count as members of A here.
 //! 4. After `REGROUP_AFTER` A becomes what there is of that, below `min_replicas`: no I/O yet, but learners can
 //!    be brought up from it.
 //!
@@ -68,9 +69,10 @@ fn live_members(view: &View<'_>, group: &Group) -> Vec<Member> {
 
 /// Cases 3 and 4: the acting set that holds everything acknowledged, or `None` to wait.
 fn regroup(view: &View<'_>, memory: &mut Memory, pool: &Pool, group: &Group) -> Option<Vec<Member>> {
-    let live = live_members(view, group);
-    let back: Vec<&Member> = group.acting().filter(|m| view.standing(m) == Standing::Back).collect();
-    let all_are_there = live.len() + back.len() == group.acting().count();
+    let sources = || group.acting().chain(&group.former);
+    let live: Vec<Member> = sources().filter(|m| view.standing(m) == Standing::Live).copied().collect();
+    let back: Vec<&Member> = sources().filter(|m| view.standing(m) == Standing::Back).collect();
+    let all_are_there = live.len() + back.len() == sources().count();
     let holds_everything =
         !live.is_empty() || all_are_there || back.iter().any(|member| view.intact(group.id, member));
     let since = *memory.waiting.entry(group.id).or_insert(view.now);
@@ -131,16 +133,24 @@ fn steady(
     wishes: &[Proposal],
     counts: &PrimaryCounts,
 ) -> Option<GroupChange> {
+    let of_epoch = |wish: &&Proposal| wish.epoch == group.epoch;
+    let settles = |wish: &Proposal| wish.change == ProposedChange::Settle && group.primary == Some(wish.node);
+    if !group.is_settled() && wishes.iter().filter(of_epoch).any(settles) {
+        return Some(GroupChange { settle: true, ..changed(group, group.primary, group.members.clone()) });
+    }
     let mut members: Vec<Member> = group.acting().copied().collect();
     members.extend(group.learners().filter_map(|learner| as_learner(view, group, learner)));
     let mut leads = None;
-    for wish in wishes.iter().filter(|wish| wish.epoch == group.epoch) {
+    for wish in wishes.iter().filter(of_epoch) {
         leads = grant(view, pool, group, wish, &mut members).or(leads);
     }
     if leads.is_some_and(|node| group.primary != Some(node)) {
         // Nothing else in the same step: who leaves is told by the one that leads.
-        let members = group.members.clone();
-        return Some(GroupChange { group: group.id, expected: group.epoch, primary: leads, members });
+        return Some(changed(group, leads, group.members.clone()));
+    }
+    if !group.is_settled() {
+        // Each change of members begins peering anew: only what a wish asks for is worth that now.
+        return change(view, group, members, counts);
     }
     drop_surplus(view, pool, group, &mut members);
     let wanted = usize::from(pool.replica_count);
@@ -183,6 +193,7 @@ fn grant(
             }
         }
         ProposedChange::Lead => return able(member).then_some(wish.node),
+        ProposedChange::Settle => {}
     }
     None
 }
@@ -219,7 +230,11 @@ fn change(
         return None;
     }
     assert!(members.iter().any(|m| !m.learner && Some(m.node) == primary), "the primary is an acting member");
-    Some(GroupChange { group: group.id, expected: group.epoch, primary, members })
+    Some(changed(group, primary, members))
+}
+
+fn changed(group: &Group, primary: Option<NodeId>, members: Vec<Member>) -> GroupChange {
+    GroupChange { group: group.id, expected: group.epoch, primary, members, settle: false }
 }
 
 /// The present primary while it can be; else the acting member with the fewest primaries. One that is leaving

@@ -7,6 +7,8 @@
 //! - A member that may still serve as primary, or may not know yet that it is not any more, stays in the
 //!   acting set.
 //! - An acting set below `min_replicas` is made only from members that hold everything acknowledged.
+//! - Who leaves an acting set counts on as a source until all who stay have answered at the new epoch: until then nobody
+//!   knows whether they were still there.
 //!
 //! Source: Lin et al., "PacificA: Replication in Log-Based Distributed Storage Systems", 2008.
 
@@ -48,6 +50,8 @@ pub enum ProposedChange {
     Exclude,
     /// Its journal holds what the primary's lacks and can not be given: it becomes the primary.
     Lead,
+    /// Every acting member has answered the primary at this epoch: former members are forgotten.
+    Settle,
 }
 
 /// What the controller remembers from one decision to the next, for one term of leadership.

@@ -252,6 +252,7 @@ fn a_secondary_that_was_primary_stays_until_it_knows() {
         expected: cluster.group().epoch,
         primary: Some(to),
         members: cluster.group().members.clone(),
+        settle: false,
     };
     cluster.apply(vec![moved]);
     cluster.wish(old, ProposedChange::Demote);

@@ -73,6 +73,8 @@ pub struct GroupChange {
     pub expected: Epoch,
     pub primary: Option<NodeId>,
     pub members: Vec<Member>,
+    /// The present epoch is settled: former members are forgotten, nothing else changes.
+    pub settle: bool,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -190,6 +192,7 @@ impl From<&GroupChange> for body::GroupChange {
             expected_epoch: change.expected.0,
             primary: change.primary.map_or(0, |node| node.0),
             members: change.members.iter().map(proto::Member::from).collect(),
+            settle: change.settle,
         }
     }
 }
@@ -274,6 +277,7 @@ impl From<body::GroupChange> for GroupChange {
             expected: Epoch(change.expected_epoch),
             primary: (change.primary != 0).then_some(NodeId(change.primary)),
             members: change.members.into_iter().map(Member::from).collect(),
+            settle: change.settle,
         }
     }
 }

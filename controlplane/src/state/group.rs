@@ -1,4 +1,6 @@
 //! Changes of groups: compare-and-set on the epoch, each on its own within a batch.
+//!
+//! Who leaves the acting set is kept in `Group::former` until the new epoch is settled.
 
 use std::collections::BTreeSet;
 
@@ -36,6 +38,11 @@ impl ClusterState {
         if group.epoch != change.expected {
             return Ok(false);
         }
+        if change.settle {
+            group.former.clear();
+            touched.groups.insert(change.group);
+            return Ok(true);
+        }
         let promoted: Vec<NodeId> = change
             .members
             .iter()
@@ -46,6 +53,9 @@ impl ClusterState {
         if group.primary != change.primary {
             self.primary_since.insert(change.group, version);
         }
+        let stays = |node| change.members.iter().any(|member| !member.learner && member.node == node);
+        let counted = group.former.iter().chain(group.acting());
+        group.former = counted.filter(|member| !stays(member.node)).copied().collect();
         group.epoch = group.epoch.next();
         group.primary = change.primary;
         group.members.clone_from(&change.members);

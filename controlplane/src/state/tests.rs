@@ -181,6 +181,7 @@ fn a_group_changes_by_compare_and_set_on_its_epoch() {
         expected: group.epoch,
         primary: Some(other),
         members: group.members.clone(),
+        settle: false,
     };
     let batch = Command::ReconfigureGroups(vec![change.clone(), change]);
     assert_eq!(state.apply(&batch).0, Reply::Groups { changed: 1, refused: 1 });
@@ -203,6 +204,7 @@ fn changes_that_do_not_hold_together_are_refused() {
         expected: group.epoch,
         primary: group.primary,
         members: group.members.clone(),
+        settle: false,
     };
     let broken: [fn(&mut GroupChange); 5] = [
         |c| c.primary = None,
@@ -231,6 +233,7 @@ fn damage_is_remembered_until_the_learner_is_promoted() {
         expected: group.epoch,
         primary: Some(NodeId(1)),
         members: group.members.clone(),
+        settle: false,
     };
     for member in change.members.iter_mut().filter(|m| m.node == NodeId(2)) {
         (member.learner, member.damaged) = (true, true);
@@ -287,6 +290,7 @@ fn commands_and_replies_survive_their_encoding() {
             expected: group.epoch,
             primary: group.primary,
             members: group.members,
+            settle: false,
         }]),
         Command::ResizeVolume { name: "v".into(), size_bytes: 5, allow_shrink: true },
         Command::DeleteVolume { name: "v".into() },

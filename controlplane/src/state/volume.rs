@@ -75,7 +75,10 @@ impl ClusterState {
             let members: Vec<_> =
                 placement.replicas.iter().map(|replica| self.first_member(*replica)).collect();
             let primary = members.first().map(|member| member.node);
-            self.insert_group(Group { id: placement.group, epoch: Epoch(1), primary, members }, touched);
+            self.insert_group(
+                Group { id: placement.group, epoch: Epoch(1), primary, members, former: Vec::new() },
+                touched,
+            );
         }
         Ok(id)
     }

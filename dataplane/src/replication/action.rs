@@ -43,6 +43,8 @@ pub enum Change {
     Exclude,
     /// Its journal holds what the primary's lacks and can not be given: to be the primary.
     Lead,
+    /// Every acting member has answered this primary at this epoch: who left before does not count any more.
+    Settle,
 }
 
 /// Names a client request at the primary: who sent it, and its number there. Requests of a fenced session are

@@ -109,6 +109,11 @@ impl Group {
         call.core.ticking.insert(self.id);
     }
 
+    /// Does it lead an epoch that the control plane has not settled?
+    pub fn waits_to_settle(&self) -> bool {
+        self.primary.as_ref().is_some_and(|primary| !primary.settled)
+    }
+
     pub fn on_frame(&mut self, call: &mut Call<'_>, from: NodeId, frame: Frame) {
         match frame.header.opcode {
             Opcode::Append

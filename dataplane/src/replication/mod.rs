@@ -114,6 +114,17 @@ impl Replication {
                 self.with(group.id, stores, now_ns, out, |own, call| own.go_on_mending(call, mend));
             }
         }
+        let settled: Vec<GroupId> =
+            self.groups.values().filter(|own| own.waits_to_settle()).map(|own| own.id).collect();
+        for id in settled {
+            let now = map
+                .groups
+                .get(&id)
+                .is_some_and(|group| group.epoch == self.groups[&id].epoch && group.is_settled());
+            if now {
+                self.with(id, stores, now_ns, out, |own, call| own.on_settled(call));
+            }
+        }
         for (from, frame) in std::mem::take(&mut self.core.early) {
             self.take_frame(from, frame, stores, now_ns, out);
         }

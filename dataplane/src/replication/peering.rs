@@ -5,6 +5,7 @@
 //! Used by `group`; its counterpart at the member is `Group::on_peer`.
 //!
 //! Invariants
+//! - Nothing is acknowledged before the control plane knows that every acting member answered at this epoch.
 //! - The group becomes active only after every acting member answered at this epoch, and once this node's journal holds
 //!   all that any of them holds. A member that answered takes nothing of an older epoch.
 //!
@@ -34,6 +35,8 @@ const SILENT_MAX_NS: u64 = 300_000_000;
 /// A member that does not journal anything for so long, with entries waiting for it, is proposed out.
 const STALLED_MAX_NS: u64 = 2_000_000_000;
 pub(super) const PROPOSE_AGAIN_NS: u64 = 500_000_000;
+/// The group stands still meanwhile: asked again as soon as an answer should have come.
+const SETTLE_AGAIN_NS: u64 = 100_000_000;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Phase {
@@ -112,6 +115,8 @@ impl Group {
         primary.round = None;
         primary.flushed = None;
         primary.announced = Seq(0);
+        primary.settled = group.is_settled();
+        primary.settling_ns = None;
         primary.successor = None;
         for waiting in &mut primary.waiting {
             waiting.request.epoch = group.epoch;
@@ -225,6 +230,29 @@ impl Group {
         }
     }
 
+    /// All have answered at this epoch: that is to be known before anything rests on it.
+    ///
+    /// Without it: (1) A restarts, having lost nothing; (2) B has lost its power, which nobody knows yet, and
+    /// the acting set becomes B alone; (3) B is back without what it had not flushed, and is all there is. With
+    /// it A counts on, because B never answered at that epoch.
+    fn settle(&mut self, call: &mut Call<'_>) {
+        let Some(primary) = &mut self.primary else { return };
+        if is_due(primary.settling_ns, SETTLE_AGAIN_NS, call.now_ns) {
+            primary.settling_ns = Some(call.now_ns);
+            let epoch = primary.epoch;
+            call.core.ticking.insert(self.id);
+            call.propose(self.id, epoch, call.node(), Change::Settle);
+        }
+    }
+
+    /// The control plane has forgotten the former members.
+    pub(super) fn on_settled(&mut self, call: &mut Call<'_>) {
+        let Some(primary) = &mut self.primary else { return };
+        if !std::mem::replace(&mut primary.settled, true) {
+            self.maybe_compare_journals(call);
+        }
+    }
+
     /// Once all have answered: whose journal is the longest?
     fn maybe_compare_journals(&mut self, call: &mut Call<'_>) {
         let own = call.node();
@@ -233,6 +261,9 @@ impl Group {
         let waits = |member: &Member| member.node != own && member.info.is_none();
         if primary.phase != Phase::Asking || primary.members.iter().any(waits) {
             return;
+        }
+        if !primary.settled {
+            return self.settle(call);
         }
         let longest = primary
             .members
@@ -369,8 +400,9 @@ impl Group {
     /// `node` has what this node lacks and can not be given: it should lead the group.
     fn yield_to(&mut self, call: &mut Call<'_>, node: NodeId) {
         let Some(primary) = &mut self.primary else { return };
-        primary.successor = Some(node);
-        primary.yielded_ns = None;
+        if primary.successor.replace(node) != Some(node) {
+            primary.yielded_ns = None;
+        }
         self.propose_out(call);
     }
 
@@ -414,6 +446,7 @@ impl Group {
 
     pub(super) fn on_primary_tick(&mut self, call: &mut Call<'_>) {
         self.ask(call);
+        self.maybe_compare_journals(call);
         self.propose_out(call);
         self.announce(call);
         if call.has_lease()

@@ -102,6 +102,10 @@ pub(super) struct Primary {
     pub held: Vec<(RequestId, Reply)>,
     /// The acknowledged seq that every member was told.
     pub announced: Seq,
+    /// Have former members been forgotten? Before that nothing counts as acknowledged.
+    pub settled: bool,
+    /// When the control plane was last asked to settle the epoch.
+    pub settling_ns: Option<u64>,
     /// Its journal is newer than this node's and can not be fetched: it should lead.
     pub successor: Option<NodeId>,
     pub yielded_ns: Option<u64>,
@@ -127,6 +131,8 @@ impl Primary {
             flushed: None,
             held: Vec::new(),
             announced: Seq(0),
+            settled: false,
+            settling_ns: None,
             successor: None,
             yielded_ns: None,
         }

@@ -80,6 +80,7 @@ impl Shard {
                         Change::Demote => proto::group_proposal::Change::Demote,
                         Change::Exclude => proto::group_proposal::Change::Exclude,
                         Change::Lead => proto::group_proposal::Change::Lead,
+                        Change::Settle => proto::group_proposal::Change::Settle,
                     };
                     self.scratch.proposals.push(proto::GroupProposal {
                         group: group.0,

@@ -119,7 +119,10 @@ impl Register {
         let beginning = Span { start: 0, end: 0 };
         let possible = |zero: &Span| {
             zero.start <= read.end
-                && !self.writes.values().any(|write| zero.end < write.span.start && write.span.end < read.start)
+                && !self
+                    .writes
+                    .values()
+                    .any(|write| zero.end < write.span.start && write.span.end < read.start)
         };
         let mut all = self.zeroes.iter().chain(std::iter::once(&beginning));
         all.any(possible).then_some(()).ok_or_else(|| format!("read zero {read:?} where data was written"))

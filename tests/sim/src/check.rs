@@ -162,9 +162,8 @@ impl Ledger {
             self.violation = Some(violation);
         }
         let flushed = self.flushed.iter().copied().max().unwrap_or(0);
-        let durable = |write: &Written| {
-            write.span.end != u64::MAX && (write.durable || write.span.end < flushed)
-        };
+        let durable =
+            |write: &Written| write.span.end != u64::MAX && (write.durable || write.span.end < flushed);
         // What no read has settled since the last time stays as open as it was.
         let mut possible = std::mem::take(&mut self.possible);
         for (sector, writes) in std::mem::take(&mut self.written) {
@@ -294,8 +293,8 @@ pub fn compare(map: &ClusterMap, contents: &BTreeMap<NodeId, Contents>) -> Resul
     let nothing = BTreeMap::new();
     for group in map.groups.values() {
         let of = |node: NodeId| contents[&node].get(&group.id).unwrap_or(&nothing);
-        let mut members = group.acting().map(|member| member.node);
-        let first = members.next().expect("every group has members");
+        let mut members = group.acting().map(|member| member.node).filter(|node| contents.contains_key(node));
+        let Some(first) = members.next() else { continue };
         for other in members {
             let (a, b) = (of(first), of(other));
             if !a.keys().eq(b.keys()) {

@@ -234,8 +234,7 @@ impl World {
         }
         let this = &self.hosts[host];
         let store = proto::StoreStatus { id: this.store.0, failed, ..Default::default() };
-        let status =
-            proto::DataStatus { map_version: version.0, stores: vec![store], ..Default::default() };
+        let status = proto::DataStatus { map_version: version.0, stores: vec![store], ..Default::default() };
         let news = this.control.link.on_status(this.clock(self.now), status);
         let (node, control_life) = (this.node, this.control.life);
         let incarnation = this.process.as_ref().expect("checked above").incarnation;
@@ -251,9 +250,6 @@ impl World {
         let this = &self.hosts[host];
         if this.control.life != life || !this.powered || !this.control.alive {
             return;
-        }
-        if this.control_paused_until > self.now {
-            return self.at(this.control_paused_until, Event::Beat { host, life, again });
         }
         let beat = this.control.link.beat(this.node, this.clock(self.now));
         if again {
@@ -293,7 +289,10 @@ impl World {
             && !self.random.one_in(100)
         {
             let latency = self.latency();
-            self.after(latency, Event::Grant { host: from, grant: Grant::answer(&beat, incarnation, version) });
+            self.after(
+                latency,
+                Event::Grant { host: from, grant: Grant::answer(&beat, incarnation, version) },
+            );
         }
     }
 
@@ -318,7 +317,9 @@ impl World {
     /// Can this host, as a leader, reach a quorum?
     fn reaches_quorum(&self, host: usize) -> bool {
         let voters: Vec<usize> = (0..self.hosts.len())
-            .filter(|other| self.control.state.map().nodes.get(&self.hosts[*other].node).is_some_and(|node| node.voter))
+            .filter(|other| {
+                self.control.state.map().nodes.get(&self.hosts[*other].node).is_some_and(|node| node.voter)
+            })
             .collect();
         let with = |other: &&usize| {
             **other == host || (self.hosts[**other].control_runs(self.now) && self.net.meets(host, **other))
@@ -329,24 +330,21 @@ impl World {
     pub fn raft_beat(&mut self) {
         self.after(RAFT_BEAT, Event::RaftBeat);
         let leads = self.control.leader.as_ref().map(|leader| (leader.host, leader.life));
-        let well = leads.is_some_and(|(host, life)| {
-            self.hosts[host].control.life == life && self.reaches_quorum(host)
-        });
+        let well = leads
+            .is_some_and(|(host, life)| self.hosts[host].control.life == life && self.reaches_quorum(host));
         if well {
             self.control.leader.as_mut().expect("it is there").quorum_at = self.now;
             self.spread_state();
         } else if self.random.one_in(4) {
             // An election ends, if anybody can win one.
-            let able: Vec<usize> =
-                (0..self.hosts.len()).filter(|host| self.reaches_quorum(*host)).collect();
+            let able: Vec<usize> = (0..self.hosts.len()).filter(|host| self.reaches_quorum(*host)).collect();
             if let Some(&host) = self.random.pick(&able) {
                 self.elect(host);
             }
         }
         // The leader may change without a fault, too.
         if well && self.random.one_in(300) && self.quiet_until <= self.now {
-            let able: Vec<usize> =
-                (0..self.hosts.len()).filter(|host| self.reaches_quorum(*host)).collect();
+            let able: Vec<usize> = (0..self.hosts.len()).filter(|host| self.reaches_quorum(*host)).collect();
             if let Some(&host) = self.random.pick(&able) {
                 self.elect(host);
             }
@@ -387,7 +385,10 @@ impl World {
 
     /// A command from the control process of `host`, for the leader: lost when it can not be reached.
     fn propose(&mut self, host: usize, command: Command) {
-        let Some((leader, term)) = self.control.leader.as_ref().map(|leader| (leader.host, leader.term)) else { return };
+        let Some((leader, term)) = self.control.leader.as_ref().map(|leader| (leader.host, leader.term))
+        else {
+            return;
+        };
         if !self.net.meets(host, leader) {
             return;
         }
@@ -498,7 +499,11 @@ impl World {
         let Some(leader) = &mut self.control.leader else { return };
         let host = &self.hosts[leader.host];
         let may_decide = now - leader.quorum_at < timing().quorum_ack_age_max().as_nanos() as u64;
-        if !host.control_runs(now) || host.control.life != leader.life || leader.committing.is_some() || !may_decide {
+        if !host.control_runs(now)
+            || host.control.life != leader.life
+            || leader.committing.is_some()
+            || !may_decide
+        {
             return;
         }
         let proposals = std::mem::take(&mut leader.proposals);

@@ -53,7 +53,11 @@ impl World {
 
     /// Mostly soon, sometimes late.
     fn down_time(&mut self) -> u64 {
-        if self.random.one_in(5) { self.random.below(5 * SECOND) } else { 10 * MS + self.random.below(400 * MS) }
+        if self.random.one_in(5) {
+            self.random.below(5 * SECOND)
+        } else {
+            10 * MS + self.random.below(400 * MS)
+        }
     }
 
     fn fault_kill_data(&mut self, host: usize, _: usize) {
@@ -96,13 +100,19 @@ impl World {
                 host != lost && lives
             })
         };
-        let active: usize = self.hosts.iter().filter_map(|host| host.process.as_ref()).map(|process| process.driver.replication.status().groups_active).sum();
+        let active: usize = self
+            .hosts
+            .iter()
+            .filter_map(|host| host.process.as_ref())
+            .map(|process| process.driver.replication.status().groups_active)
+            .sum();
         active == map.groups.len() && map.groups.values().all(safe)
     }
 
     /// SIGSTOP, for a while: of the data process, the control process or both.
     fn fault_pause(&mut self, host: usize, _: usize) {
-        let time = if self.random.one_in(2) { self.random.below(4 * SECOND) } else { self.random.below(300 * MS) };
+        let time =
+            if self.random.one_in(2) { self.random.below(4 * SECOND) } else { self.random.below(300 * MS) };
         let until = self.now + time;
         let which = self.random.below(3);
         self.log(|| format!("host {host}: processes stop for {} ms ({which})", time / MS));
@@ -181,7 +191,8 @@ impl World {
         let host = (self.plan.seed % self.plan.nodes as u64) as usize;
         // With fewer replicas it could be the only copy.
         let map = self.control.state.map();
-        let whole = map.groups.values().all(|group| group.acting().count() >= usize::from(self.plan.replica_count));
+        let whole =
+            map.groups.values().all(|group| group.acting().count() >= usize::from(self.plan.replica_count));
         if self.plan.replica_count < 3 || !whole || self.hosts[host].process.is_none() {
             return;
         }
@@ -228,9 +239,10 @@ impl World {
             this.control_paused_until = this.control_paused_until.min(self.now);
             this.slow_until = 0;
             this.capacity.set_failing(false);
-            let failed = this.process.as_ref().is_some_and(|process| {
-                process.driver.stores().any(|store| store.status().failed)
-            });
+            let failed = this
+                .process
+                .as_ref()
+                .is_some_and(|process| process.driver.stores().any(|store| store.status().failed));
             if failed {
                 self.kill_data(host);
             }

@@ -66,7 +66,9 @@ impl Host {
     pub fn device(&self, role: xsan_dataplane::io::DeviceRole) -> &SimDevice {
         match role {
             xsan_dataplane::io::DeviceRole::Capacity => &self.capacity,
-            xsan_dataplane::io::DeviceRole::Cache => self.cache.as_ref().expect("the store was opened with it"),
+            xsan_dataplane::io::DeviceRole::Cache => {
+                self.cache.as_ref().expect("the store was opened with it")
+            }
         }
     }
 

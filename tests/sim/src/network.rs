@@ -65,13 +65,17 @@ impl World {
 
     /// Tries to connect the data process to that of `peer`.
     pub fn dial(&mut self, host: usize, life: u64, peer: usize, wait: u64) {
-        let Some(process) = self.process_of(host, life) else { return };
-        let Some(&wanted) = process.wanted.get(&peer) else { return };
-        if process.dialled.contains_key(&peer) {
+        if self.process_of(host, life).is_none() {
             return;
         }
+        let process = self.hosts[host].process.as_mut().expect("checked above");
+        let Some(&wanted) = process.wanted.get(&peer) else {
+            process.dialling.remove(&peer);
+            return;
+        };
         let there = self.hosts[peer].process.as_ref();
-        let answers = there.is_some_and(|process| process.incarnation == wanted) && self.net.meets(host, peer);
+        let answers =
+            there.is_some_and(|process| process.incarnation == wanted) && self.net.meets(host, peer);
         if !answers {
             let event = Event::Dial { host, life, peer, wait: (wait * 2).min(DIAL_WAIT_MAX) };
             return self.after(wait, event);
@@ -88,8 +92,13 @@ impl World {
 
     /// The hello has arrived; the answer goes back.
     pub fn on_hello(&mut self, id: ConnectionId) {
-        let Some([dialler, acceptor]) = self.net.connections.get(&id).map(|connection| connection.ends) else { return };
-        if self.process_of(acceptor.host, acceptor.life).is_none() || !self.net.meets(dialler.host, acceptor.host) {
+        let Some([dialler, acceptor]) = self.net.connections.get(&id).map(|connection| connection.ends)
+        else {
+            return;
+        };
+        if self.process_of(acceptor.host, acceptor.life).is_none()
+            || !self.net.meets(dialler.host, acceptor.host)
+        {
             return self.break_connection(id);
         }
         self.input(acceptor.host, Input::Accepted { connection: id, peer: dialler.host });
@@ -98,7 +107,10 @@ impl World {
     }
 
     pub fn on_welcome(&mut self, id: ConnectionId) {
-        let Some([dialler, acceptor]) = self.net.connections.get(&id).map(|connection| connection.ends) else { return };
+        let Some([dialler, acceptor]) = self.net.connections.get(&id).map(|connection| connection.ends)
+        else {
+            return;
+        };
         if self.process_of(dialler.host, dialler.life).is_some() {
             self.input(dialler.host, Input::Dialled { connection: id, peer: acceptor.host });
         }
@@ -170,6 +182,10 @@ impl World {
         }
         if self.process_of(own.host, own.life).is_some() {
             self.input(own.host, Input::Closed { connection: id });
+            if end == 0 {
+                let (host, life, peer) = (own.host, own.life, other.host);
+                self.after(DIAL_WAIT_FIRST, Event::Dial { host, life, peer, wait: DIAL_WAIT_FIRST });
+            }
         }
     }
 
@@ -194,9 +210,7 @@ impl World {
             return;
         }
         let between = |connection: &Connection| {
-            (0..2).find(|side| {
-                connection.ends[*side].host == from && connection.ends[1 - side].host == to
-            })
+            (0..2).find(|side| connection.ends[*side].host == from && connection.ends[1 - side].host == to)
         };
         let held: Vec<_> =
             self.net.connections.iter().filter_map(|(id, c)| Some((*id, between(c)?))).collect();

@@ -54,7 +54,8 @@ pub struct Weights {
 impl Plan {
     pub fn of(seed: u64) -> Self {
         let mut random = Random::new(seed);
-        let mut sometimes = |percent: u64, weight: u64| if random.chance(percent) { 1 + random.below(weight) } else { 0 };
+        let mut sometimes =
+            |percent: u64, weight: u64| if random.chance(percent) { 1 + random.below(weight) } else { 0 };
         // Bit rot and lost power do not meet: together they can take the last good copy of a page.
         let rot = sometimes(35, 6);
         let weights = Weights {

@@ -6,9 +6,7 @@ use std::sync::Arc;
 use xsan_controlplane::placement::{Proposal, ProposedChange};
 use xsan_dataplane::io::DiskCompletion;
 use xsan_dataplane::net::frame::Frame;
-use xsan_dataplane::replication::{
-    Change, Driver, Operation, Origin, Output, Reply, Request, RequestId,
-};
+use xsan_dataplane::replication::{Change, Driver, Operation, Origin, Output, Reply, Request, RequestId};
 use xsan_dataplane::volume::calls::Answer;
 use xsan_dataplane::volume::wire;
 use xsan_protocol::error::Code;
@@ -30,6 +28,8 @@ pub struct Process {
     pub turn_due: bool,
     /// Which life of each peer the map names.
     pub wanted: BTreeMap<usize, Incarnation>,
+    /// Peers that are connected, or being connected.
+    pub dialling: BTreeSet<usize>,
     pub dialled: BTreeMap<usize, ConnectionId>,
     accepted: BTreeMap<usize, ConnectionId>,
     /// The newest connection that each peer made: older ones are fenced.
@@ -93,6 +93,7 @@ impl Process {
             inbox: VecDeque::new(),
             turn_due: false,
             wanted: BTreeMap::new(),
+            dialling: BTreeSet::new(),
             dialled: BTreeMap::new(),
             accepted: BTreeMap::new(),
             sessions: BTreeMap::new(),
@@ -232,8 +233,6 @@ impl World {
         process
             .driver
             .call(now, out, |replication, stores, now, out| replication.on_peer_lost(node, stores, now, out));
-        let life = self.hosts[host].life;
-        self.after(DIAL_WAIT_FIRST, Event::Dial { host, life, peer, wait: DIAL_WAIT_FIRST });
     }
 
     fn on_frame(
@@ -293,11 +292,13 @@ impl World {
             if process.wanted.get(&peer) == Some(&incarnation) {
                 continue;
             }
-            // A connection to an older life is given up; a new one is dialled.
+            // A connection to an older life is given up; then another is dialled.
             if let Some(&old) = process.dialled.get(&peer) {
                 self.break_connection(old);
             }
-            self.after(1, Event::Dial { host, life, peer, wait: DIAL_WAIT_FIRST });
+            if process.dialling.insert(peer) {
+                self.after(1, Event::Dial { host, life, peer, wait: DIAL_WAIT_FIRST });
+            }
         }
         process.wanted = wanted;
         process.driver.call(now, out, |replication, stores, now, out| {
@@ -349,6 +350,7 @@ impl World {
                         Change::Demote => ProposedChange::Demote,
                         Change::Exclude => ProposedChange::Exclude,
                         Change::Lead => ProposedChange::Lead,
+                        Change::Settle => ProposedChange::Settle,
                     };
                     let proposal = Proposal { group, epoch, node, change };
                     let latency = self.latency();
@@ -457,7 +459,13 @@ impl World {
     }
 
     /// Asks every primary of `missing` groups to flush; returns how many were asked.
-    pub fn start_flushes(&mut self, host: usize, operation: u64, pool: PoolId, missing: &BTreeSet<GroupId>) -> usize {
+    pub fn start_flushes(
+        &mut self,
+        host: usize,
+        operation: u64,
+        pool: PoolId,
+        missing: &BTreeSet<GroupId>,
+    ) -> usize {
         let own = self.hosts[host].node;
         let Some(process) = self.hosts[host].process.as_mut() else { return 0 };
         let routes = missing.iter().filter_map(|group| process.map.route(*group));

@@ -53,9 +53,16 @@ struct UnderWay {
 }
 
 enum Kind {
-    One { group: GroupId, operation: Operation },
+    One {
+        group: GroupId,
+        operation: Operation,
+    },
     /// Groups that no answer covered yet, and calls that have none.
-    Flush { missing: BTreeSet<GroupId>, calls: usize, refusal: Code },
+    Flush {
+        missing: BTreeSet<GroupId>,
+        calls: usize,
+        refusal: Code,
+    },
 }
 
 impl Workload {

@@ -113,6 +113,7 @@ impl Cluster {
                 epoch: Epoch(1),
                 primary: Some(NodeId(u32::from(index) % NODES + 1)),
                 members: (1..=NODES).map(member).collect(),
+                former: Vec::new(),
             };
             map.groups.insert(group.id, group);
         }

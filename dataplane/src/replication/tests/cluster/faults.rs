@@ -183,7 +183,12 @@ impl Cluster {
             let mut primary = group.primary;
             match proposal.change {
                 Change::Promote if member.learner => {}
-                Change::Demote if !member.learner => {
+                Change::Lead if !member.learner => {
+                    let members = group.members.clone();
+                    self.publish_group(group, Some(member.node), members);
+                    continue;
+                }
+                Change::Demote | Change::Exclude if !member.learner => {
                     if let Some((node, version)) = self.unconfirmed.get(&group.id).copied()
                         && node == member.node
                         && self.node(node).map_seen < version
@@ -203,7 +208,7 @@ impl Cluster {
                 _ => continue,
             }
             for changed in members.iter_mut().filter(|changed| changed.node == member.node) {
-                changed.learner = proposal.change == Change::Demote;
+                changed.learner = proposal.change != Change::Promote;
             }
             self.publish_group(group, primary, members);
         }
