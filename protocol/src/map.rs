@@ -26,6 +26,8 @@ pub struct ClusterMap {
     pub pools: BTreeMap<PoolId, Pool>,
     pub groups: HashMap<GroupId, Group>,
     pub volumes: BTreeMap<VolumeId, Volume>,
+    /// The first lineage that was not given out yet.
+    pub lineage_end: Lineage,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -204,8 +206,12 @@ impl TryFrom<proto::ClusterMap> for ClusterMap {
     type Error = MapError;
 
     fn try_from(message: proto::ClusterMap) -> Result<Self, MapError> {
-        let mut map =
-            Self { version: MapVersion(message.version), cluster_id: message.cluster_id, ..Self::default() };
+        let mut map = Self {
+            version: MapVersion(message.version),
+            cluster_id: message.cluster_id,
+            lineage_end: Lineage(message.lineage_end),
+            ..Self::default()
+        };
         for node in message.nodes {
             let node = Node::try_from(node)?;
             map.nodes.insert(node.id, node);
@@ -249,6 +255,7 @@ impl From<&ClusterMap> for proto::ClusterMap {
             pools: map.pools.values().map(proto::Pool::from).collect(),
             groups,
             volumes: map.volumes.values().map(proto::Volume::from).collect(),
+            lineage_end: map.lineage_end.0,
         }
     }
 }

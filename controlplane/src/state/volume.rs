@@ -32,6 +32,7 @@ impl ClusterState {
         let next = VolumeId(id.0.checked_add(1).ok_or(StateError::IdsUsedUp { what: "volume" })?);
         let pool = self.pool_for(new.replica_count, new.group_count, touched)?;
         self.next.volume = next;
+        self.map.lineage_end = Lineage(u64::from(next.0));
         let volume = Volume {
             id,
             name: new.name.clone(),

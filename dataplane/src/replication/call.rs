@@ -12,6 +12,7 @@ use xsan_protocol::units::PageRange;
 
 use super::action::{Action, Change, Reply, RequestId};
 use super::flush::{FlushWaiter, Flushes};
+use super::reclaim::Lineages;
 use super::status::{Counters, Latencies, Stage};
 use crate::disk::buffers::{Buffer, BufferMut, BufferPool, Claim};
 use crate::net::frame::Frame;
@@ -115,6 +116,8 @@ pub(super) struct Core {
     pub early: Vec<(NodeId, Frame)>,
     /// Units being pushed to learners, over all groups.
     pub pushes: usize,
+    /// Of the newest map.
+    pub lineages: Lineages,
     pub counters: Counters,
     pub latencies: Latencies,
 }
@@ -135,6 +138,7 @@ impl Core {
             deferred: BTreeSet::new(),
             early: Vec::new(),
             pushes: 0,
+            lineages: Lineages::default(),
             counters: Counters::default(),
             latencies: Latencies::default(),
         }

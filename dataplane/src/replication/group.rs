@@ -56,6 +56,8 @@ pub(super) struct Group {
     pub replica: Replica,
     pub learning: Option<Learning>,
     pub primary: Option<Box<Primary>>,
+    /// The replica is of no use any more, and being emptied.
+    pub forgetting: bool,
 }
 
 impl Group {
@@ -71,6 +73,7 @@ impl Group {
             replica,
             learning: None,
             primary: None,
+            forgetting: false,
         }
     }
 
@@ -94,6 +97,7 @@ impl Group {
         self.epoch = group.epoch;
         self.role = role;
         self.leader = group.primary;
+        self.forgetting &= role == Role::None;
         if role == Role::None {
             self.fence = None;
             self.learning = None;
@@ -308,10 +312,15 @@ impl Group {
         } else {
             self.learn(call);
             self.replica.trim(call.core.turn, Seq(u64::MAX));
+            self.go_on_forgetting(call);
         }
         let busy = match &self.primary {
             Some(primary) => primary.is_busy(self.replica.acked) || self.replica.is_busy(),
-            None => self.replica.is_busy() || self.learning.as_ref().is_some_and(Learning::is_waiting),
+            None => {
+                self.forgetting
+                    || self.replica.is_busy()
+                    || self.learning.as_ref().is_some_and(Learning::is_waiting)
+            }
         };
         if !busy {
             call.core.ticking.remove(&self.id);

@@ -31,6 +31,7 @@ mod peering;
 mod primary;
 mod quorum;
 mod reads;
+mod reclaim;
 mod replica;
 mod resync;
 mod status;
@@ -46,6 +47,7 @@ use crate::store::{Entry, GroupTail, Record, StoreError, StoreEvent};
 use call::{Call, Core, MendJob, ReadPurpose, Token};
 use flush::FlushWaiter;
 use group::{Group, Role};
+use reclaim::{Lineages, is_needed};
 use replica::Replica;
 
 /// One group as a store recovered it.
@@ -125,8 +127,39 @@ impl Replication {
                 self.with(id, stores, now_ns, out, |own, call| own.on_settled(call));
             }
         }
+        self.reclaim(map, stores, now_ns, out);
         for (from, frame) in std::mem::take(&mut self.core.early) {
             self.take_frame(from, frame, stores, now_ns, out);
+        }
+    }
+
+    /// Has what the map does not need any more reclaimed.
+    fn reclaim(&mut self, map: &ClusterMap, stores: &dyn Stores, now_ns: u64, out: &mut Vec<Action>) {
+        let lineages = Lineages::of(map);
+        let deleted = lineages.lost_any_of(&self.core.lineages);
+        self.core.lineages = lineages;
+        if deleted {
+            let ids: Vec<GroupId> = self.groups.keys().copied().collect();
+            for id in ids {
+                self.with(id, stores, now_ns, out, |group, call| group.search_for_deleted(call));
+            }
+        }
+        let own = self.core.node;
+        let registered = map.nodes.get(&own).and_then(|node| node.data.as_ref());
+        if registered.is_none_or(|data| data.incarnation != self.core.incarnation) {
+            return;
+        }
+        let needed = |store, id| map.groups.get(&id).is_none_or(|group| is_needed(group, own, store));
+        let recovered: Vec<_> = self.recovered.keys().copied().collect();
+        for (store, id) in recovered.into_iter().filter(|(store, id)| !needed(*store, *id)) {
+            if !self.groups.contains_key(&id) {
+                self.place(id, store, stores, now_ns, out);
+            }
+        }
+        let left = |group: &&Group| group.role == Role::None && !needed(group.replica.store, group.id);
+        let left: Vec<GroupId> = self.groups.values().filter(left).map(|group| group.id).collect();
+        for id in left {
+            self.with(id, stores, now_ns, out, |group, call| group.forget(call));
         }
     }
 
@@ -356,9 +389,9 @@ impl Replication {
         self.groups.get(&group).map_or_else(String::new, |group| format!("{group:?}"))
     }
 
-    /// Does any group have something to do at a tick?
-    pub fn is_busy(&self) -> bool {
-        !self.core.ticking.is_empty() || self.has_deferred()
+    /// A group that has something to do at the next tick or call.
+    pub fn busy_group(&self) -> Option<GroupId> {
+        self.core.ticking.iter().chain(&self.core.deferred).next().copied()
     }
 
     pub fn status(&self) -> ReplicationStatus {

@@ -24,6 +24,7 @@ use super::frames;
 use super::group::{Group, Role};
 use super::peering::{Member, Phase};
 use super::quorum::Quorum;
+use super::reclaim::Search;
 use super::resync::{Learner, PushLock};
 use super::status::Stage;
 use crate::store::{Entry, PageData, StoreError};
@@ -37,7 +38,7 @@ const RETAINED_BYTES_MAX: usize = 8 << 20;
 #[derive(Debug)]
 pub(super) struct InFlight {
     pub seq: Seq,
-    /// `None`: its session is fenced, nobody waits.
+    /// `None`: nobody waits for it, or its session is fenced.
     pub request: Option<RequestId>,
     pub fua: bool,
     pub started_ns: u64,
@@ -109,6 +110,8 @@ pub(super) struct Primary {
     /// Its journal is newer than this node's and can not be fetched: it should lead.
     pub successor: Option<NodeId>,
     pub yielded_ns: Option<u64>,
+    /// For blocks of deleted volumes.
+    pub search: Search,
 }
 
 impl Primary {
@@ -135,6 +138,7 @@ impl Primary {
             settling_ns: None,
             successor: None,
             yielded_ns: None,
+            search: Search::Done,
         }
     }
 
@@ -155,6 +159,7 @@ impl Primary {
             || !self.held.is_empty()
             || !self.flushes.is_empty()
             || self.announced < acked
+            || self.search != Search::Done
             || self.members.iter().any(|member| !member.synced)
     }
 
@@ -162,6 +167,11 @@ impl Primary {
     fn newest_started(&self, seq: Seq) -> Option<u64> {
         let index = self.in_flight.partition_point(|flight| flight.seq <= seq).checked_sub(1)?;
         self.in_flight.get(index).map(|flight| flight.started_ns)
+    }
+
+    /// Could a write of these pages have its place in the order now?
+    pub fn takes_writes_of(&self, key: BlockKey, pages: PageRange) -> bool {
+        self.is_active() && self.in_flight.len() < GROUP_WRITES_MAX && !self.is_blocked(key, pages, true)
     }
 
     /// Does a request of these pages have to wait behind one that came before?
@@ -328,6 +338,24 @@ impl Group {
         if let Err(error) = call.stores.view(self.replica.store).admit(needed) {
             return call.complete(request, Err(refused(error)));
         }
+        self.sequence(call, Some(request), key, pages, data, fua, durability);
+    }
+
+    /// The next entry of the group; without a `request` nobody waits for it.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "the parts of a write; a struct would be built once and taken apart here"
+    )]
+    pub(super) fn sequence(
+        &mut self,
+        call: &mut Call<'_>,
+        request: Option<RequestId>,
+        key: BlockKey,
+        pages: PageRange,
+        data: Option<PageData>,
+        fua: bool,
+        durability: Durability,
+    ) {
         let (first, last) = (pages.first_unit(), pages.last_unit());
         let previous = |unit: u8| {
             if pages.covers_unit(unit) { Version::ZERO } else { self.replica.unit_version(call, key, unit) }
@@ -347,7 +375,7 @@ impl Group {
         assert!(primary.is_active() && primary.serves());
         primary.in_flight.push_back(InFlight {
             seq: entry.version.seq,
-            request: Some(request),
+            request,
             fua,
             started_ns: call.now_ns,
         });
