@@ -145,21 +145,19 @@ impl Replication {
             }
         }
         let own = self.core.node;
-        let registered = map.nodes.get(&own).and_then(|node| node.data.as_ref());
-        if registered.is_none_or(|data| data.incarnation != self.core.incarnation) {
-            return;
-        }
-        let needed = |store, id| map.groups.get(&id).is_none_or(|group| is_needed(group, own, store));
         let recovered: Vec<_> = self.recovered.keys().copied().collect();
-        for (store, id) in recovered.into_iter().filter(|(store, id)| !needed(*store, *id)) {
-            if !self.groups.contains_key(&id) {
+        for (store, id) in recovered {
+            if !self.groups.contains_key(&id) && !is_needed(map, id, own, store) {
                 self.place(id, store, stores, now_ns, out);
             }
         }
-        let left = |group: &&Group| group.role == Role::None && !needed(group.replica.store, group.id);
-        let left: Vec<GroupId> = self.groups.values().filter(left).map(|group| group.id).collect();
-        for id in left {
-            self.with(id, stores, now_ns, out, |group, call| group.forget(call));
+        let ids: Vec<(GroupId, StoreId)> =
+            self.groups.values().map(|group| (group.id, group.replica.store)).collect();
+        for (id, store) in ids {
+            let forgetting = !is_needed(map, id, own, store);
+            if forgetting != self.groups[&id].forgetting {
+                self.with(id, stores, now_ns, out, |group, call| group.set_forgetting(call, forgetting));
+            }
         }
     }
 

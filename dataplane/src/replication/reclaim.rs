@@ -5,14 +5,14 @@
 //!
 //! Invariants
 //! - A lineage is deleted when the map has given it out and no volume has it: one that a newer map gives out is not.
-//! - A replica is emptied only when the map knows this life of the data process, and names no member of any life, present
-//!   or former, in its store.
+//! - A replica is emptied only while its group is whole without it: a node that comes back keeps what it has, to be
+//!   brought up to date by difference.
 //!
 //! Used by `Replication` (what to reclaim) and `group` (at ticks).
 
 use std::collections::BTreeSet;
 
-use xsan_protocol::ids::{BlockKey, Lineage, NodeId, Seq, StoreId, Version};
+use xsan_protocol::ids::{BlockKey, GroupId, Lineage, NodeId, StoreId, Version};
 use xsan_protocol::map::{self, ClusterMap};
 use xsan_protocol::units::{PAGES_PER_BLOCK, PageRange, UNITS_PER_BLOCK};
 
@@ -50,10 +50,14 @@ impl Lineages {
     }
 }
 
-/// Is what `store` of `node` holds of the group of any use?
-pub(super) fn is_needed(group: &map::Group, node: NodeId, store: StoreId) -> bool {
+/// Is what `store` of `node` holds of the group of any use, or may it be soon?
+pub(super) fn is_needed(map: &ClusterMap, group: GroupId, node: NodeId, store: StoreId) -> bool {
+    let (Some(group), Some(pool)) = (map.groups.get(&group), map.pools.get(&group.pool())) else {
+        return true;
+    };
     let here = |member: &map::Member| member.node == node && member.store == store;
-    !group.is_settled() || group.members.iter().any(here)
+    let whole = group.acting().count() >= usize::from(pool.replica_count);
+    !whole || !group.is_settled() || group.members.iter().any(here)
 }
 
 /// Where a primary is in its search for blocks of deleted volumes.
@@ -102,11 +106,12 @@ impl Group {
         }
     }
 
-    /// The replica is of no use here any more.
-    pub(super) fn forget(&mut self, call: &mut Call<'_>) {
-        assert!(self.role == Role::None);
-        self.forgetting = true;
-        call.core.ticking.insert(self.id);
+    /// Is the replica to be emptied, by the newest map?
+    pub(super) fn set_forgetting(&mut self, call: &mut Call<'_>, forgetting: bool) {
+        self.forgetting = forgetting && self.role == Role::None;
+        if self.forgetting {
+            call.core.ticking.insert(self.id);
+        }
     }
 
     /// Empties the replica, a few blocks at a time.
@@ -117,9 +122,9 @@ impl Group {
         if !self.forgetting || !ready || call.core.has_failed(self.replica.store) {
             return;
         }
-        if self.replica.last != Version::ZERO {
+        if self.replica.applied < self.replica.last.seq {
             // What was never acknowledged would hold its place in the journal for ever.
-            return self.replica.reset(call, Version::ZERO);
+            return self.replica.reset(call, self.replica.last);
         }
         let view = call.stores.view(self.replica.store);
         let blocks = view.blocks_after(self.id, None, BLOCKS_ZEROED);
@@ -138,7 +143,7 @@ impl Group {
                 key,
                 unit,
                 version: Version::ZERO,
-                as_of: Seq(0),
+                as_of: self.replica.applied,
                 data: None,
             };
             call.out.push(Action::Append { store: self.replica.store, record });

@@ -496,6 +496,9 @@ impl Group {
         if header.status == Some(Code::ReplicaBehind) {
             return self.lose_learner(call, from);
         }
+        if let Some(code) = header.status {
+            tracing::debug!(group = %header.group, %from, block = %header.key, ?code, "a learner did not take a unit");
+        }
         if learner.is_running() && u64::from(learner.attempt) == header.request_id {
             self.push_ended(call, from, header.status.is_some());
             self.on_progress(call);

@@ -17,7 +17,7 @@ struct Options {
     seeds: u64,
     #[arg(long, default_value_t = 1)]
     first: u64,
-    /// Runs this seed alone, and prints its log when it fails.
+    /// Runs this seed alone, and prints its log when it fails; with XSAN_LOG=debug also what the code under test logs.
     #[arg(long)]
     seed: Option<u64>,
     /// Stops after so many minutes, whatever is left.
@@ -41,6 +41,9 @@ fn main() -> ExitCode {
             eprintln!("panic at {location}");
         }
     }));
+    if let Ok(filter) = std::env::var("XSAN_LOG") {
+        tracing_subscriber::fmt().with_env_filter(filter).without_time().with_writer(std::io::stderr).init();
+    }
     let next = AtomicU64::new(first);
     let stop = AtomicBool::new(false);
     let total = Mutex::new((0_u64, Summary::default()));

@@ -577,11 +577,9 @@ impl World {
                     group.members.iter().map(|m| (m.node.0, m.incarnation.0, m.learner)).collect();
                 let states = group.members.iter().filter_map(|member| {
                     let process = self.hosts[member.node.0 as usize - 1].process.as_ref()?;
-                    Some(format!(
-                        "\n node {}: {}",
-                        member.node,
-                        process.driver.replication.describe(group.id)
-                    ))
+                    let store = process.driver.stores().next()?.status();
+                    let group = process.driver.replication.describe(group.id);
+                    Some(format!("\n node {}: {store:?} {group}", member.node))
                 });
                 let states: String = states.collect();
                 return format!("group {} {} {:?} {members:?}{states}", group.id, group.epoch, group.primary);
