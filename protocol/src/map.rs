@@ -80,6 +80,14 @@ pub struct Group {
     pub former: Vec<Member>,
 }
 
+/// A store that lost records.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DamagedStore {
+    pub store: StoreId,
+    /// Its groups that were brought up to date since. All others may have lost something, also those it does not name.
+    pub intact_groups: Vec<GroupId>,
+}
+
 /// A replica of a group, as one life of one store of a node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Member {
@@ -405,6 +413,20 @@ impl From<&Group> for proto::Group {
             members: group.members.iter().map(proto::Member::from).collect(),
             former: group.former.iter().map(proto::Member::from).collect(),
         }
+    }
+}
+
+impl From<proto::DamagedStore> for DamagedStore {
+    fn from(damaged: proto::DamagedStore) -> Self {
+        let intact_groups = damaged.intact_groups.into_iter().map(GroupId).collect();
+        Self { store: StoreId(damaged.store), intact_groups }
+    }
+}
+
+impl From<&DamagedStore> for proto::DamagedStore {
+    fn from(damaged: &DamagedStore) -> Self {
+        let intact_groups = damaged.intact_groups.iter().map(|group| group.0).collect();
+        Self { store: damaged.store.0, intact_groups }
     }
 }
 

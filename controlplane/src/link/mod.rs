@@ -18,8 +18,8 @@ use std::time::Duration;
 
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 use xsan_protocol::error::Code;
-use xsan_protocol::ids::{GroupId, Incarnation, MapVersion, NodeId, StoreId, VolumeId};
-use xsan_protocol::map::DataProcess;
+use xsan_protocol::ids::{Incarnation, MapVersion, NodeId, StoreId, VolumeId};
+use xsan_protocol::map::{DamagedStore, DataProcess};
 use xsan_protocol::proto;
 use xsan_protocol::proto::link_message::Body;
 
@@ -51,7 +51,7 @@ struct Linked {
     /// Tells this connection from an earlier one of the same process.
     connection: u64,
     process: DataProcess,
-    damaged: Vec<GroupId>,
+    damaged_stores: Vec<DamagedStore>,
     heard: BootTime,
     status: Option<proto::DataStatus>,
     confirmed: MapVersion,
@@ -158,7 +158,7 @@ impl Link {
         &self,
         now: BootTime,
         process: DataProcess,
-        damaged: Vec<GroupId>,
+        damaged_stores: Vec<DamagedStore>,
         outbound: mpsc::Sender<proto::LinkMessage>,
     ) -> Result<u64, LinkError> {
         let mut inner = self.lock();
@@ -174,7 +174,7 @@ impl Link {
         inner.linked = Some(Linked {
             connection,
             process,
-            damaged,
+            damaged_stores,
             heard: now,
             status: None,
             confirmed: MapVersion(0),
@@ -230,9 +230,9 @@ impl Link {
         }
     }
 
-    /// The data process to register with the cluster, and the groups it lost records of.
-    pub fn process(&self) -> Option<(DataProcess, Vec<GroupId>)> {
-        self.lock().linked.as_ref().map(|linked| (linked.process.clone(), linked.damaged.clone()))
+    /// The data process to register with the cluster, and its stores that lost records.
+    pub fn process(&self) -> Option<(DataProcess, Vec<DamagedStore>)> {
+        self.lock().linked.as_ref().map(|linked| (linked.process.clone(), linked.damaged_stores.clone()))
     }
 
     pub fn status(&self) -> Option<proto::DataStatus> {

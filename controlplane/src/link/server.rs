@@ -19,7 +19,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{mpsc, watch};
 use xsan_protocol::error::Code;
 use xsan_protocol::ids::{Epoch, GroupId, Incarnation, NodeId, StoreId, VolumeId};
-use xsan_protocol::map::{DataProcess, MapError};
+use xsan_protocol::map::{DamagedStore, DataProcess, MapError};
 use xsan_protocol::proto;
 use xsan_protocol::proto::LinkMessage;
 use xsan_protocol::proto::group_proposal::Change;
@@ -130,7 +130,7 @@ impl LinkServer {
         }
         let process = hello.process.ok_or(ConnectionError::NoHello)?;
         let process = DataProcess::from_message(process, u64::from(self.handle.node().0))?;
-        let damaged = hello.damaged.iter().map(|report| GroupId(report.group)).collect();
+        let damaged = hello.damaged_stores.into_iter().map(DamagedStore::from).collect();
         let incarnation = process.incarnation;
         let watch = ProcessWatch::open(pid)?;
         let (outbound, queued) = mpsc::channel(OUTBOUND_MAX);
@@ -174,13 +174,15 @@ impl LinkServer {
                 }
                 continue;
             }
-            let Some((process, damaged)) =
+            let Some((process, damaged_stores)) =
                 self.link.process().filter(|(process, _)| process.incarnation == incarnation)
             else {
                 tokio::time::sleep(RETRY_INTERVAL).await;
                 continue;
             };
-            if let Err(error) = self.handle.propose(Command::DataStarted { node, process, damaged }).await {
+            if let Err(error) =
+                self.handle.propose(Command::DataStarted { node, process, damaged_stores }).await
+            {
                 tracing::warn!(
                     code = error.code().number(),
                     "the data process is not registered yet: {error}"

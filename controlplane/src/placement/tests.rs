@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use xsan_protocol::ids::{BootId, Incarnation, MapVersion, PoolId, ShardIndex, StoreId};
 use xsan_protocol::limits::GROUPS_PER_POOL;
-use xsan_protocol::map::{DataProcess, Durability, Group, Member, Store};
+use xsan_protocol::map::{DamagedStore, DataProcess, Durability, Group, Member, Store};
 use xsan_protocol::placement::place_what_fits;
 
 use super::balance::balance;
@@ -24,6 +24,8 @@ struct Cluster {
     memory: Memory,
     now: BootTime,
     proposals: Vec<Proposal>,
+    /// Do primaries have their epochs settled at once?
+    settles: bool,
 }
 
 impl Cluster {
@@ -35,6 +37,7 @@ impl Cluster {
             memory: Memory::default(),
             now: BootTime(1),
             proposals: Vec::new(),
+            settles: true,
         };
         (1..=node_count).for_each(|node| cluster.add_node(node));
         cluster.state.apply(&Command::CreateVolume(NewVolume {
@@ -62,7 +65,7 @@ impl Cluster {
             instance: u64::from(node),
             founder: node == 1,
         }));
-        self.start(node, 1, 7, vec![]);
+        self.start(node, 1, 7, false);
     }
 
     fn place(&mut self) {
@@ -74,7 +77,7 @@ impl Cluster {
     }
 
     /// A data process comes up: life number `life`, on boot `boot`.
-    fn start(&mut self, node: u32, life: u64, boot: u64, damaged: Vec<GroupId>) {
+    fn start(&mut self, node: u32, life: u64, boot: u64, is_damaged: bool) {
         let process = DataProcess {
             incarnation: Incarnation(u64::from(node) * 1000 + life),
             boot_id: BootId(boot),
@@ -89,7 +92,9 @@ impl Cluster {
                 failed: false,
             }],
         };
-        self.state.apply(&Command::DataStarted { node: NodeId(node), process, damaged });
+        let damaged = DamagedStore { store: process.stores[0].id, intact_groups: Vec::new() };
+        let damaged_stores = is_damaged.then_some(damaged).into_iter().collect();
+        self.state.apply(&Command::DataStarted { node: NodeId(node), process, damaged_stores });
         let confirmed = MapVersion(0);
         self.nodes.insert(NodeId(node), NodeView { health: Health::Up, confirmed });
     }
@@ -146,7 +151,25 @@ impl Cluster {
         let changes = decide(&view, &mut self.memory, &std::mem::take(&mut self.proposals));
         let epoch = self.group().epoch;
         self.apply(changes);
+        if self.settles {
+            self.settle();
+        }
         self.group().epoch != epoch
+    }
+
+    /// Every acting member answers its primary.
+    fn settle(&mut self) {
+        let open = self.state.map().groups.values().filter(|group| !group.is_settled());
+        let wish = |group: &Group| Proposal {
+            group: group.id,
+            epoch: group.epoch,
+            node: group.primary.expect("it has one"),
+            change: ProposedChange::Settle,
+        };
+        let wishes: Vec<Proposal> = open.map(wish).collect();
+        let view = View { now: self.now, state: &self.state, nodes: &self.nodes, targets: &self.targets };
+        let changes = decide(&view, &mut self.memory, &wishes);
+        self.apply(changes.into_iter().filter(|change| change.settle).collect());
     }
 
     fn apply(&mut self, changes: Vec<GroupChange>) {
@@ -193,7 +216,7 @@ fn a_dead_secondary_leaves_and_comes_back_as_learner() {
     assert!(cluster.learners().is_empty());
     cluster.rest();
 
-    cluster.start(dead.0, 2, 7, vec![]);
+    cluster.start(dead.0, 2, 7, false);
     assert!(cluster.step());
     assert_eq!(cluster.learners(), [dead]);
     cluster.rest();
@@ -220,7 +243,7 @@ fn the_groups_of_a_dead_primary_are_spread_over_the_others() {
 fn a_restarted_primary_is_a_learner_at_once() {
     let mut cluster = Cluster::new(3, 3);
     let restarted = cluster.primary();
-    cluster.start(restarted.0, 2, 7, vec![]);
+    cluster.start(restarted.0, 2, 7, false);
     assert!(cluster.step());
     assert_ne!(cluster.primary(), restarted);
     assert_eq!(cluster.learners(), [restarted]);
@@ -313,7 +336,7 @@ fn with_one_live_member_the_others_are_taken_in_again_when_they_are_back() {
     cluster.set_health(c, Health::Gone);
     cluster.rest();
     // Even after power loss: the live member has all that was acknowledged.
-    cluster.start(b.0, 2, 8, vec![]);
+    cluster.start(b.0, 2, 8, false);
     assert!(cluster.step());
     assert_eq!(cluster.acting(), [a, b]);
 }
@@ -330,7 +353,7 @@ fn below_the_minimum_the_live_one_goes_on_alone_after_a_while() {
     cluster.pass(Duration::from_secs(2));
     assert!(cluster.step());
     assert_eq!(cluster.acting(), [a]);
-    cluster.start(b.0, 2, 8, vec![]);
+    cluster.start(b.0, 2, 8, false);
     assert!(cluster.step());
     assert_eq!((cluster.acting(), cluster.learners()), (vec![a], vec![b]));
 }
@@ -343,12 +366,12 @@ fn when_all_processes_restart_two_that_lost_nothing_are_enough() {
         cluster.set_health(node, Health::Gone);
     }
     cluster.rest();
-    cluster.start(a.0, 2, 7, vec![]);
+    cluster.start(a.0, 2, 7, false);
     cluster.rest();
-    cluster.start(b.0, 2, 7, vec![]);
+    cluster.start(b.0, 2, 7, false);
     assert!(cluster.step());
     assert_eq!(cluster.acting(), [a, b]);
-    cluster.start(c.0, 2, 7, vec![]);
+    cluster.start(c.0, 2, 7, false);
     assert!(cluster.step());
     assert_eq!(cluster.learners(), [c]);
 }
@@ -358,23 +381,40 @@ fn after_power_loss_of_all_every_member_must_be_back() {
     let mut cluster = Cluster::new(3, 3);
     let [a, b, c] = cluster.others(&[])[..] else { panic!() };
     cluster.set_health(c, Health::Gone);
-    cluster.start(a.0, 2, 8, vec![]);
-    cluster.start(b.0, 2, 8, vec![]);
+    cluster.start(a.0, 2, 8, false);
+    cluster.start(b.0, 2, 8, false);
     cluster.rest();
     cluster.pass(Duration::from_secs(60));
     cluster.rest();
-    cluster.start(c.0, 2, 8, vec![]);
+    cluster.start(c.0, 2, 8, false);
     assert!(cluster.step());
     assert_eq!(cluster.acting(), [a, b, c]);
+}
+
+#[test]
+fn who_was_only_taken_for_live_does_not_outweigh_who_lost_nothing() {
+    let mut cluster = Cluster::new(2, 2);
+    cluster.settles = false;
+    let [a, b] = cluster.others(&[])[..] else { panic!() };
+    // B has lost its power, and nobody knows: its lease still runs. A is killed and comes back, whole.
+    cluster.start(a.0, 2, 7, false);
+    assert!(cluster.step());
+    assert_eq!(cluster.group().acting().map(|member| member.node).collect::<Vec<_>>(), [b]);
+    assert_eq!(cluster.group().former.len(), 1);
+    // B is back without what it had not flushed.
+    cluster.start(b.0, 2, 8, false);
+    assert!(cluster.step());
+    let acting: Vec<_> = cluster.group().acting().map(|member| member.node).collect();
+    assert!(acting.contains(&a), "{acting:?}");
 }
 
 #[test]
 fn a_damaged_member_comes_back_as_learner_when_others_are_whole() {
     let mut cluster = Cluster::new(3, 3);
     let [a, b, c] = cluster.others(&[])[..] else { panic!() };
-    cluster.start(a.0, 2, 7, vec![GROUP]);
-    cluster.start(b.0, 2, 7, vec![]);
-    cluster.start(c.0, 2, 7, vec![]);
+    cluster.start(a.0, 2, 7, true);
+    cluster.start(b.0, 2, 7, false);
+    cluster.start(c.0, 2, 7, false);
     assert!(cluster.step());
     assert_eq!((cluster.acting(), cluster.learners()), (vec![b, c], vec![a]));
     assert!(cluster.group().member(a).expect("a learner").damaged);
@@ -390,8 +430,8 @@ fn one_damaged_of_two_lets_the_whole_one_go_on_after_a_while() {
     let [a, b, c] = cluster.others(&[])[..] else { panic!() };
     cluster.set_health(c, Health::Gone);
     assert!(cluster.step());
-    cluster.start(a.0, 2, 8, vec![GROUP]);
-    cluster.start(b.0, 2, 8, vec![]);
+    cluster.start(a.0, 2, 8, true);
+    cluster.start(b.0, 2, 8, false);
     cluster.rest();
     cluster.pass(Duration::from_secs(11));
     assert!(cluster.step());
@@ -401,10 +441,10 @@ fn one_damaged_of_two_lets_the_whole_one_go_on_after_a_while() {
 #[test]
 fn a_single_replica_follows_its_restarts() {
     let mut cluster = Cluster::new(1, 1);
-    cluster.start(1, 2, 7, vec![]);
+    cluster.start(1, 2, 7, false);
     assert!(cluster.step());
     assert_eq!(cluster.group().members[0].incarnation, Incarnation(1002));
-    cluster.start(1, 3, 8, vec![]);
+    cluster.start(1, 3, 8, false);
     assert!(cluster.step(), "after power loss too: it is all there is");
     cluster.rest();
 }

@@ -13,7 +13,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use xsan_protocol::error::Code;
 use xsan_protocol::ids::{Epoch, GroupId, Incarnation, NodeId, StoreId, VolumeId};
 use xsan_protocol::limits::GROUPS_PER_POOL;
-use xsan_protocol::map::{DataProcess, Durability, MapError, Member, Volume};
+use xsan_protocol::map::{DamagedStore, DataProcess, Durability, MapError, Member, Volume};
 use xsan_protocol::proto;
 use xsan_protocol::proto::command as body;
 
@@ -26,7 +26,7 @@ pub enum Command {
     DataStarted {
         node: NodeId,
         process: DataProcess,
-        damaged: Vec<GroupId>,
+        damaged_stores: Vec<DamagedStore>,
     },
     StoreFailed {
         node: NodeId,
@@ -154,10 +154,10 @@ impl From<&Command> for proto::Command {
                 instance: new.instance,
                 founder: new.founder,
             }),
-            Command::DataStarted { node, process, damaged } => Body::DataStarted(body::DataStarted {
+            Command::DataStarted { node, process, damaged_stores } => Body::DataStarted(body::DataStarted {
                 node: node.0,
                 process: Some(process.into()),
-                damaged: damaged.iter().map(|group| group.0).collect(),
+                damaged_stores: damaged_stores.iter().map(proto::DamagedStore::from).collect(),
             }),
             Command::StoreFailed { node, incarnation, store } => Body::StoreFailed(body::StoreFailed {
                 node: node.0,
@@ -228,7 +228,7 @@ impl TryFrom<proto::Command> for Command {
                 Self::DataStarted {
                     node: NodeId(started.node),
                     process: DataProcess::from_message(process, u64::from(started.node))?,
-                    damaged: started.damaged.into_iter().map(GroupId).collect(),
+                    damaged_stores: started.damaged_stores.into_iter().map(DamagedStore::from).collect(),
                 }
             }
             Body::StoreFailed(failed) => Self::StoreFailed {

@@ -9,11 +9,11 @@
 use std::collections::BTreeSet;
 
 use prost::Message;
-use xsan_protocol::ids::{GroupId, Lineage, MapVersion, NodeId, PoolId, VolumeId};
+use xsan_protocol::ids::{GroupId, MapVersion, NodeId, PoolId, VolumeId};
 use xsan_protocol::map::{Group, MapError, Node, Pool, Volume};
 use xsan_protocol::proto;
 
-use super::{ClusterState, NextIds, NodePrivate, Touched};
+use super::{ClusterState, NextIds, NodePrivate, Touched, lineage_of};
 
 /// Names a record of the applied state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -170,7 +170,7 @@ impl ClusterState {
         self.voters = head.voters.into_iter().map(NodeId).collect::<BTreeSet<_>>();
         self.next =
             NextIds { node: NodeId(head.next_node), volume: VolumeId(head.next_volume), pool: PoolId(pool) };
-        self.map.lineage_end = Lineage(u64::from(head.next_volume));
+        self.map.lineage_end = lineage_of(self.next.volume);
         Ok(())
     }
 

@@ -19,7 +19,7 @@ mod volume;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-use xsan_protocol::ids::{GroupId, MapVersion, NodeId, PoolId, VolumeId};
+use xsan_protocol::ids::{GroupId, Lineage, MapVersion, NodeId, PoolId, VolumeId};
 use xsan_protocol::limits::NAME_BYTES_MAX;
 use xsan_protocol::map::ClusterMap;
 use xsan_protocol::placement::Candidate;
@@ -27,7 +27,7 @@ use xsan_protocol::placement::Candidate;
 use command::{Command, Reply};
 use error::StateError;
 
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct ClusterState {
     map: ClusterMap,
     voters: BTreeSet<NodeId>,
@@ -38,6 +38,25 @@ pub struct ClusterState {
     /// The request that made each volume.
     requests: BTreeMap<VolumeId, u64>,
     next: NextIds,
+}
+
+impl Default for ClusterState {
+    fn default() -> Self {
+        let next = NextIds::default();
+        Self {
+            map: ClusterMap { lineage_end: lineage_of(next.volume), ..ClusterMap::default() },
+            voters: BTreeSet::new(),
+            nodes: BTreeMap::new(),
+            primary_since: HashMap::new(),
+            requests: BTreeMap::new(),
+            next,
+        }
+    }
+}
+
+/// The lineage of a volume that is no clone.
+fn lineage_of(volume: VolumeId) -> Lineage {
+    Lineage(u64::from(volume.0))
 }
 
 /// What the map does not show of a node.
@@ -107,8 +126,8 @@ impl ClusterState {
         let mut touched = Touched::default();
         let result = match command {
             Command::AddNode(new) => self.add_node(new, &mut touched),
-            Command::DataStarted { node, process, damaged } => {
-                self.data_started(*node, process, damaged, &mut touched)
+            Command::DataStarted { node, process, damaged_stores } => {
+                self.data_started(*node, process, damaged_stores, &mut touched)
             }
             Command::StoreFailed { node, incarnation, store } => {
                 self.store_failed(*node, *incarnation, *store, &mut touched)

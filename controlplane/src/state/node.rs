@@ -2,7 +2,7 @@
 
 use xsan_protocol::ids::{GroupId, Incarnation, NodeId, StoreId};
 use xsan_protocol::limits::NODES_MAX;
-use xsan_protocol::map::{DataProcess, Node};
+use xsan_protocol::map::{DamagedStore, DataProcess, Group, Node};
 
 use super::command::{NewNode, Reply};
 use super::error::StateError;
@@ -59,7 +59,7 @@ impl ClusterState {
         &mut self,
         id: NodeId,
         process: &DataProcess,
-        damaged: &[GroupId],
+        damaged_stores: &[DamagedStore],
         touched: &mut Touched,
     ) -> Result<Reply, StateError> {
         let node = self.map.nodes.get_mut(&id).ok_or(StateError::NodeNotFound { node: id })?;
@@ -70,7 +70,14 @@ impl ClusterState {
         }
         node.data = Some(process.clone());
         let private = self.nodes.get_mut(&id).expect("every node of the map has a private part");
-        private.damaged = damaged.iter().copied().collect();
+        // Also the groups that the store does not name: all that it had of them may be what it lost.
+        let lost = |group: &&Group| {
+            group.members.iter().chain(&group.former).any(|member| {
+                let store = damaged_stores.iter().find(|store| store.store == member.store);
+                member.node == id && store.is_some_and(|store| !store.intact_groups.contains(&group.id))
+            })
+        };
+        private.damaged = self.map.groups.values().filter(lost).map(|group| group.id).collect();
         touched.nodes.insert(id);
         // Its gateway sessions ended with the earlier life.
         for volume in self.map.volumes.values_mut() {

@@ -3,7 +3,7 @@ use super::*;
 use xsan_protocol::error::Code;
 use xsan_protocol::ids::{BootId, Incarnation, ShardIndex, StoreId};
 use xsan_protocol::limits::GROUPS_PER_POOL;
-use xsan_protocol::map::{DataProcess, Durability, Store};
+use xsan_protocol::map::{DamagedStore, DataProcess, Durability, Store};
 
 fn new_node(name: &str, instance: u64) -> Command {
     Command::AddNode(NewNode {
@@ -17,7 +17,7 @@ fn new_node(name: &str, instance: u64) -> Command {
     })
 }
 
-fn started(node: u32, incarnation: u64, damaged: Vec<GroupId>) -> Command {
+fn started(node: u32, incarnation: u64, is_damaged: bool) -> Command {
     let store = Store {
         id: StoreId(u64::from(node) * 100),
         capacity_bytes: 1 << 40,
@@ -33,7 +33,9 @@ fn started(node: u32, incarnation: u64, damaged: Vec<GroupId>) -> Command {
         nbd_port: 10809,
         stores: vec![store],
     };
-    Command::DataStarted { node: NodeId(node), process, damaged }
+    let damaged = DamagedStore { store: process.stores[0].id, intact_groups: vec![GroupId(1 << 16 | 6)] };
+    let damaged_stores = is_damaged.then_some(damaged).into_iter().collect();
+    Command::DataStarted { node: NodeId(node), process, damaged_stores }
 }
 
 fn new_volume(name: &str, request: u64) -> Command {
@@ -54,7 +56,7 @@ fn cluster() -> ClusterState {
     let mut state = ClusterState::default();
     for node in 1..=3 {
         state.apply(&new_node(&format!("node-{node}"), u64::from(node)));
-        state.apply(&started(node, u64::from(node) * 1000, vec![]));
+        state.apply(&started(node, u64::from(node) * 1000, false));
     }
     state
 }
@@ -165,7 +167,7 @@ fn an_attached_volume_is_not_deleted_until_its_data_process_ends() {
     state.apply(&attach);
     assert!(state.apply(&attach).1.is_empty(), "attached already");
     assert_eq!(refused(&mut state, Command::DeleteVolume { name: "vm".into() }), Code::VolumeAttached);
-    state.apply(&started(2, 2001, vec![]));
+    state.apply(&started(2, 2001, false));
     assert_eq!(state.apply(&Command::DeleteVolume { name: "vm".into() }).0, Reply::Done);
 }
 
@@ -226,8 +228,9 @@ fn damage_is_remembered_until_the_learner_is_promoted() {
     let mut state = cluster();
     state.apply(&new_volume("vm", 1));
     let group = any_group(&state);
-    state.apply(&started(2, 2001, vec![group.id]));
+    state.apply(&started(2, 2001, true));
     assert!(state.is_damaged(NodeId(2), group.id));
+    assert!(!state.is_damaged(NodeId(2), GroupId::new(PoolId(1), 6)), "the store has this one whole");
     let mut change = GroupChange {
         group: group.id,
         expected: group.epoch,
@@ -265,7 +268,7 @@ fn records_and_images_give_the_same_state_again() {
     let mut state = cluster();
     state.set_voters([NodeId(1), NodeId(3)].into());
     state.apply(&new_volume("vm", 1));
-    state.apply(&started(2, 2001, vec![GroupId(3)]));
+    state.apply(&started(2, 2001, true));
     assert_eq!(ClusterState::from_image(state.image()).expect("a good image"), state);
     let records: Vec<_> = state.records(&state.all()).into_iter().map(|(k, v)| (k.encode(), v)).collect();
     let pairs = records.iter().map(|(k, v)| (k.as_slice(), v.as_deref().expect("all exist")));
@@ -282,7 +285,7 @@ fn commands_and_replies_survive_their_encoding() {
     let group = any_group(&state);
     let commands = [
         new_node("a", 1),
-        started(1, 2, vec![GroupId(9)]),
+        started(1, 2, true),
         new_volume("v", 3),
         Command::StoreFailed { node: NodeId(1), incarnation: Incarnation(2), store: StoreId(3) },
         Command::ReconfigureGroups(vec![GroupChange {

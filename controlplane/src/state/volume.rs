@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use xsan_protocol::ids::{Epoch, Layer, Lineage, NodeId, PoolId, VolumeId};
+use xsan_protocol::ids::{Epoch, Layer, NodeId, PoolId, VolumeId};
 use xsan_protocol::limits::{REPLICAS_MAX, VOLUME_BYTES_MAX};
 use xsan_protocol::map::{Group, Member, Pool, Volume, min_replicas};
 use xsan_protocol::placement;
@@ -10,7 +10,7 @@ use xsan_protocol::units::SECTOR_SIZE;
 
 use super::command::{NewVolume, Reply};
 use super::error::StateError;
-use super::{ClusterState, Touched, check_name};
+use super::{ClusterState, Touched, check_name, lineage_of};
 
 impl ClusterState {
     pub(super) fn create_volume(
@@ -32,11 +32,11 @@ impl ClusterState {
         let next = VolumeId(id.0.checked_add(1).ok_or(StateError::IdsUsedUp { what: "volume" })?);
         let pool = self.pool_for(new.replica_count, new.group_count, touched)?;
         self.next.volume = next;
-        self.map.lineage_end = Lineage(u64::from(next.0));
+        self.map.lineage_end = lineage_of(next);
         let volume = Volume {
             id,
             name: new.name.clone(),
-            lineage: Lineage(u64::from(id.0)),
+            lineage: lineage_of(id),
             layer: Layer(0),
             size_bytes: new.size_bytes,
             pool,

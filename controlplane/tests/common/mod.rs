@@ -130,7 +130,8 @@ impl FakeData {
             nbd_port: 10809,
             stores: vec![store],
         };
-        let hello = proto::DataHello { pid: std::process::id(), process: Some(process), damaged: vec![] };
+        let hello =
+            proto::DataHello { pid: std::process::id(), process: Some(process), damaged_stores: vec![] };
         let task = tokio::spawn(run(path, hello, Arc::clone(&told)));
         Self { told, task }
     }

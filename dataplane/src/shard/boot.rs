@@ -193,14 +193,14 @@ fn boot_id() -> Result<BootId, BootError> {
 struct Ready {
     shard: ShardIndex,
     stores: Vec<map::Store>,
-    damaged: Vec<u32>,
+    damaged_stores: Vec<map::DamagedStore>,
 }
 
 /// What every shard learns when all are ready.
 #[derive(Clone)]
 struct Go {
     process: Arc<map::DataProcess>,
-    damaged: Arc<Vec<u32>>,
+    damaged_stores: Arc<Vec<map::DamagedStore>>,
 }
 
 /// What a shard's thread begins with.
@@ -270,12 +270,12 @@ impl Process {
             spawned.map_err(|source| BootError::System { what: "starting a thread", source })?;
         }
         let mut stores = Vec::new();
-        let mut damaged = Vec::new();
+        let mut damaged_stores = Vec::new();
         for _ in 0..shard_count {
             let shard = from_shards.recv().expect("every shard answers before it ends")?;
             tracing::debug!(shard = %shard.shard, stores = shard.stores.len(), "shard ready");
             stores.extend(shard.stores);
-            damaged.extend(shard.damaged);
+            damaged_stores.extend(shard.damaged_stores);
         }
         let port = config.dataplane.port;
         let process = map::DataProcess {
@@ -285,7 +285,7 @@ impl Process {
             nbd_port: config.dataplane.nbd_port,
             stores,
         };
-        let go = Go { process: Arc::new(process), damaged: Arc::new(damaged) };
+        let go = Go { process: Arc::new(process), damaged_stores: Arc::new(damaged_stores) };
         for start in starts {
             start.send(go.clone()).expect("a shard that is ready waits for this");
         }
@@ -337,11 +337,14 @@ fn serve(plan: ShardPlan) -> Result<(), BootError> {
         .iter()
         .map(|store| open_store(store, &config.cluster.cluster_id, pool))
         .collect::<Result<_, _>>()?;
-    let damaged = opened.iter().flat_map(|open| &open.recovered.groups).filter(|group| group.damaged);
+    let damaged = opened.iter().filter(|open| open.recovered.damaged).map(|open| map::DamagedStore {
+        store: open.store.id(),
+        intact_groups: open.recovered.intact_groups(),
+    });
     let ready = Ready {
         shard: plan.shard,
         stores: opened.iter().map(|open| map_store(open, plan.shard)).collect(),
-        damaged: damaged.map(|group| group.group.0).collect(),
+        damaged_stores: damaged.collect(),
     };
     plan.ready.send(Ok(ready)).expect("the main thread waits for every shard");
     // The main thread gives up when another shard fails; there is nobody left to tell.
@@ -353,7 +356,7 @@ fn serve(plan: ShardPlan) -> Result<(), BootError> {
         let (index, ready) = (plan.shard, plan.ready.clone());
         let shard = assemble(plan, pool, opened, &go, sockets)?;
         ready
-            .send(Ok(Ready { shard: index, stores: Vec::new(), damaged: Vec::new() }))
+            .send(Ok(Ready { shard: index, stores: Vec::new(), damaged_stores: Vec::new() }))
             .expect("the main thread waits for every shard");
         shard.run().await;
         Ok(())
@@ -503,7 +506,7 @@ fn start_link(plan: &ShardPlan, handle: &Handle, go: &Go) -> Control {
     let hello = proto::DataHello {
         pid: std::process::id(),
         process: Some(proto::DataProcess::from(&*go.process)),
-        damaged: go.damaged.iter().map(|group| proto::GroupReport { group: *group }).collect(),
+        damaged_stores: go.damaged_stores.iter().map(proto::DamagedStore::from).collect(),
     };
     let hello = LinkMessage { request_id: 0, body: Some(Body::Hello(hello)) };
     let events = handle.clone();

@@ -53,6 +53,13 @@ pub struct Recovered {
     pub damaged: bool,
 }
 
+impl Recovered {
+    /// Groups that a damaged store has whole: they were brought up to date since.
+    pub fn intact_groups(&self) -> Vec<GroupId> {
+        self.groups.iter().filter(|group| !group.damaged).map(|group| group.group).collect()
+    }
+}
+
 #[derive(Debug)]
 pub struct RecoveredGroup {
     pub group: GroupId,

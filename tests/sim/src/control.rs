@@ -184,7 +184,7 @@ impl World {
             }],
         };
         let (outbound, _) = tokio::sync::mpsc::channel(1);
-        let damaged = this.damaged.clone();
+        let damaged = this.damaged_stores.clone();
         if this.control.link.on_hello(now, data, damaged, outbound).is_err() {
             let life = this.life;
             return self.after(RETRY, Event::LinkUp { host, life });
@@ -206,9 +206,9 @@ impl World {
             let control_life = this.control.life;
             return self.after(1, Event::Beat { host, life: control_life, again: false });
         }
-        if let Some((process, damaged)) = this.control.link.process().filter(|_| runs) {
+        if let Some((process, damaged_stores)) = this.control.link.process().filter(|_| runs) {
             let node = this.node;
-            self.propose(host, Command::DataStarted { node, process, damaged });
+            self.propose(host, Command::DataStarted { node, process, damaged_stores });
         }
         self.after(RETRY, Event::Register { host, life });
     }
@@ -444,11 +444,10 @@ impl World {
         let Some(leader) = self.control.leader.as_ref().map(|leader| leader.host) else { return };
         for host in 0..self.hosts.len() {
             let latency = self.latency();
-            if self.hosts[host].control.known.version() < self.control.state.version() || host == leader {
-                if self.net.meets(leader, host) {
-                    let state = self.control.state.clone();
-                    self.after(latency, Event::StateArrives { host, state });
-                }
+            let lacks = self.hosts[host].control.known.version() < self.control.state.version();
+            if (lacks || host == leader) && self.net.meets(leader, host) {
+                let state = self.control.state.clone();
+                self.after(latency, Event::StateArrives { host, state });
             }
         }
     }

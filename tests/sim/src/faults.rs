@@ -9,6 +9,9 @@ use xsan_protocol::units::PAGE_SIZE;
 use crate::plan::{MS, SECOND};
 use crate::world::{Event, World};
 
+/// A fault, of a host and perhaps another.
+type Kind = fn(&mut World, usize, usize);
+
 /// Hosts that a run may add.
 const NODES_ADDED_MAX: usize = 1;
 
@@ -26,7 +29,7 @@ impl World {
         let host = self.random.index(self.hosts.len());
         let other = (host + 1 + self.random.index(self.hosts.len() - 1)) % self.hosts.len();
         let weights = self.plan.weights;
-        let kinds: [(u64, fn(&mut Self, usize, usize)); 13] = [
+        let kinds: [(u64, Kind); 13] = [
             (weights.kill_data, Self::fault_kill_data),
             (weights.kill_control, Self::fault_kill_control),
             (weights.kill_host, Self::fault_kill_host),

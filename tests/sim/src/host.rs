@@ -23,8 +23,8 @@ pub struct Host {
     pub store: StoreId,
     /// Its store was damaged behind its back, in this run.
     pub damage_allowed: bool,
-    /// Groups whose records its store has lost.
-    pub damaged: Vec<xsan_protocol::ids::GroupId>,
+    /// Its store, if it lost records.
+    pub damaged_stores: Vec<xsan_protocol::map::DamagedStore>,
     pub capacity: SimDevice,
     pub cache: Option<SimDevice>,
     /// Device operations under way, by number.

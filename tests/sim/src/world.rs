@@ -15,7 +15,7 @@ use xsan_dataplane::replication::{Driver, Replication};
 use xsan_dataplane::store::{FormatParameters, Options, Store};
 use xsan_dataplane::testing::{Random, SimDevice};
 use xsan_protocol::ids::{BootId, Incarnation, MapVersion, NodeId, ShardIndex, StoreId};
-use xsan_protocol::map::ClusterMap;
+use xsan_protocol::map::{ClusterMap, DamagedStore};
 
 use crate::Summary;
 use crate::check::Ledger;
@@ -424,14 +424,14 @@ impl World {
             }
             Err(error) => panic!("host {host}: a store without damage does not open: {error}"),
         };
-        let damaged: Vec<_> =
-            recovered.groups.iter().filter(|group| group.damaged).map(|group| group.group).collect();
         let is_damaged = recovered.damaged;
+        let intact_groups = recovered.intact_groups();
         assert!(
             !is_damaged || this.damage_allowed,
             "host {host}: an undamaged store says that it is damaged"
         );
-        this.damaged = damaged;
+        let damaged = DamagedStore { store: this.store, intact_groups };
+        this.damaged_stores = is_damaged.then_some(damaged).into_iter().collect();
         this.life += 1;
         let (node, life) = (this.node, this.life);
         let replication = Replication::new(node, incarnation, ShardIndex(0), self.pool);
@@ -562,7 +562,7 @@ impl World {
             return "not every data process is registered".to_owned();
         }
         if let Some(operation) = self.workload.oldest() {
-            return format!("{operation}");
+            return operation;
         }
         let alive = self.hosts.len();
         for group in map.groups.values() {
@@ -633,7 +633,7 @@ fn new_host(index: usize, plan: &Plan, random: &mut Random) -> Host {
         booted_at: 0,
         drift_ppm: drift,
         store: StoreId(0),
-        damaged: Vec::new(),
+        damaged_stores: Vec::new(),
         damage_allowed: false,
         capacity: SimDevice::new(DEVICE_BYTES),
         cache: plan.cached.then(|| SimDevice::new(JOURNAL_BYTES + (1 << 20))),
