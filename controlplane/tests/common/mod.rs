@@ -155,16 +155,22 @@ async fn run(path: std::path::PathBuf, hello: proto::DataHello, told: Arc<Mutex<
     let stream = UnixStream::connect(path).await.expect("the link is served");
     let (reader, mut writer) = stream.into_split();
     let message = |body| proto::LinkMessage { request_id: 0, body: Some(body) };
+    let hello_process = hello.process.clone().expect("it says what it is");
     frame::write(&mut writer, &message(Body::Hello(hello))).await.expect("linked");
-    let version = {
+    let incarnation = hello_process.incarnation;
+    let map = {
         let told = Arc::clone(&told);
-        move || told.lock().expect("no task panicked").map.version
+        move || told.lock().expect("no task panicked").map.clone()
     };
     let statuses = tokio::spawn(async move {
         loop {
-            let status = proto::DataStatus { map_version: version(), ..proto::DataStatus::default() };
-            if frame::write(&mut writer, &message(Body::Status(status))).await.is_err() {
-                return;
+            let map = map();
+            let proposals = settled_by(&map, incarnation);
+            let status = proto::DataStatus { map_version: map.version, ..proto::DataStatus::default() };
+            for body in [Body::Status(status), Body::Proposals(proposals)] {
+                if frame::write(&mut writer, &message(body)).await.is_err() {
+                    return;
+                }
             }
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
@@ -192,4 +198,18 @@ async fn run(path: std::path::PathBuf, hello: proto::DataHello, told: Arc<Mutex<
     }
     statuses.abort();
     margins.abort();
+}
+
+/// A data process without peers to ask has every epoch that it leads settled at once.
+fn settled_by(map: &proto::ClusterMap, incarnation: u64) -> proto::GroupProposals {
+    let own = map.nodes.iter().find(|node| node.data.as_ref().is_some_and(|d| d.incarnation == incarnation));
+    let own = own.map_or(0, |node| node.id);
+    let open = map.groups.iter().filter(|group| group.primary == own && !group.former.is_empty());
+    let settle = |group: &proto::Group| proto::GroupProposal {
+        group: group.id,
+        epoch: group.epoch,
+        node: own,
+        change: proto::group_proposal::Change::Settle as i32,
+    };
+    proto::GroupProposals { proposals: open.map(settle).collect() }
 }

@@ -65,12 +65,49 @@ impl History {
     }
 }
 
+/// Spans in the order of their starts, asked for the earliest end behind a moment and the latest end before one.
+struct Sorted {
+    starts: Vec<u64>,
+    /// Of the spans from each on: the earliest end.
+    earliest: Vec<u64>,
+    /// Of the spans up to each: the latest end.
+    latest: Vec<u64>,
+}
+
+impl Sorted {
+    fn new(spans: impl Iterator<Item = Span>) -> Self {
+        let mut spans: Vec<Span> = spans.collect();
+        spans.sort_unstable_by_key(|span| span.start);
+        let mut latest: Vec<u64> = spans.iter().map(|span| span.end).collect();
+        let mut earliest = latest.clone();
+        for index in 1..spans.len() {
+            latest[index] = latest[index].max(latest[index - 1]);
+            let back = spans.len() - 1 - index;
+            earliest[back] = earliest[back].min(earliest[back + 1]);
+        }
+        Self { starts: spans.iter().map(|span| span.start).collect(), earliest, latest }
+    }
+
+    /// The earliest end of those that start after `moment`.
+    fn earliest_end_after(&self, moment: u64) -> Option<u64> {
+        self.earliest.get(self.starts.partition_point(|start| *start <= moment)).copied()
+    }
+
+    /// The latest end of those that start at `moment` or before.
+    fn latest_end_until(&self, moment: u64) -> Option<u64> {
+        let count = self.starts.partition_point(|start| *start <= moment);
+        self.latest.get(count.checked_sub(1)?).copied()
+    }
+}
+
 impl Register {
     fn check(&self) -> Result<(), String> {
+        let zeroes = Sorted::new(self.zeroes.iter().copied().chain([Span { start: 0, end: 0 }]));
+        let writes = Sorted::new(self.writes.values().map(|write| write.span));
         let mut zones: BTreeMap<u64, Span> = BTreeMap::new();
         for (value, read) in &self.reads {
             if *value == 0 {
-                self.check_zero(*read)?;
+                check_zero(*read, &zeroes, &writes)?;
                 continue;
             }
             let Write { span: write, repeated } =
@@ -78,10 +115,8 @@ impl Register {
             if read.end < write.start {
                 return Err(format!("read {value} before it was written"));
             }
-            if let Some(between) =
-                self.zeroes.iter().find(|zero| write.end < zero.start && zero.end < read.start)
-            {
-                return Err(format!("read {value} {read:?} ({write:?}) after it was zeroed {between:?}"));
+            if zeroes.earliest_end_after(write.end).is_some_and(|end| end < read.start) {
+                return Err(format!("read {value} {read:?} ({write:?}) after it was zeroed"));
             }
             if repeated && read.start <= write.end {
                 continue;
@@ -96,37 +131,39 @@ impl Register {
                 zones.entry(*value).or_insert(write.span);
             }
         }
-        let forward: Vec<_> = zones.iter().filter(|(_, zone)| zone.end < zone.start).collect();
-        for (index, (a, one)) in forward.iter().enumerate() {
-            for (b, two) in &forward[index + 1..] {
-                if one.end < two.start && two.end < one.start {
-                    return Err(format!(
-                        "values {a} and {b} were each read after the other: {one:?} {two:?}"
-                    ));
-                }
-            }
-            for (b, two) in zones.iter().filter(|(_, zone)| zone.end >= zone.start) {
-                if one.end < two.start && two.end < one.start {
-                    return Err(format!("value {a} was read on both sides of {b}: {one:?} {two:?}"));
-                }
-            }
-        }
-        Ok(())
+        check_zones(&zones)
     }
+}
 
-    /// A read of zeroes needs some writer of zeroes (or the beginning) that was not surely overwritten.
-    fn check_zero(&self, read: Span) -> Result<(), String> {
-        let beginning = Span { start: 0, end: 0 };
-        let possible = |zero: &Span| {
-            zero.start <= read.end
-                && !self
-                    .writes
-                    .values()
-                    .any(|write| zero.end < write.span.start && write.span.end < read.start)
-        };
-        let mut all = self.zeroes.iter().chain(std::iter::once(&beginning));
-        all.any(possible).then_some(()).ok_or_else(|| format!("read zero {read:?} where data was written"))
+/// A read of zeroes needs some writer of zeroes (or the beginning) that was not surely overwritten.
+fn check_zero(read: Span, zeroes: &Sorted, writes: &Sorted) -> Result<(), String> {
+    // Of those that had begun, the one that ended last is overwritten by the fewest.
+    let zero = zeroes.latest_end_until(read.end).unwrap_or(0);
+    match writes.earliest_end_after(zero) {
+        Some(end) if end < read.start => Err(format!("read zero {read:?} where data was written")),
+        _ => Ok(()),
     }
+}
+
+/// Zones whose first end comes before their last start (forward ones) overlap no other, and contain no backward one.
+fn check_zones(zones: &BTreeMap<u64, Span>) -> Result<(), String> {
+    let (mut forward, backward): (Vec<_>, Vec<_>) = zones.iter().partition(|(_, zone)| zone.end < zone.start);
+    forward.sort_unstable_by_key(|(_, zone)| zone.end);
+    for pair in forward.windows(2) {
+        let [(a, one), (b, two)] = pair else { unreachable!("windows of two") };
+        if two.end < one.start {
+            return Err(format!("values {a} and {b} were each read after the other: {one:?} {two:?}"));
+        }
+    }
+    for (b, two) in backward {
+        let before = forward.partition_point(|(_, zone)| zone.end < two.start);
+        if let Some((a, one)) = before.checked_sub(1).map(|index| forward[index])
+            && two.end < one.start
+        {
+            return Err(format!("value {a} was read on both sides of {b}: {one:?} {two:?}"));
+        }
+    }
+    Ok(())
 }
 
 #[test]
