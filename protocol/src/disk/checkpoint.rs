@@ -150,7 +150,9 @@ impl Checkpoint {
         check(raw.tail.get().is_multiple_of(page), "tail")?;
         check(raw.flushed.get() >= raw.tail.get(), "flushed")?;
         check(raw.session_start.get().is_multiple_of(page), "session_start")?;
-        let rows = <[RawGroup]>::ref_from_bytes(&record[HEADER_SIZE..HEADER_SIZE + group_count * GROUP_SIZE]);
+        let (rows, padding) = record[HEADER_SIZE..].split_at(group_count * GROUP_SIZE);
+        check(padding.iter().all(|byte| *byte == 0), "padding")?;
+        let rows = <[RawGroup]>::ref_from_bytes(rows);
         let mut groups = Vec::with_capacity(group_count);
         for row in rows.expect("cut to whole rows") {
             check(row.damaged <= 1 && row.reserved == [0; 7], "group reserved")?;

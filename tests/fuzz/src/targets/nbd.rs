@@ -94,7 +94,7 @@ fn check_option(bytes: &[u8]) -> anyhow::Result<Verdict> {
     // Any option may be taken for any other by the fuzzer: each decoder must stand each payload.
     let export = nothing.hold(payload.len(), || ExportQuery::decode(payload))?;
     // A query of 4 bytes is a slice of 16, in a vector that grows by doubling.
-    let contexts = Bound::new(12, 64).hold(payload.len(), || ContextQuery::decode(payload))?;
+    let contexts = Bound::new(17, 64).hold(payload.len(), || ContextQuery::decode(payload))?;
     let name = nothing.hold(payload.len(), || wire::export_name(payload))?;
     if let Ok(query) = &export {
         ensure!(payload[4..].starts_with(query.name.as_bytes()), "another name than was sent");

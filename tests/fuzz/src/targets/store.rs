@@ -218,6 +218,9 @@ struct Image {
     device: SimDevice,
     superblock: Superblock,
     written: Written,
+    /// Pages of the journal: those that hold the heads of batches, and those behind them.
+    heads: Vec<u64>,
+    data: Vec<u64>,
 }
 
 impl Image {
@@ -271,19 +274,31 @@ impl Image {
         let mut page = vec![0; PAGE_SIZE];
         device.read_at(0, &mut page).expect("a simulated device reads");
         let superblock = Superblock::decode(&page).expect("a new store has a superblock");
-        Self { device, superblock, written }
+        let (mut heads, mut data) = (Vec::new(), Vec::new());
+        for offset in (superblock.journal.offset..superblock.journal.end()).step_by(PAGE_SIZE) {
+            device.read_at(offset, &mut page).expect("a simulated device reads");
+            if page.starts_with(&journal::MAGIC) {
+                heads.push(offset);
+            } else if page.iter().any(|byte| *byte != 0) {
+                data.push(offset);
+            }
+        }
+        Self { device, superblock, written, heads, data }
     }
 
-    /// Device offset and pages of a region that holds something.
-    fn region(&self, number: u8) -> (u64, u64) {
-        match number % 8 {
-            0 => (superblock::OFFSETS[0], 1),
-            1 => (superblock::OFFSETS[1], 1),
-            2 => (self.superblock.checkpoints.offset, 1),
-            3 => (self.superblock.checkpoints.offset + checkpoint::SLOT_SIZE as u64, 1),
-            4 | 5 => (self.superblock.journal.offset, 320),
-            6 => (self.superblock.records.offset, 8 * 4),
-            _ => (self.superblock.units.offset, 8 * (UNIT_SIZE / PAGE_SIZE) as u64),
+    /// Device offset of a page of a region, all of whose pages hold something.
+    fn offset(&self, region: u8, page: u64) -> u64 {
+        let nth = |list: &[u64]| list[(page % list.len() as u64) as usize];
+        let within = |start: u64, pages: u64| start + page % pages * PAGE;
+        match region % 8 {
+            0 => superblock::OFFSETS[0],
+            1 => superblock::OFFSETS[1],
+            2 => self.superblock.checkpoints.offset,
+            3 => self.superblock.checkpoints.offset + checkpoint::SLOT_SIZE as u64,
+            4 => nth(&self.heads),
+            5 => nth(&self.data),
+            6 => within(self.superblock.records.offset, 8 * 4),
+            _ => within(self.superblock.units.offset, 8 * (UNIT_SIZE / PAGE_SIZE) as u64),
         }
     }
 }
@@ -325,9 +340,8 @@ impl<'a> Edit<'a> {
 
     /// Damages `device`. Sealed edits seal the record again that holds the page.
     fn apply(&self, image: &Image, device: &SimDevice, may_seal: bool) {
-        let (start, pages) = image.region(self.region);
         for step in 0..=u64::from(self.repeat % 4) {
-            let offset = start + (u64::from(self.page) + step) % pages * PAGE;
+            let offset = image.offset(self.region, u64::from(self.page) + step);
             let mut page = vec![0; PAGE_SIZE];
             if device.read_at(offset, &mut page).is_err() {
                 continue;
@@ -340,8 +354,7 @@ impl<'a> Edit<'a> {
                 3 => page.fill(self.value[0]),
                 4 => {
                     // A misdirected or stale page: what another place of the device has.
-                    let (other, count) = image.region(self.value[0]);
-                    let from = other + u64::from(self.place) % count * PAGE;
+                    let from = image.offset(self.value[0], u64::from(self.place));
                     if device.read_at(from, &mut page).is_err() {
                         continue;
                     }
