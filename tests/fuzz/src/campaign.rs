@@ -1,5 +1,6 @@
 //! Running inputs: one under the eyes of the panic hook, many from a seed, and a finding made small.
 
+use std::backtrace::Backtrace;
 use std::cell::RefCell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Once;
@@ -46,10 +47,21 @@ fn keep_panics_quiet() {
                 return loud(info);
             }
             let (file, line) = info.location().map_or((String::new(), 0), |at| (at.file().to_owned(), at.line()));
+            let (file, line) = if file.starts_with("/rustc/") { caller().unwrap_or((file, line)) } else { (file, line) };
             let message = info.payload_as_str().unwrap_or("a panic without a message").to_owned();
             PANIC.set(Some(Panic { file, line, message }));
         }));
     });
+}
+
+/// The first place of ours on the stack: where the standard library panics says little.
+fn caller() -> Option<(String, u32)> {
+    let stack = Backtrace::force_capture().to_string();
+    let own = ["/dataplane/src/", "/protocol/src/", "/controlplane/src/", "/nodekit/src/"];
+    let line = stack.lines().find(|line| own.iter().any(|part| line.contains(part)))?;
+    let mut parts = line.trim().trim_start_matches("at ").rsplitn(3, ':').skip(1);
+    let number = parts.next()?.parse().ok()?;
+    Some((parts.next()?.to_owned(), number))
 }
 
 /// Decodes one input and checks it.

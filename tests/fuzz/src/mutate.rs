@@ -47,7 +47,7 @@ const INTERESTING: [u64; 32] = [
 ];
 
 /// A number worth trying in a field of `bits` bits.
-fn interesting(random: &mut Random, bits: u32) -> u64 {
+pub fn interesting(random: &mut Random, bits: u32) -> u64 {
     let value = match random.below(8) {
         0 => random.next(),
         1 => 1_u64.wrapping_shl(random.below(u64::from(bits)) as u32),

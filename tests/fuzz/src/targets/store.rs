@@ -17,7 +17,7 @@ use xsan_dataplane::io::{Device, DiskAction};
 use xsan_dataplane::store::{
     Entry, FormatParameters, Options, PageData, ReadError, Record, Recovered, Store, StoreEvent, StoreView,
 };
-use xsan_dataplane::testing::SimDevice;
+use xsan_dataplane::testing::{Random, SimDevice};
 use xsan_protocol::checksum::{crc32c, page_checksums};
 use xsan_protocol::disk::journal::BatchHeader;
 use xsan_protocol::disk::superblock::Superblock;
@@ -27,6 +27,7 @@ use xsan_protocol::units::{PAGE_SIZE, PageRange, UNIT_SIZE};
 
 use super::disk::seal;
 use super::wire::key;
+use crate::mutate::interesting;
 use crate::target::{Form, Known, Target, Verdict};
 
 pub const TARGETS: &[Target] = &[
@@ -50,9 +51,9 @@ const STORE: Target = Target {
     what: "",
     form: Form::Bytes,
     bytes_max: 16 * EDIT_BYTES,
-    test_inputs: 60,
+    test_inputs: 250,
     seeds,
-    fix: |_, _| {},
+    fix,
     check: |_| Ok(Verdict::Refused),
     known: &[],
 };
@@ -314,7 +315,7 @@ struct Edit<'a> {
     image: u8,
     region: u8,
     operation: u8,
-    /// Times it is repeated, on the pages behind.
+    /// Bits 0 and 1: times it is repeated, on the pages behind; bits 2 and 3: the size of the value, as a power of 2.
     repeat: u8,
     page: u16,
     place: u16,
@@ -346,8 +347,9 @@ impl<'a> Edit<'a> {
             if device.read_at(offset, &mut page).is_err() {
                 continue;
             }
-            let width = 1 << (self.value[7] % 4);
-            let at = usize::from(self.place) % PAGE_SIZE / width * width;
+            let width: usize = 1 << (self.repeat >> 2 & 3);
+            // Fields of 8 bytes lie at multiples of 4.
+            let at = usize::from(self.place) % (PAGE_SIZE - 4) / width.min(4) * width.min(4);
             match self.operation % 8 {
                 0 => page[at] ^= 1 << (self.value[0] % 8),
                 1 | 2 => page[at..at + width].copy_from_slice(&self.value[..width]),
@@ -364,8 +366,14 @@ impl<'a> Edit<'a> {
                     device.make_unreadable(offset);
                     continue;
                 }
-                // The head of a record, where everything counts.
-                _ => page[at % 128 / width * width..][..width].copy_from_slice(&self.value[..width]),
+                // A field that is a little more or less than it was.
+                _ => {
+                    let mut number = [0; 8];
+                    number[..width].copy_from_slice(&page[at..at + width]);
+                    let step = i64::from(self.value[0].cast_signed()) << (self.value[1] % 16);
+                    let number = u64::from_le_bytes(number).wrapping_add_signed(step);
+                    page[at..at + width].copy_from_slice(&number.to_le_bytes()[..width]);
+                }
             }
             device.write_page(offset / PAGE, &page);
             if may_seal && self.operation & SEALED != 0 {
@@ -408,13 +416,42 @@ fn seeds() -> Vec<Vec<u8>> {
             // One edit of each kind; mutations do the rest.
             for operation in [0, 1, 3, 4, 6, 7, SEALED | 1, SEALED | 7] {
                 let place = 24 + u16::from(region) * 8;
-                let mut edit = vec![image, region, operation, 0, operation, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 3];
+                let mut edit = vec![image, region, operation, 12, operation, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0];
                 edit[6..8].copy_from_slice(&place.to_le_bytes());
                 seeds.push(edit);
             }
         }
     }
     seeds
+}
+
+/// Makes some of the edits ones that go far: a likely number in the head of a record, mostly sealed.
+fn fix(bytes: &mut Vec<u8>, random: &mut Random) {
+    bytes.resize(bytes.len().next_multiple_of(EDIT_BYTES).max(EDIT_BYTES), 0);
+    // Wrong records pass for right ones when several of their fields agree.
+    let (mut region, mut page) = (random.next() as u8, random.next() as u8);
+    for edit in bytes.chunks_exact_mut(EDIT_BYTES) {
+        if random.one_in(3) {
+            continue;
+        }
+        if random.one_in(3) {
+            (region, page) = (random.next() as u8, random.next() as u8);
+        }
+        // Header, descriptors or units, and now and then a checksum.
+        let head_bytes = [128, 320, 1408, PAGE_SIZE as u64][random.index(4)];
+        let place = random.below(head_bytes) as u16;
+        let value = match random.below(4) {
+            0 => random.below(64 << 10) * PAGE,
+            1 if random.one_in(2) => 0_u64.wrapping_sub(PAGE << random.below(40)),
+            1 => random.below(64),
+            _ => interesting(random, 64),
+        };
+        (edit[1], edit[4]) = (region, page);
+        edit[2] = [1, 2, 7, 7, random.below(8) as u8][random.index(5)] | if random.one_in(6) { 0 } else { SEALED };
+        edit[3] = (random.below(4) as u8) << 2;
+        edit[6..8].copy_from_slice(&place.to_le_bytes());
+        edit[8..].copy_from_slice(&value.to_le_bytes());
+    }
 }
 
 fn with_image<T>(number: u8, work: impl FnOnce(&Image) -> T) -> T {
