@@ -7,7 +7,9 @@
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::{DiskFormatError, FORMAT_VERSION, RawKey, check, check_counters, check_seal, check_version, seal};
+use super::{
+    DiskFormatError, FORMAT_VERSION, RawKey, check, check_counters, check_seal, check_version, seal,
+};
 use crate::ids::{BlockKey, GroupId, StoreId, Version};
 use crate::units::{PAGE_SIZE, PAGES_PER_BLOCK, PAGES_PER_UNIT, UNITS_PER_BLOCK};
 use crate::wire::replication::RawVersion;

@@ -8,7 +8,9 @@
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::{DiskFormatError, FORMAT_VERSION, RawKey, check, check_counters, check_seal, check_version, seal};
+use super::{
+    DiskFormatError, FORMAT_VERSION, RawKey, check, check_counters, check_seal, check_version, seal,
+};
 use crate::checksum::crc32c;
 use crate::ids::{BlockKey, GroupId, Seq, StoreId, Version};
 use crate::limits::PAGES_PER_WRITE_MAX;

@@ -46,8 +46,10 @@ fn keep_panics_quiet() {
             if !PANIC.with_borrow(|panic| panic.is_some()) {
                 return loud(info);
             }
-            let (file, line) = info.location().map_or((String::new(), 0), |at| (at.file().to_owned(), at.line()));
-            let (file, line) = if file.starts_with("/rustc/") { caller().unwrap_or((file, line)) } else { (file, line) };
+            let (file, line) =
+                info.location().map_or((String::new(), 0), |at| (at.file().to_owned(), at.line()));
+            let (file, line) =
+                if file.starts_with("/rustc/") { caller().unwrap_or((file, line)) } else { (file, line) };
             let message = info.payload_as_str().unwrap_or("a panic without a message").to_owned();
             PANIC.set(Some(Panic { file, line, message }));
         }));
@@ -78,8 +80,15 @@ pub fn run_one(target: &Target, input: &[u8]) -> Outcome {
             let Some(Panic { file, line, message }) = panic else {
                 return Outcome::Finding("a panic that the hook did not see".to_owned());
             };
-            let known = target.known.iter().any(|known| file.ends_with(known.file) && message.contains(known.message));
-            if known { Outcome::Known } else { Outcome::Finding(format!("panic at {file}:{line}: {message}")) }
+            let known = target
+                .known
+                .iter()
+                .any(|known| file.ends_with(known.file) && message.contains(known.message));
+            if known {
+                Outcome::Known
+            } else {
+                Outcome::Finding(format!("panic at {file}:{line}: {message}"))
+            }
         }
     }
 }
@@ -110,7 +119,13 @@ pub struct Summary {
 }
 
 /// Runs inputs `first..` of a seed until the end or the first finding.
-pub fn run(target: &Target, seed: u64, first: u64, until: Until, mut before: impl FnMut(u64, &[u8])) -> Summary {
+pub fn run(
+    target: &Target,
+    seed: u64,
+    first: u64,
+    until: Until,
+    mut before: impl FnMut(u64, &[u8]),
+) -> Summary {
     let seeds = (target.seeds)();
     let started = Instant::now();
     let mut summary = Summary::default();

@@ -58,7 +58,8 @@ fn run(options: &Options) -> anyhow::Result<bool> {
         }
         return Ok(true);
     }
-    let find = |name: &String| targets::named(name).with_context(|| format!("no target {name}; --list shows them"));
+    let find =
+        |name: &String| targets::named(name).with_context(|| format!("no target {name}; --list shows them"));
     let chosen = options.targets.iter().map(find).collect::<anyhow::Result<Vec<_>>>()?;
     if let Some(file) = &options.file {
         ensure!(chosen.len() == 1, "name the one target that {} is for", file.display());

@@ -38,7 +38,13 @@ fn a_short_run_of_every_target_finds_nothing() {
             findings.push(format!("tools/fuzz {} --seed {SEED} --at {number}: {what}", target.name));
         }
         // A target that refuses everything looks at nothing but its first check.
-        assert!(summary.accepted > summary.inputs / 50, "{} accepts {} of {}", target.name, summary.accepted, summary.inputs);
+        assert!(
+            summary.accepted > summary.inputs / 50,
+            "{} accepts {} of {}",
+            target.name,
+            summary.accepted,
+            summary.inputs
+        );
     }
     assert!(findings.is_empty(), "{}", findings.join("\n"));
 }

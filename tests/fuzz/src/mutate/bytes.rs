@@ -108,8 +108,36 @@ fn add_to_integer(input: &mut [u8], random: &mut Random) {
 /// For texts: what a parser of numbers, units and quotes may trip over.
 pub fn mutate_text(input: &mut Vec<u8>, other: &[u8], random: &mut Random) {
     const PIECES: [&str; 30] = [
-        "0", "9", "-", "+", ".", "..", " ", "\t", "\n", "e", "E9", "kB", "KiB", "GiB", "PB", "B", "\"", "\\u0000",
-        "{", "}", "[", "]", ",", ":", "null", "true", "18446744073709551616", "\u{130}", "\u{feff}", "٣",
+        "0",
+        "9",
+        "-",
+        "+",
+        ".",
+        "..",
+        " ",
+        "\t",
+        "\n",
+        "e",
+        "E9",
+        "kB",
+        "KiB",
+        "GiB",
+        "PB",
+        "B",
+        "\"",
+        "\\u0000",
+        "{",
+        "}",
+        "[",
+        "]",
+        ",",
+        ":",
+        "null",
+        "true",
+        "18446744073709551616",
+        "\u{130}",
+        "\u{feff}",
+        "٣",
     ];
     if random.one_in(2) {
         let piece = PIECES[random.index(PIECES.len())].repeat(1 + random.index(3));

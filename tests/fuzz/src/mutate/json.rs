@@ -22,7 +22,8 @@ fn change(value: &mut Value, other: &Value, random: &mut Random) {
                 0 => drop(fields.remove(key)),
                 1 => {
                     let moved = fields.remove(key).unwrap_or_default();
-                    let renamed = keys[random.index(keys.len())].clone() + if random.one_in(2) { "" } else { "x" };
+                    let renamed =
+                        keys[random.index(keys.len())].clone() + if random.one_in(2) { "" } else { "x" };
                     fields.insert(renamed, moved);
                 }
                 2 => {

@@ -35,7 +35,8 @@ pub fn mutate(input: &mut Vec<u8>, other: &[u8], random: &mut Random) {
 
 fn change(fields: &mut Vec<Field>, others: &[Field], random: &mut Random) {
     // Most of a large message is in its depths.
-    let nested: Vec<usize> = (0..fields.len()).filter(|at| matches!(fields[*at].value, Value::Message(_))).collect();
+    let nested: Vec<usize> =
+        (0..fields.len()).filter(|at| matches!(fields[*at].value, Value::Message(_))).collect();
     if let Some(at) = random.pick(&nested)
         && !random.one_in(3)
         && let Value::Message(inner) = &mut fields[*at].value

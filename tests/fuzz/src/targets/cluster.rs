@@ -10,7 +10,9 @@ use xsan_controlplane::state::command::{Command, GroupChange, NewNode, NewVolume
 use xsan_controlplane::state::error::Refusal;
 use xsan_controlplane::state::image::Key;
 use xsan_protocol::error::Code;
-use xsan_protocol::ids::{BlockIndex, BootId, GroupId, Incarnation, NodeId, PoolId, ShardIndex, StoreId, VolumeId};
+use xsan_protocol::ids::{
+    BlockIndex, BootId, GroupId, Incarnation, NodeId, PoolId, ShardIndex, StoreId, VolumeId,
+};
 use xsan_protocol::map::{ClusterMap, DataProcess, Durability, Group, Member, Store};
 use xsan_protocol::proto;
 
@@ -33,7 +35,13 @@ pub const TARGETS: &[Target] = &[
         check: check_reply,
         ..MESSAGE
     },
-    Target { name: "state-image", what: "a snapshot of the state", seeds: image_seeds, check: check_image, ..MESSAGE },
+    Target {
+        name: "state-image",
+        what: "a snapshot of the state",
+        seeds: image_seeds,
+        check: check_image,
+        ..MESSAGE
+    },
     Target {
         name: "state-records",
         what: "the state's records, as a database holds them",
@@ -134,7 +142,11 @@ pub fn commands() -> Vec<Command> {
     vec![
         new_node(1),
         new_node(4),
-        Command::DataStarted { node: NodeId(2), process: process(4), damaged: vec![GroupId::new(PoolId(1), 1)] },
+        Command::DataStarted {
+            node: NodeId(2),
+            process: process(4),
+            damaged: vec![GroupId::new(PoolId(1), 1)],
+        },
         Command::StoreFailed { node: NodeId(1), incarnation: Incarnation(1000), store: StoreId(100) },
         Command::ReconfigureGroups(groups.iter().take(3).map(change).collect()),
         new_volume("vm-3", 1),
@@ -148,8 +160,11 @@ pub fn commands() -> Vec<Command> {
 
 fn replies() -> Vec<Reply> {
     let volume = state().map().volumes[&VolumeId(1)].clone();
-    let refusal =
-        Refusal { code: Code::VolumeExists, object: "volume vm-1".to_owned(), message: "it exists".to_owned() };
+    let refusal = Refusal {
+        code: Code::VolumeExists,
+        object: "volume vm-1".to_owned(),
+        message: "it exists".to_owned(),
+    };
     vec![
         Reply::Done,
         Reply::Node(NodeId(3)),
@@ -165,7 +180,9 @@ fn map_seeds() -> Vec<Vec<u8>> {
         state.apply(&new_node(1));
         state
     };
-    [ClusterState::default(), one, state()].map(|state| proto::ClusterMap::from(state.map()).encode_to_vec()).to_vec()
+    [ClusterState::default(), one, state()]
+        .map(|state| proto::ClusterMap::from(state.map()).encode_to_vec())
+        .to_vec()
 }
 
 fn check_map(bytes: &[u8]) -> anyhow::Result<Verdict> {
@@ -188,7 +205,10 @@ fn check_routes(map: &ClusterMap) -> anyhow::Result<()> {
     for pool in map.pools.values() {
         for group in pool.groups() {
             let members = &map.groups.get(&group).context("a pool without one of its groups")?.members;
-            ensure!(members.iter().all(|member| map.nodes.contains_key(&member.node)), "a member that is no node");
+            ensure!(
+                members.iter().all(|member| map.nodes.contains_key(&member.node)),
+                "a member that is no node"
+            );
             map.route(group);
         }
     }
@@ -203,13 +223,22 @@ fn check_routes(map: &ClusterMap) -> anyhow::Result<()> {
 fn check_command(bytes: &[u8]) -> anyhow::Result<Verdict> {
     let decoded = MESSAGE_BOUND.hold(bytes.len(), || Command::decode(bytes))?;
     if let Ok(command) = &decoded {
-        ensure!(Command::decode(&command.encode()).as_ref() == Ok(command), "a command is not the same after its encoding");
+        ensure!(
+            Command::decode(&command.encode()).as_ref() == Ok(command),
+            "a command is not the same after its encoding"
+        );
         let json = serde_json::to_vec(command)?;
-        ensure!(serde_json::from_slice::<Command>(&json)? == *command, "a command is not the same after its JSON");
+        ensure!(
+            serde_json::from_slice::<Command>(&json)? == *command,
+            "a command is not the same after its JSON"
+        );
         // Every node applies what is in the log: a command that ends one ends the cluster.
         let mut state = state();
         let (reply, _) = state.apply(command);
-        ensure!(Reply::decode(&reply.encode()).as_ref() == Ok(&reply), "{reply:?} is not the same after its encoding");
+        ensure!(
+            Reply::decode(&reply.encode()).as_ref() == Ok(&reply),
+            "{reply:?} is not the same after its encoding"
+        );
         survives(&state).with_context(|| format!("after {command:?}"))?;
         command.to_string();
     }
@@ -219,7 +248,10 @@ fn check_command(bytes: &[u8]) -> anyhow::Result<Verdict> {
 fn check_reply(bytes: &[u8]) -> anyhow::Result<Verdict> {
     let decoded = MESSAGE_BOUND.hold(bytes.len(), || Reply::decode(bytes))?;
     if let Ok(reply) = &decoded {
-        ensure!(Reply::decode(&reply.encode()).as_ref() == Ok(reply), "a reply is not the same after its encoding");
+        ensure!(
+            Reply::decode(&reply.encode()).as_ref() == Ok(reply),
+            "a reply is not the same after its encoding"
+        );
     }
     Ok(Verdict::of(&decoded))
 }

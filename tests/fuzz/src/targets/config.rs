@@ -18,14 +18,24 @@ pub const TARGETS: &[Target] = &[
         check: check_config,
         ..TEXT
     },
-    Target { name: "node-json", what: "node.json of a data directory", seeds: node_seeds, check: check_node, ..TEXT },
+    Target {
+        name: "node-json",
+        what: "node.json of a data directory",
+        seeds: node_seeds,
+        check: check_node,
+        ..TEXT
+    },
     Target {
         name: "size",
         what: "a size as people write it",
         form: Form::Text,
         bytes_max: 128,
         test_inputs: 20_000,
-        seeds: || ["100GB", "1.5 TiB", "4096", "0.5kB", "16384PiB", "1.500000MB"].map(|s| s.as_bytes().to_vec()).to_vec(),
+        seeds: || {
+            ["100GB", "1.5 TiB", "4096", "0.5kB", "16384PiB", "1.500000MB"]
+                .map(|s| s.as_bytes().to_vec())
+                .to_vec()
+        },
         check: check_size,
         ..TEXT
     },
@@ -73,7 +83,8 @@ fn config_seeds() -> Vec<Vec<u8>> {
 fn node_seeds() -> Vec<Vec<u8>> {
     let mut seeds = Vec::new();
     for text in config_seeds() {
-        let mut config = NodeConfig::decode_file(Path::new("/etc/xsan/node.conf"), &text).expect("a seed is valid");
+        let mut config =
+            NodeConfig::decode_file(Path::new("/etc/xsan/node.conf"), &text).expect("a seed is valid");
         config.cluster.cluster_id = "cluster-1".to_owned();
         config.cluster.node_id = "node-001".to_owned();
         seeds.push(config.encode_node().into_bytes());
@@ -83,7 +94,10 @@ fn node_seeds() -> Vec<Vec<u8>> {
 
 fn named(error: &ConfigError) -> anyhow::Result<()> {
     if let ConfigError::Field { source, .. } = error {
-        ensure!(!source.field.is_empty() && !source.problem.is_empty(), "an error that names no field: {error}");
+        ensure!(
+            !source.field.is_empty() && !source.problem.is_empty(),
+            "an error that names no field: {error}"
+        );
     }
     Ok(())
 }
@@ -136,11 +150,16 @@ fn check_size(bytes: &[u8]) -> anyhow::Result<Verdict> {
         let (size, amount) = (Size(bytes).to_string(), Amount(bytes).to_string());
         // Shown exactly or rounded: never off by more than a hundredth.
         for shown in [size, amount] {
-            let again = size::parse(&shown).or_else(|error| if error == size::SizeError::Fraction { Ok(bytes) } else { Err(error) });
+            let again = size::parse(&shown)
+                .or_else(|error| if error == size::SizeError::Fraction { Ok(bytes) } else { Err(error) });
             match again {
-                Ok(again) => ensure!(again.abs_diff(bytes) <= bytes / 100, "{bytes} bytes are shown as {shown}"),
+                Ok(again) => {
+                    ensure!(again.abs_diff(bytes) <= bytes / 100, "{bytes} bytes are shown as {shown}")
+                }
                 // 16 EiB less something are rounded up to more than there is.
-                Err(size::SizeError::TooLarge) => ensure!(bytes > u64::MAX / 100 * 99, "{bytes} bytes are shown as {shown}"),
+                Err(size::SizeError::TooLarge) => {
+                    ensure!(bytes > u64::MAX / 100 * 99, "{bytes} bytes are shown as {shown}")
+                }
                 Err(error) => anyhow::bail!("{bytes} bytes are shown as {shown}, which {error}"),
             }
         }

@@ -49,7 +49,8 @@ thread_local! {
 const BOUND: Bound = Bound::new(24, 128 * 1024);
 
 fn pages(count: usize) -> Buffer {
-    let mut buffer = POOL.with(|pool| pool.alloc(count * PAGE_SIZE)).expect("the pool is larger than any input");
+    let mut buffer =
+        POOL.with(|pool| pool.alloc(count * PAGE_SIZE)).expect("the pool is larger than any input");
     for (number, byte) in buffer.iter_mut().enumerate() {
         *byte = (number / 7) as u8;
     }
@@ -105,7 +106,9 @@ fn frames() -> Vec<Frame> {
             let meta = |meta| Frame { meta, ..frame.clone() };
             match opcode {
                 Opcode::Append | Opcode::FetchReply => with_pages(meta(append(EntryKind::Write)), 2),
-                Opcode::PeerInfo => meta(Meta::PeerInfo(PeerInfo { last: VERSION, durable: Seq(9), acked: Seq(8) })),
+                Opcode::PeerInfo => {
+                    meta(Meta::PeerInfo(PeerInfo { last: VERSION, durable: Seq(9), acked: Seq(8) }))
+                }
                 Opcode::Fetch => meta(Meta::Fetch(FetchMeta { from: Seq(4), to: Seq(900) })),
                 Opcode::Push => {
                     with_pages(meta(Meta::Push(PushMeta { version: VERSION, as_of: Seq(10) })), 16)
@@ -163,6 +166,7 @@ fn seeds() -> Vec<Vec<u8>> {
 }
 
 /// Makes the lengths and checksums of every frame of the stream right, as far as it is one.
+#[expect(clippy::ptr_arg, reason = "the type of every target's `fix`")]
 fn fix(bytes: &mut Vec<u8>, random: &mut Random) {
     let mut rest = &mut bytes[..];
     while let Some((head, behind)) = rest.split_at_mut_checked(HEADER_SIZE) {
@@ -174,9 +178,12 @@ fn fix(bytes: &mut Vec<u8>, random: &mut Random) {
             head[56..60].copy_from_slice(&claimed.min(behind.len() as u32).to_le_bytes());
         }
         seal_header(head);
-        let decode = |head: &[u8]| Header::decode(head.first_chunk().expect("cut to the size of a header")).ok();
+        let decode =
+            |head: &[u8]| Header::decode(head.first_chunk().expect("cut to the size of a header")).ok();
         let Some(header) = decode(head) else { return };
-        let Some((payload, next)) = behind.split_at_mut_checked(header.payload_length as usize) else { return };
+        let Some((payload, next)) = behind.split_at_mut_checked(header.payload_length as usize) else {
+            return;
+        };
         let Ok(shape) = Shape::of(&header) else { return };
         let (covered, data) = payload.split_at_mut(shape.head());
         for (entry, page) in covered[shape.meta..].chunks_exact_mut(4).zip(data.chunks_exact(PAGE_SIZE)) {
@@ -218,7 +225,7 @@ fn ready<T>(future: impl Future<Output = T>) -> anyhow::Result<T> {
     }
 }
 
-fn receive(bytes: &[u8]) -> anyhow::Result<(Vec<Frame>, ConnectionError)> {
+fn receive(bytes: &[u8], pool: &'static BufferPool) -> anyhow::Result<(Vec<Frame>, ConnectionError)> {
     // Chunks of an odd size cut headers and payloads; which, is as random as the input.
     let chunk = [61, 509, 4096, 70_000, usize::MAX][crc32c(bytes) as usize % 5];
     let mut receiver = Receiver::new(Stream { bytes, chunk }, HEADER_SIZE);
@@ -230,25 +237,28 @@ fn receive(bytes: &[u8]) -> anyhow::Result<(Vec<Frame>, ConnectionError)> {
             }
             receiver.grow(64 * 1024);
         }
-        let memory = Memory { pool: POOL.with(|pool| *pool), overflow: Rc::default() };
+        let memory = Memory { pool, overflow: Rc::default() };
         read_frames(&mut receiver, &memory, &Counters::default(), &mut |frames| received.extend(frames)).await
     })
     .map(|error| (received, error))
 }
 
 fn check(bytes: &[u8]) -> anyhow::Result<Verdict> {
-    let (received, error) = BOUND.hold(bytes.len(), || receive(bytes))??;
+    // Made before anything is counted: a process has one before it has connections.
+    let pool = POOL.with(|pool| *pool);
+    let (received, error) = BOUND.hold(bytes.len(), || receive(bytes, pool))??;
     let mut encoded = Vec::new();
     for frame in &received {
         encode(frame, &mut encoded);
     }
     // A hello is checked by a target of its own; here it only opens the stream.
-    let skipped = if bytes.get(9) == Some(&(Opcode::Hello as u8)) && !matches!(error, ConnectionError::Hello(_)) {
-        let header = bytes.first_chunk().and_then(|bytes| Header::decode(bytes).ok());
-        header.map_or(bytes.len(), |header| HEADER_SIZE + header.payload_length as usize).min(bytes.len())
-    } else {
-        0
-    };
+    let skipped =
+        if bytes.get(9) == Some(&(Opcode::Hello as u8)) && !matches!(error, ConnectionError::Hello(_)) {
+            let header = bytes.first_chunk().and_then(|bytes| Header::decode(bytes).ok());
+            header.map_or(bytes.len(), |header| HEADER_SIZE + header.payload_length as usize).min(bytes.len())
+        } else {
+            0
+        };
     ensure!(bytes[skipped..].starts_with(&encoded), "the frames received are not those that were sent");
     let whole = matches!(error, ConnectionError::Ended);
     ensure!(!whole || skipped + encoded.len() == bytes.len(), "bytes were dropped: {error}");
@@ -272,10 +282,14 @@ fn client_io(frame: Frame) -> anyhow::Result<()> {
     let id = RequestId { origin: Origin::Connection(1), number: frame.header.request_id };
     if let Ok(request) = frame_request(id, frame.clone()) {
         let again = request_frame(&request);
-        let same = |header: Header| (header.request_id, header.group, header.epoch, header.key, header.offset, header.length);
+        let same = |header: Header| {
+            (header.request_id, header.group, header.epoch, header.key, header.offset, header.length)
+        };
         ensure!(same(again.header) == same(frame.header), "{:?} became {:?}", frame.header, again.header);
         let reply = frame_request(id, again);
         ensure!(reply.is_ok(), "the frame of a request is refused: {:?}", reply.err());
     }
-    frame_answer(frame).map(drop).or_else(|code| Code::from_number(code.number()).map(drop).context("no such code"))
+    frame_answer(frame)
+        .map(drop)
+        .or_else(|code| Code::from_number(code.number()).map(drop).context("no such code"))
 }

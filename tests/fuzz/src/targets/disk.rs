@@ -7,7 +7,9 @@ use xsan_dataplane::testing::Random;
 use xsan_protocol::checksum::crc32c;
 use xsan_protocol::disk::block_record::{self, BlockRecord, RECORD_SIZE, Remains, UnitRecord};
 use xsan_protocol::disk::checkpoint::{self, Checkpoint, GROUPS_MAX, GroupRow};
-use xsan_protocol::disk::journal::{self, BatchHead, BatchHeader, Descriptor, HEAD_BYTES_MAX, HeadWriter, Kind};
+use xsan_protocol::disk::journal::{
+    self, BatchHead, BatchHeader, Descriptor, HEAD_BYTES_MAX, HeadWriter, Kind,
+};
 use xsan_protocol::disk::superblock::{self, Extent, Role, Superblock};
 use xsan_protocol::ids::{GroupId, Seq, StoreId, Version};
 use xsan_protocol::units::{PAGE_SIZE, PageRange, UNITS_PER_BLOCK};
@@ -66,7 +68,6 @@ const RECORD: Target = Target {
     check: |_| Ok(Verdict::Refused),
     known: &[],
 };
-
 
 /// Stamps magic and checksum onto a record.
 pub fn seal(record: &mut [u8], magic: [u8; 8]) {
@@ -160,7 +161,10 @@ fn check_checkpoint(bytes: &[u8]) -> anyhow::Result<Verdict> {
         checkpoint.encode(&mut encoded);
         // What is behind the record in its slot belongs to an older, longer one.
         ensure!(bytes.starts_with(&encoded), "a checkpoint decodes that no encoder makes: {checkpoint:?}");
-        ensure!(Checkpoint::decode(&encoded).as_ref() == Ok(checkpoint), "it is not the same after its encoding");
+        ensure!(
+            Checkpoint::decode(&encoded).as_ref() == Ok(checkpoint),
+            "it is not the same after its encoding"
+        );
     }
     Ok(Verdict::of(&decoded))
 }
@@ -200,7 +204,8 @@ fn head_seeds() -> Vec<Vec<u8>> {
         descriptor(Kind::PushZero, unit, 0),
         descriptor(Kind::Reset, PageRange::new(0, 1), 0),
     ];
-    let many: Vec<_> = (0..100).map(|number| descriptor(Kind::Write, PageRange::new(4, 2), number * 2)).collect();
+    let many: Vec<_> =
+        (0..100).map(|number| descriptor(Kind::Write, PageRange::new(4, 2), number * 2)).collect();
     let batches = [(&all[..], 24), (&all[1..2], 0), (&many[..], 200)];
     let seeds = batches.map(|(descriptors, data_pages)| {
         let header = BatchHeader {
@@ -233,12 +238,19 @@ fn check_head(bytes: &[u8]) -> anyhow::Result<Verdict> {
     let decoded = Bound::new(3, 0).hold(bytes.len(), || journal::decode(bytes))?;
     if let Ok(BatchHead { header, descriptors, checksums }) = &decoded {
         ensure!(header.head_bytes() == bytes.len(), "a head of another length");
-        ensure!(checksums.len() == header.data_pages as usize, "{} checksums for {header:?}", checksums.len());
+        ensure!(
+            checksums.len() == header.data_pages as usize,
+            "{} checksums for {header:?}",
+            checksums.len()
+        );
         for descriptor in descriptors {
             let end = descriptor.data_page as usize + usize::from(descriptor.pages.count);
             ensure!(!descriptor.kind.has_data() || end <= checksums.len(), "{descriptor:?} has no checksums");
         }
-        ensure!(encode_head(*header, descriptors, checksums) == bytes, "a head decodes that no encoder makes");
+        ensure!(
+            encode_head(*header, descriptors, checksums) == bytes,
+            "a head decodes that no encoder makes"
+        );
     }
     Ok(Verdict::of(&decoded))
 }

@@ -2,7 +2,9 @@
 
 use anyhow::ensure;
 use xsan_dataplane::gateway::nbd::rules::{self, Agreed, Command, REQUEST_BYTES_MAX};
-use xsan_dataplane::gateway::nbd::wire::{self, ContextQuery, ExportQuery, OptionHeader, Request, command, flag, option};
+use xsan_dataplane::gateway::nbd::wire::{
+    self, ContextQuery, ExportQuery, OptionHeader, Request, command, flag, option,
+};
 use xsan_dataplane::testing::Random;
 use xsan_protocol::limits::FRAME_DATA_MAX;
 use xsan_protocol::units::{BLOCK_SIZE, PAGE_SIZE};
@@ -60,9 +62,11 @@ fn encode_option(number: u32, payload: &[u8]) -> Vec<u8> {
 }
 
 fn option_seeds() -> Vec<Vec<u8>> {
-    let query = [&string("vm-1")[..], &2_u16.to_be_bytes(), &3_u16.to_be_bytes(), &1_u16.to_be_bytes()].concat();
+    let query =
+        [&string("vm-1")[..], &2_u16.to_be_bytes(), &3_u16.to_be_bytes(), &1_u16.to_be_bytes()].concat();
     let contexts =
-        [&string("vm-1")[..], &2_u32.to_be_bytes(), &string("base:"), &string(wire::CONTEXT_ALLOCATION)].concat();
+        [&string("vm-1")[..], &2_u32.to_be_bytes(), &string("base:"), &string(wire::CONTEXT_ALLOCATION)]
+            .concat();
     let none = [&string("größe")[..], &0_u32.to_be_bytes()].concat();
     vec![
         encode_option(option::EXPORT_NAME, b"vm-1"),
@@ -88,8 +92,13 @@ fn fix_option(bytes: &mut Vec<u8>, random: &mut Random) {
 fn check_option(bytes: &[u8]) -> anyhow::Result<Verdict> {
     let Some((head, payload)) = bytes.split_first_chunk() else { return Ok(Verdict::Refused) };
     let nothing = Bound::new(0, 0);
-    let Ok(header) = nothing.hold(bytes.len(), || OptionHeader::decode(head))? else { return Ok(Verdict::Refused) };
-    ensure!(encode_option(header.option, &[])[..12] == head[..12], "an option decodes from what no encoder makes");
+    let Ok(header) = nothing.hold(bytes.len(), || OptionHeader::decode(head))? else {
+        return Ok(Verdict::Refused);
+    };
+    ensure!(
+        encode_option(header.option, &[])[..12] == head[..12],
+        "an option decodes from what no encoder makes"
+    );
     let payload = &payload[..payload.len().min(header.length as usize)];
     // Any option may be taken for any other by the fuzzer: each decoder must stand each payload.
     let export = nothing.hold(payload.len(), || ExportQuery::decode(payload))?;
@@ -146,7 +155,11 @@ fn check_request(bytes: &[u8]) -> anyhow::Result<Verdict> {
             let end = u128::from(request.offset) + u128::from(request.length);
             ensure!(request.length > 0 && end <= u128::from(size_bytes), "{found:?} is let in past the end");
             if matches!(found, Command::Read { .. } | Command::Write { .. }) {
-                ensure!(request.length <= REQUEST_BYTES_MAX, "{found:?} of {} bytes is let in", request.length);
+                ensure!(
+                    request.length <= REQUEST_BYTES_MAX,
+                    "{found:?} of {} bytes is let in",
+                    request.length
+                );
                 check_pieces(&request)?;
             }
         }

@@ -167,7 +167,10 @@ fn ready<T>(future: impl Future<Output = T>) -> anyhow::Result<T> {
 
 fn check_link(bytes: &[u8]) -> anyhow::Result<Verdict> {
     // A header may claim a payload that never comes: as much as a frame may have, and no more.
-    let bound = Bound::new(MESSAGE_BOUND.factor, xsan_protocol::limits::LINK_FRAME_MAX as u64 + MESSAGE_BOUND.constant);
+    let bound = Bound::new(
+        MESSAGE_BOUND.factor,
+        xsan_protocol::limits::LINK_FRAME_MAX as u64 + MESSAGE_BOUND.constant,
+    );
     let mut rest = bytes;
     let mut verdict = Verdict::Refused;
     loop {
@@ -222,4 +225,3 @@ fn check_log(bytes: &[u8]) -> anyhow::Result<Verdict> {
     }
     Ok(Verdict::of(&decoded))
 }
-

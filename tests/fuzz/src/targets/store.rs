@@ -102,7 +102,10 @@ impl Rig {
             }
             for action in actions {
                 if let Some((offset, length)) = extent(&action) {
-                    ensure!(offset + length <= DEVICE_BYTES, "{length} bytes at {offset} are beyond the device");
+                    ensure!(
+                        offset + length <= DEVICE_BYTES,
+                        "{length} bytes at {offset} are beyond the device"
+                    );
                 }
                 let mark = self.device.mark();
                 self.store.on_disk(self.device.carry_out(action, mark));
@@ -160,12 +163,18 @@ impl Rig {
     }
 
     /// The pages that could be read and their bytes.
-    fn read(&mut self, group: GroupId, block: BlockKey, pages: PageRange) -> anyhow::Result<Vec<(u16, Vec<u8>)>> {
+    fn read(
+        &mut self,
+        group: GroupId,
+        block: BlockKey,
+        pages: PageRange,
+    ) -> anyhow::Result<Vec<(u16, Vec<u8>)>> {
         let buffer = pool().alloc(pages.bytes()).context("the pool is short")?;
         self.store.read(99, group, block, pages, buffer);
         self.settle()?;
         let at = self.events.iter().position(|event| matches!(event, StoreEvent::ReadDone { token: 99, .. }));
-        let StoreEvent::ReadDone { result, .. } = self.events.swap_remove(at.context("a read does not end")?) else {
+        let StoreEvent::ReadDone { result, .. } = self.events.swap_remove(at.context("a read does not end")?)
+        else {
             anyhow::bail!("found as such")
         };
         let (buffer, checksums, damaged) = match result {
@@ -188,7 +197,9 @@ impl Rig {
 fn extent(action: &DiskAction) -> Option<(u64, u64)> {
     match action {
         DiskAction::Read { offset, buffer, .. } => Some((*offset, buffer.len() as u64)),
-        DiskAction::Write { offset, parts, .. } => Some((*offset, parts.iter().map(|part| part.len() as u64).sum())),
+        DiskAction::Write { offset, parts, .. } => {
+            Some((*offset, parts.iter().map(|part| part.len() as u64).sum()))
+        }
         DiskAction::Flush { .. } => None,
     }
 }
@@ -240,7 +251,9 @@ impl Image {
         let mut content = 1000;
         let mut round = |rig: &mut Rig, written: &mut Written| {
             for group in GROUPS {
-                for (block, pages) in [(0, PageRange::new(0, 20)), (1, PageRange::new(14, 6)), (0, PageRange::new(3, 1))] {
+                for (block, pages) in
+                    [(0, PageRange::new(0, 20)), (1, PageRange::new(14, 6)), (0, PageRange::new(3, 1))]
+                {
                     content += 100;
                     note(written, group, block, pages, content);
                     rig.write_through(group, block, pages, Some(content));
@@ -268,7 +281,10 @@ impl Image {
         }
         // Entries that are in the journal and not acknowledged.
         for block in 0..2 {
-            assert!(rig.write(GROUPS[0], key(block), PageRange::new(5, 2), Some(9000)), "a new store has room");
+            assert!(
+                rig.write(GROUPS[0], key(block), PageRange::new(5, 2), Some(9000)),
+                "a new store has room"
+            );
             note(&mut written, GROUPS[0], block, PageRange::new(5, 2), 9000);
         }
         rig.settle().expect("a new store comes to rest");
@@ -447,7 +463,8 @@ fn fix(bytes: &mut Vec<u8>, random: &mut Random) {
             _ => interesting(random, 64),
         };
         (edit[1], edit[4]) = (region, page);
-        edit[2] = [1, 2, 7, 7, random.below(8) as u8][random.index(5)] | if random.one_in(6) { 0 } else { SEALED };
+        edit[2] =
+            [1, 2, 7, 7, random.below(8) as u8][random.index(5)] | if random.one_in(6) { 0 } else { SEALED };
         edit[3] = (random.below(4) as u8) << 2;
         edit[6..8].copy_from_slice(&place.to_le_bytes());
         edit[8..].copy_from_slice(&value.to_le_bytes());
@@ -484,7 +501,10 @@ fn examine(image: &Image, device: &SimDevice, sealed: bool) -> anyhow::Result<Ve
     for group in &recovered.groups {
         for entry in &group.pending {
             let Some(data) = &entry.data else { continue };
-            ensure!(page_checksums(&data.bytes) == data.checksums, "pending data does not match its checksums");
+            ensure!(
+                page_checksums(&data.bytes) == data.checksums,
+                "pending data does not match its checksums"
+            );
         }
     }
     look_at(&mut rig, image, sealed)?;
@@ -520,7 +540,10 @@ fn look_at(rig: &mut Rig, image: &Image, sealed: bool) -> anyhow::Result<()> {
             for (page, bytes) in rig.read(group, key(block), PAGES)? {
                 let is_zero = bytes.iter().all(|byte| *byte == 0);
                 let known = is_zero || image.written.contains(&(group, block, page, crc32c(&bytes)));
-                ensure!(known || sealed, "page {page} of block {block} of group {group} is what nobody wrote there");
+                ensure!(
+                    known || sealed,
+                    "page {page} of block {block} of group {group} is what nobody wrote there"
+                );
             }
         }
     }

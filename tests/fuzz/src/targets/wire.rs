@@ -34,7 +34,12 @@ pub const TARGETS: &[Target] = &[
         check: check_hello,
         ..fixed("hello", 512)
     },
-    Target { what: "meta of Append and FetchReply", seeds: append_seeds, check: check_append, ..fixed("append-meta", 96) },
+    Target {
+        what: "meta of Append and FetchReply",
+        seeds: append_seeds,
+        check: check_append,
+        ..fixed("append-meta", 96)
+    },
     Target {
         what: "meta of PeerInfo",
         seeds: || vec![PeerInfo { last: VERSION, durable: Seq(9), acked: Seq(8) }.encode().to_vec()],
@@ -125,7 +130,10 @@ fn check_header(bytes: &[u8]) -> anyhow::Result<Verdict> {
     match decoded {
         Ok(header) => {
             ensure!(header.encode() == *bytes, "a header decodes that no encoder makes");
-            ensure!(header.payload_length as usize <= Header::payload_max(header.opcode), "payload_length is too large");
+            ensure!(
+                header.payload_length as usize <= Header::payload_max(header.opcode),
+                "payload_length is too large"
+            );
         }
         Err(error) => ensure!(error.code().number() > 0, "an error without a number"),
     }
@@ -213,13 +221,22 @@ pub fn versions(count: u32) -> Vec<u8> {
 fn check_lists(bytes: &[u8]) -> anyhow::Result<Verdict> {
     let digests = NOTHING.hold(bytes.len(), || BlockDigest::list(bytes))?;
     let versions = NOTHING.hold(bytes.len(), || BlockVersions::list(bytes))?;
-    ensure!(digests.is_ok() == bytes.len().is_multiple_of(size_of::<BlockDigest>()), "a list of part of a digest");
-    ensure!(versions.is_ok() == bytes.len().is_multiple_of(size_of::<BlockVersions>()), "a list of part of a block");
+    ensure!(
+        digests.is_ok() == bytes.len().is_multiple_of(size_of::<BlockDigest>()),
+        "a list of part of a digest"
+    );
+    ensure!(
+        versions.is_ok() == bytes.len().is_multiple_of(size_of::<BlockVersions>()),
+        "a list of part of a block"
+    );
     for entry in digests.iter().copied().flatten() {
         ensure!(BlockDigest::new(entry.key(), entry.digest()) == *entry, "{entry:?} is not the same again");
     }
     for entry in versions.iter().copied().flatten() {
-        ensure!(BlockVersions::new(entry.key(), &entry.versions()) == *entry, "{entry:?} is not the same again");
+        ensure!(
+            BlockVersions::new(entry.key(), &entry.versions()) == *entry,
+            "{entry:?} is not the same again"
+        );
     }
     Ok(if digests.is_ok() || versions.is_ok() { Verdict::Accepted } else { Verdict::Refused })
 }
