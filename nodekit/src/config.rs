@@ -273,7 +273,15 @@ impl NodeConfig {
     /// The file can not be read, is no JSON, or has an unknown or malformed field.
     pub fn read_file(file: &Path) -> Result<Self, ConfigError> {
         let text = fs::read(file).map_err(|source| ConfigError::Read { file: file.into(), source })?;
-        let value = serde_json::from_slice(&text)
+        Self::decode_file(file, &text)
+    }
+
+    /// As [`NodeConfig::read_file`], of what was read.
+    ///
+    /// # Errors
+    /// `text` is no JSON, or has an unknown or malformed field.
+    pub fn decode_file(file: &Path, text: &[u8]) -> Result<Self, ConfigError> {
+        let value = serde_json::from_slice(text)
             .map_err(|source| ConfigError::Syntax { file: file.into(), source })?;
         let mut config =
             decode::config_file(value).map_err(|source| ConfigError::Field { file: file.into(), source })?;
@@ -294,7 +302,16 @@ impl NodeConfig {
             }
             Err(source) => return Err(ConfigError::Read { file, source }),
         };
-        let value = match serde_json::from_slice(&text) {
+        Self::decode_node(data_dir, &text)
+    }
+
+    /// As [`NodeConfig::load`], of what `node.json` holds.
+    ///
+    /// # Errors
+    /// `text` is not valid.
+    pub fn decode_node(data_dir: &Path, text: &[u8]) -> Result<Self, ConfigError> {
+        let file = data_dir.join(NODE_FILE);
+        let value = match serde_json::from_slice(text) {
             Ok(value) => value,
             Err(source) => return Err(ConfigError::Syntax { file, source }),
         };
@@ -312,10 +329,13 @@ impl NodeConfig {
     /// The data directory can not be written.
     pub fn save(&self) -> Result<(), ConfigError> {
         let file = self.cluster.data_dir.join(NODE_FILE);
-        let mut text = serde_json::to_string_pretty(&encode::node_file(self))
-            .expect("a JSON value without maps of other keys can always be written");
-        text.push('\n');
-        replace(&file, text.as_bytes()).map_err(|source| ConfigError::Write { file, source })
+        replace(&file, self.encode_node().as_bytes()).map_err(|source| ConfigError::Write { file, source })
+    }
+
+    /// The content of `node.json`.
+    pub fn encode_node(&self) -> String {
+        let text = serde_json::to_string_pretty(&encode::node_file(self));
+        text.expect("a JSON value without maps of other keys can always be written") + "\n"
     }
 
     /// Takes the node out of its data directory, one that no cluster has taken in.

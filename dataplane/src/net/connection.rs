@@ -18,7 +18,9 @@ use std::rc::Rc;
 use std::task::Poll;
 use std::time::Duration;
 
-use monoio::io::{AsyncWriteRent, AsyncWriteRentExt, OwnedReadHalf, OwnedWriteHalf, Splitable};
+use monoio::io::{
+    AsyncReadRent, AsyncWriteRent, AsyncWriteRentExt, OwnedReadHalf, OwnedWriteHalf, Splitable,
+};
 use monoio::net::TcpStream;
 use xsan_protocol::error::Code;
 use xsan_protocol::wire::header::{HEADER_SIZE, Header, HeaderError, Opcode};
@@ -222,7 +224,11 @@ async fn refuse(writer: &mut OwnedWriteHalf<TcpStream>, code: Code) -> Connectio
     }
 }
 
-async fn receive_hello(receiver: &mut Receiver<OwnedReadHalf<TcpStream>>) -> Result<Hello, ConnectionError> {
+/// Receives the hello that opens a connection.
+///
+/// # Errors
+/// It is none, or the peer refuses.
+pub async fn receive_hello<R: AsyncReadRent>(receiver: &mut Receiver<R>) -> Result<Hello, ConnectionError> {
     let bytes = receiver.array::<HEADER_SIZE>().await?.ok_or(ConnectionError::Ended)?;
     let header = Header::decode(&bytes)?;
     if let Some(code) = header.status {
@@ -240,9 +246,9 @@ async fn receive_hello(receiver: &mut Receiver<OwnedReadHalf<TcpStream>>) -> Res
     Ok(Hello::decode(&payload)?)
 }
 
-/// Receives frames for ever; a batch is handed over before anything is waited for.
-async fn read_frames(
-    receiver: &mut Receiver<OwnedReadHalf<TcpStream>>,
+/// Receives frames until the stream ends or breaks; a batch is handed over before anything is waited for.
+pub async fn read_frames<R: AsyncReadRent>(
+    receiver: &mut Receiver<R>,
     memory: &Memory,
     counters: &Counters,
     on_frames: &mut impl FnMut(Vec<Frame>),
@@ -273,8 +279,8 @@ fn hand_over(batch: &mut Vec<Frame>, on_frames: &mut impl FnMut(Vec<Frame>)) {
     }
 }
 
-async fn read_frame(
-    receiver: &mut Receiver<OwnedReadHalf<TcpStream>>,
+async fn read_frame<R: AsyncReadRent>(
+    receiver: &mut Receiver<R>,
     memory: &Memory,
     head: &mut Vec<u8>,
     batch: &mut Vec<Frame>,

@@ -171,6 +171,8 @@ impl Fields {
     }
 
     fn path_of(&self, name: &str) -> String {
+        // JSON allows a field without a name; an error must point at it all the same.
+        let name = if name.is_empty() { "\"\"" } else { name };
         if self.path.is_empty() { name.to_owned() } else { format!("{}.{name}", self.path) }
     }
 

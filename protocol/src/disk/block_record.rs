@@ -7,7 +7,9 @@
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::{DiskFormatError, FORMAT_VERSION, RawKey, check, check_seal, check_version, seal};
+use super::{
+    DiskFormatError, FORMAT_VERSION, RawKey, check, check_counters, check_seal, check_version, seal,
+};
 use crate::ids::{BlockKey, GroupId, StoreId, Version};
 use crate::units::{PAGE_SIZE, PAGES_PER_BLOCK, PAGES_PER_UNIT, UNITS_PER_BLOCK};
 use crate::wire::replication::RawVersion;
@@ -186,6 +188,8 @@ impl BlockRecord {
         check(header.encryption == 0, "encryption")?;
         check(header.reserved == [0; 24], "reserved")?;
         check(raw.cycle == header.cycle, "cycle")?;
+        let RawHeader { generation, cycle, entry_position, push_position, .. } = *header;
+        check_counters(&[generation, cycle, entry_position, push_position], "counters")?;
         check(raw.padding.iter().all(|byte| *byte == 0), "padding")?;
         let mut units = Box::new([UnitRecord::EMPTY; UNITS_PER_BLOCK]);
         let mut size = 0;

@@ -5,7 +5,7 @@
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::{DiskFormatError, FORMAT_VERSION, check, check_seal, check_version, seal};
+use super::{DiskFormatError, FORMAT_VERSION, check, check_counters, check_seal, check_version, seal};
 use crate::ids::{GroupId, StoreId, Version};
 use crate::units::PAGE_SIZE;
 use crate::wire::replication::RawVersion;
@@ -146,14 +146,18 @@ impl Checkpoint {
         check_version(raw.version.get())?;
         check(raw.damaged <= 1, "damaged")?;
         check(raw.reserved == 0 && raw.padding == [0; 56], "reserved")?;
+        check_counters(&[raw.number, raw.tail, raw.flushed, raw.session, raw.session_start], "counters")?;
         let page = PAGE_SIZE as u64;
         check(raw.tail.get().is_multiple_of(page), "tail")?;
         check(raw.flushed.get() >= raw.tail.get(), "flushed")?;
         check(raw.session_start.get().is_multiple_of(page), "session_start")?;
-        let rows = <[RawGroup]>::ref_from_bytes(&record[HEADER_SIZE..HEADER_SIZE + group_count * GROUP_SIZE]);
+        let (rows, padding) = record[HEADER_SIZE..].split_at(group_count * GROUP_SIZE);
+        check(padding.iter().all(|byte| *byte == 0), "padding")?;
+        let rows = <[RawGroup]>::ref_from_bytes(rows);
         let mut groups = Vec::with_capacity(group_count);
         for row in rows.expect("cut to whole rows") {
             check(row.damaged <= 1 && row.reserved == [0; 7], "group reserved")?;
+            check_counters(&[row.reset_position], "reset_position")?;
             let group = GroupId(row.group.get());
             groups.push(GroupRow {
                 group,

@@ -8,7 +8,9 @@
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::{DiskFormatError, FORMAT_VERSION, RawKey, check, check_seal, check_version, seal};
+use super::{
+    DiskFormatError, FORMAT_VERSION, RawKey, check, check_counters, check_seal, check_version, seal,
+};
 use crate::checksum::crc32c;
 use crate::ids::{BlockKey, GroupId, Seq, StoreId, Version};
 use crate::limits::PAGES_PER_WRITE_MAX;
@@ -257,6 +259,7 @@ pub fn decode(head: &[u8]) -> Result<BatchHead, DiskFormatError> {
     let (raw, rest) = RawHeader::ref_from_prefix(head).expect("peek read it");
     check_version(raw.version.get())?;
     check(raw.reserved.get() == 0 && raw.padding == [0; 64], "reserved")?;
+    check_counters(&[raw.position, raw.session], "counters")?;
     check(header.descriptor_count > 0, "descriptor_count")?;
     check(header.position.is_multiple_of(PAGE_SIZE as u64), "position")?;
     check(header.previous_end <= header.position, "previous_end")?;

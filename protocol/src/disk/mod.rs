@@ -22,6 +22,10 @@ pub mod superblock;
 /// Version of all the on-disk formats of a store; a reader refuses any other.
 pub const FORMAT_VERSION: u16 = 1;
 
+/// Positions, generations and the like that grow for as long as a store lives stay below this (as a journal's position
+/// does for 29 years at 10 GB/s), so that a reader may add to what it read.
+pub const COUNTER_END: u64 = 1 << 63;
+
 /// Bytes that the checksum does not cover: the magic, which is compared, and the checksum itself.
 const SEAL_SIZE: usize = 12;
 
@@ -73,6 +77,10 @@ fn check_version(found: u16) -> Result<(), DiskFormatError> {
 
 fn check(condition: bool, field: &'static str) -> Result<(), DiskFormatError> {
     if condition { Ok(()) } else { Err(DiskFormatError::Field { field }) }
+}
+
+fn check_counters(counters: &[U64], field: &'static str) -> Result<(), DiskFormatError> {
+    check(counters.iter().all(|counter| counter.get() < COUNTER_END), field)
 }
 
 /// A block's name on disk.

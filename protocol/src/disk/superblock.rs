@@ -3,7 +3,7 @@
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::{DiskFormatError, FORMAT_VERSION, check, check_seal, check_version, seal};
+use super::{DiskFormatError, FORMAT_VERSION, check, check_counters, check_seal, check_version, seal};
 use crate::ids::StoreId;
 use crate::limits::NAME_BYTES_MAX;
 use crate::units::{PAGE_SIZE, UNIT_SIZE};
@@ -163,7 +163,8 @@ impl Superblock {
         check(raw.cluster_id[id_length..].iter().all(|byte| *byte == 0), "cluster_id")?;
         let cluster_id = std::str::from_utf8(&raw.cluster_id[..id_length]);
         let device_bytes = raw.device_bytes.get();
-        Ok(Self {
+        check_counters(&[raw.generation], "generation")?;
+        let superblock = Self {
             role,
             store: StoreId(raw.store.get()),
             cluster_id: cluster_id.map_err(|_| DiskFormatError::Field { field: "cluster_id" })?.to_owned(),
@@ -175,6 +176,18 @@ impl Superblock {
             checkpoints: raw.checkpoints.decode(device_bytes, "checkpoints")?,
             records: raw.records.decode(device_bytes, "records")?,
             units: raw.units.decode(device_bytes, "units")?,
+        };
+        check(superblock.parts_are_apart(), "extents")?;
+        Ok(superblock)
+    }
+
+    /// Does no part lie on another, or on a copy of the superblock?
+    fn parts_are_apart(&self) -> bool {
+        let copies = OFFSETS.map(|offset| Extent { offset, bytes: Self::SIZE as u64 });
+        let parts = [copies[0], copies[1], self.journal, self.checkpoints, self.records, self.units];
+        let overlap = |a: &Extent, b: &Extent| a.offset < b.end() && b.offset < a.end();
+        parts.iter().enumerate().all(|(index, part)| {
+            part.bytes == 0 || parts[..index].iter().all(|other| other.bytes == 0 || !overlap(part, other))
         })
     }
 }

@@ -13,7 +13,7 @@
 mod budget;
 mod handshake;
 mod outbox;
-mod rules;
+pub mod rules;
 mod session;
 pub mod wire;
 

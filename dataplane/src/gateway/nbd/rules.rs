@@ -9,7 +9,7 @@ use xsan_protocol::units::{BLOCK_SIZE, PAGE_SIZE, SECTOR_SIZE};
 use super::wire::{Errno, Request, command, flag};
 
 /// Most bytes that one read or write carries; told to clients in the handshake.
-pub(super) const REQUEST_BYTES_MAX: u32 = 32 * 1024 * 1024;
+pub const REQUEST_BYTES_MAX: u32 = 32 * 1024 * 1024;
 /// Longest read whose reply is held back until all of its pieces are there: such a reply is one header and one
 /// run of data (no structured replies, or "do not fragment"), which can not tell of an error once it has begun.
 pub(super) const ASSEMBLED_BYTES_MAX: u32 = 4 * 1024 * 1024;
@@ -21,7 +21,7 @@ const _: () = assert!(BLOCK_SIZE.is_multiple_of(FRAME_DATA_MAX));
 
 /// A request that may be carried out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Command {
+pub enum Command {
     Read { dont_fragment: bool },
     Write { fua: bool },
     Flush,
@@ -33,7 +33,7 @@ pub(super) enum Command {
 
 /// What the client agreed to in the handshake.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Agreed {
+pub struct Agreed {
     pub structured: bool,
     pub allocation: bool,
 }
@@ -41,7 +41,7 @@ pub(super) struct Agreed {
 /// The command of a request, if it can be carried out on a volume of `size_bytes`.
 ///
 /// Reads past the end are `Inval`, writes past it `NoSpc`, as the protocol has it.
-pub(super) fn check(request: &Request, agreed: Agreed, size_bytes: u64) -> Result<Command, Errno> {
+pub fn check(request: &Request, agreed: Agreed, size_bytes: u64) -> Result<Command, Errno> {
     // The protocol allows FUA on every command, and known clients set it on reads.
     let allowed = flag::FUA
         | match request.command {
@@ -104,13 +104,13 @@ pub(super) fn errno(code: Code, writes: bool) -> Errno {
 /// A part of a read or write: within one block, at most `FRAME_DATA_MAX` bytes, and ending on a page boundary
 /// unless the request itself does not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Piece {
+pub struct Piece {
     pub offset: u64,
     pub length: usize,
 }
 
 /// Cuts a request, in order.
-pub(super) fn pieces(offset: u64, length: u32) -> impl Iterator<Item = Piece> + Clone {
+pub fn pieces(offset: u64, length: u32) -> impl Iterator<Item = Piece> + Clone {
     let end = offset + u64::from(length);
     let mut next = offset;
     std::iter::from_fn(move || {
