@@ -241,7 +241,8 @@ fn pick_primary(
         .primary
         .filter(|primary| acting().filter(able).any(|member| member.node == *primary) && !leaving(*primary));
     keep.or_else(|| {
-        counts.least(acting().filter(able).map(|member| member.node).filter(|node| !leaving(*node)))
+        let wanted = |node: &NodeId| !leaving(*node) && !view.state.avoids(*node);
+        counts.least(acting().filter(able).map(|member| member.node).filter(wanted))
     })
     .or_else(|| counts.least(acting().filter(able).map(|member| member.node)))
     .or(group.primary)
