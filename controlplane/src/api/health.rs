@@ -122,7 +122,8 @@ fn of_node(survey: &Survey, status: &proto::NodeStatus, found: &mut Found) {
     }
     for slow in answer.status.data.iter().flat_map(|data| &data.slow_members) {
         let nodes = &survey.state.map().nodes;
-        let whom = nodes.get(&NodeId(slow.node)).map_or_else(|| slow.node.to_string(), |node| node.name.clone());
+        let whom =
+            nodes.get(&NodeId(slow.node)).map_or_else(|| slow.node.to_string(), |node| node.name.clone());
         let (own, peers, seen_by) = (slow.us_p99, slow.us_p99_peers, name(status));
         let message = format!("p99 {own} µs, its peers {peers} µs, seen by node {seen_by}");
         found.add(Check::SlowMember, format!("node {whom}"), message);

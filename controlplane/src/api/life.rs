@@ -81,7 +81,8 @@ pub async fn remove_node(
         plan.volumes_lost = volumes_of(&survey, &lost);
         is_up(&survey, node)
     } else {
-        without_room(&survey, node, &moves, replica_bytes).or_else(|| dead_and_alone(&survey, node, lost.len()))
+        without_room(&survey, node, &moves, replica_bytes)
+            .or_else(|| dead_and_alone(&survey, node, lost.len()))
     };
     let command = Command::LeaveNode { node: node.id, departure };
     carry_out(context, &survey, command, plan, refusal, request.dry_run).await
@@ -163,14 +164,15 @@ fn space(survey: &Survey, node: NodeId) -> Option<(u64, u64)> {
 
 /// Bytes of one replica of a group: on `node`, or on the others when it does not answer.
 fn replica_bytes(survey: &Survey, node: NodeId) -> u64 {
-    let replicas = |node: NodeId| {
-        survey.state.groups().filter(|(_, group)| group.member(node).is_some()).count() as u64
-    };
+    let replicas =
+        |node: NodeId| survey.state.groups().filter(|(_, group)| group.member(node).is_some()).count() as u64;
     if let Some((used, _)) = space(survey, node) {
         return used.checked_div(replicas(node)).unwrap_or(0);
     }
-    let told: Vec<_> = survey.answers.keys().filter_map(|node| Some((space(survey, *node)?.0, *node))).collect();
-    let (used, held) = told.iter().fold((0, 0), |(used, held), (bytes, node)| (used + bytes, held + replicas(*node)));
+    let told: Vec<_> =
+        survey.answers.keys().filter_map(|node| Some((space(survey, *node)?.0, *node))).collect();
+    let (used, held) =
+        told.iter().fold((0, 0), |(used, held), (bytes, node)| (used + bytes, held + replicas(*node)));
     u64::checked_div(used, held).unwrap_or(0)
 }
 

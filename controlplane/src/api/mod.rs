@@ -260,10 +260,7 @@ impl Cluster for Context {
         .await
     }
 
-    async fn health(
-        &self,
-        _: Request<proto::HealthRequest>,
-    ) -> Result<Response<proto::HealthReply>, Status> {
+    async fn health(&self, _: Request<proto::HealthRequest>) -> Result<Response<proto::HealthReply>, Status> {
         let context = self.clone();
         self.answer(async move { Ok(health::findings(&Survey::take(&context).await)) }).await
     }

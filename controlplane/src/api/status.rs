@@ -99,10 +99,10 @@ fn node(survey: &Survey, node: &Node) -> proto::NodeStatus {
     let state = &*survey.state;
     let answer = survey.answers.get(&node.id).map(|answer| &answer.status);
     let health = survey.health.get(&node.id);
-    let count = |holds: &dyn Fn(&Group) -> bool| state.groups().filter(|(_, group)| holds(group)).count() as u32;
-    let member = |learner: bool| {
-        count(&|group| group.member(node.id).is_some_and(|member| member.learner == learner))
-    };
+    let count =
+        |holds: &dyn Fn(&Group) -> bool| state.groups().filter(|(_, group)| holds(group)).count() as u32;
+    let member =
+        |learner: bool| count(&|group| group.member(node.id).is_some_and(|member| member.learner == learner));
     let departure = state.departure(node.id);
     let heard = health.map_or(answer.is_some(), |health| health.heard || answer.is_some());
     let up = health.map_or(answer.is_some_and(|answer| answer.data.is_some()), |health| health.up);

@@ -46,10 +46,20 @@ impl Survey {
         };
         let answers = join_all(state.map().nodes.values().map(ask)).await;
         let leader = context.handle.leader().map_or(NodeId(0), |(leader, _)| leader);
-        Self::new(state, answers.into_iter().flatten().collect(), leader, context.handle.metrics().current_term)
+        Self::new(
+            state,
+            answers.into_iter().flatten().collect(),
+            leader,
+            context.handle.metrics().current_term,
+        )
     }
 
-    pub fn new(state: Arc<ClusterState>, answers: HashMap<NodeId, Answer>, leader: NodeId, term: u64) -> Self {
+    pub fn new(
+        state: Arc<ClusterState>,
+        answers: HashMap<NodeId, Answer>,
+        leader: NodeId,
+        term: u64,
+    ) -> Self {
         let health = answers.values().flat_map(|answer| &answer.status.health);
         let health = health.map(|health| (NodeId(health.node), *health)).collect();
         Self { state, answers, health, leader, term }

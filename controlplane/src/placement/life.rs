@@ -70,7 +70,8 @@ fn go_on_without(view: &View<'_>, group: &Group) -> Option<GroupChange> {
     if rest.is_empty() && members.is_empty() {
         members = first_members(view, group.id);
     }
-    let primary = members.iter().map(|member| member.node).min_by_key(|node| (view.state.avoids(*node), *node));
+    let primary =
+        members.iter().map(|member| member.node).min_by_key(|node| (view.state.avoids(*node), *node));
     let primary: NodeId = primary?;
     tracing::warn!(group = %group.id, %primary, "the group goes on without the node that was given up");
     Some(GroupChange { group: group.id, expected: group.epoch, primary: Some(primary), members })

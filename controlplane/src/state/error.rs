@@ -46,7 +46,9 @@ pub enum StateError {
     Placement { error: PlacementError },
     #[error("the cluster has no id left for another {what}")]
     IdsUsedUp { what: &'static str },
-    #[error("without node {name} {groups} groups have too few live replicas and stop; --force does it nevertheless")]
+    #[error(
+        "without node {name} {groups} groups have too few live replicas and stop; --force does it nevertheless"
+    )]
     MaintenanceStopsIo { name: String, groups: usize },
     #[error("node {name} can not go: {error}")]
     NodeNeeded { name: String, error: PlacementError },

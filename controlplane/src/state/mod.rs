@@ -105,8 +105,10 @@ pub struct Touched {
 
 impl Touched {
     pub fn is_empty(&self) -> bool {
-        let no_object =
-            self.nodes.is_empty() && self.pools.is_empty() && self.groups.is_empty() && self.volumes.is_empty();
+        let no_object = self.nodes.is_empty()
+            && self.pools.is_empty()
+            && self.groups.is_empty()
+            && self.volumes.is_empty();
         no_object && !self.settings
     }
 
