@@ -3,13 +3,12 @@
 //! The state refuses what the log alone forbids (`state::life`); here is added what depends on the health of the nodes
 //! and on the space that is used. A dry run tries the command on a copy of the state.
 
-use std::collections::BTreeMap;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use xsan_protocol::error::Code;
 use xsan_protocol::ids::{BlockIndex, GroupId, NodeId};
 use xsan_protocol::map::Node;
-use xsan_protocol::placement::place_what_fits;
+use xsan_protocol::placement::{Candidate, place, place_what_fits};
 use xsan_protocol::proto;
 use xsan_protocol::units::BLOCK_SIZE;
 
@@ -81,7 +80,8 @@ pub async fn remove_node(
         plan.volumes_lost = volumes_of(&survey, &lost);
         is_up(&survey, node)
     } else {
-        without_room(&survey, node, &moves, replica_bytes)
+        too_few_others(&survey, node)
+            .or_else(|| without_room(&survey, node, &moves, replica_bytes))
             .or_else(|| dead_and_alone(&survey, node, lost.len()))
     };
     let command = Command::LeaveNode { node: node.id, departure };
@@ -139,12 +139,18 @@ fn at_risk_without(survey: &Survey, node: NodeId) -> u32 {
     count(groups.count())
 }
 
+/// Who can take replicas of `node` over: those that serve, and those in maintenance, which come back.
+fn others(survey: &Survey, node: NodeId) -> Vec<Candidate> {
+    let state = &*survey.state;
+    let is_away = |other: &NodeId| !survey.serves(*other) && !state.is_in_maintenance(*other);
+    let away = state.map().nodes.keys().copied().filter(is_away);
+    state.candidates(&away.chain([node]).collect::<BTreeSet<_>>())
+}
+
 /// Replicas that each node gets when `node` leaves, as far as the nodes are up.
 fn moves(survey: &Survey, node: NodeId) -> BTreeMap<NodeId, u64> {
     let state = &*survey.state;
-    let down = state.map().nodes.keys().copied().filter(|other| !survey.serves(*other));
-    let left_out: BTreeSet<NodeId> = down.chain([node]).collect();
-    let candidates = state.candidates(&left_out);
+    let candidates = others(survey, node);
     let mut moves = BTreeMap::new();
     for placement in state.map().pools.values().flat_map(|pool| place_what_fits(pool, &candidates)) {
         let group = &state.map().groups[&placement.group];
@@ -209,6 +215,16 @@ fn is_up(survey: &Survey, node: &Node) -> Option<Refusal> {
 
 fn needed(node: &Node, message: String) -> Refusal {
     Refusal { code: Code::NodeNeeded, object: format!("node {}", node.name), message }
+}
+
+/// The nodes that are there can not hold as many replicas as every pool wants.
+fn too_few_others(survey: &Survey, node: &Node) -> Option<Refusal> {
+    let candidates = others(survey, node.id);
+    let error = survey.state.map().pools.values().find_map(|pool| place(pool, &candidates).err())?;
+    Some(needed(
+        node,
+        format!("node {} can not go: without it and the nodes that are down, {error}", node.name),
+    ))
 }
 
 /// The nodes that get the replicas have too little space.

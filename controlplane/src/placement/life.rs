@@ -7,7 +7,9 @@
 //! Invariants
 //! - A group goes on without a lost node only when no member is left that could still serve, or come back and be told.
 
-use xsan_protocol::ids::{GroupId, NodeId};
+use std::collections::BTreeSet;
+
+use xsan_protocol::ids::GroupId;
 use xsan_protocol::map::{Group, Member};
 
 use super::{PrimaryCounts, Standing, View};
@@ -21,7 +23,8 @@ const RELIEVED_PER_STEP: usize = 32;
 
 /// Changes of the groups that are not in `taken`.
 pub fn follow_wishes(view: &View<'_>, taken: &[GroupChange]) -> Vec<GroupChange> {
-    let is_free = |group: &&Group| taken.iter().all(|change| change.group != group.id);
+    let taken: BTreeSet<GroupId> = taken.iter().map(|change| change.group).collect();
+    let is_free = |group: &&Group| !taken.contains(&group.id);
     let groups = || view.state.groups().map(|(_, group)| group).filter(is_free);
     let mut changes: Vec<GroupChange> = groups().filter_map(|group| go_on_without(view, group)).collect();
     let mut counts = PrimaryCounts::of(view.state);
@@ -72,7 +75,7 @@ fn go_on_without(view: &View<'_>, group: &Group) -> Option<GroupChange> {
     }
     let primary =
         members.iter().map(|member| member.node).min_by_key(|node| (view.state.avoids(*node), *node));
-    let primary: NodeId = primary?;
+    let primary = primary?;
     tracing::warn!(group = %group.id, %primary, "the group goes on without the node that was given up");
     Some(GroupChange { group: group.id, expected: group.epoch, primary: Some(primary), members })
 }

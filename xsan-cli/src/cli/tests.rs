@@ -24,7 +24,7 @@ fn cluster_status_tells_health_nodes_and_what_to_look_at() {
         lines(&shown),
         [
             "Cluster    xsan-cluster-001",
-            "Health       degraded: 256 of 256 groups with fewer replicas; one more failure stops 256",
+            "Health     degraded: 256 of 256 groups with fewer replicas; one more failure stops 256",
             "Nodes      2 of 3 up, 1 down, 3 voters",
             "Leader     node-001 (term 3, map version 42)",
             "Volumes    1",
@@ -226,7 +226,7 @@ fn a_node_in_maintenance_or_leaving_is_seen_in_every_list() {
     let lost = NodeStatus { leaving: true, lost: true, ..sample::node_status(3) };
     let shown = show::nodes(&[sample::node_status(1), leaving.clone(), resting.clone(), lost]);
     let states: Vec<_> =
-        lines(&shown)[1..].iter().map(|line| line[15..].split("  ").next().expect("a state")).collect();
+        lines(&shown)[1..].iter().map(|line| line[14..].split("  ").next().expect("a state")).collect();
     assert_eq!(states, ["up (leader)", "up, leaving", "down, maintenance", "down, given up"]);
     let status = ClusterStatusReply { nodes: vec![leaving, resting.clone()], ..sample::cluster_status() };
     let shown = show::cluster_status(&status);
