@@ -18,7 +18,7 @@ use super::survey::Survey;
 use super::{Context, find_node};
 use crate::state::Departure;
 use crate::state::command::{Command, Reply};
-use crate::state::error::Refusal;
+use crate::state::error::{Refusal, StateError};
 
 /// What resync is taken to move in a second when none is running: a 1 Gb/s network, nearly full.
 const RATE_ASSUMED: u64 = 100 << 20;
@@ -44,13 +44,9 @@ pub async fn set_maintenance(
     }
     // A node that is down takes nothing with it.
     let force = request.force || !serves;
-    let refusal = (plan.groups_stopped > 0 && !force).then(|| Refusal {
-        code: Code::MaintenanceStopsIo,
-        object: format!("node {}", node.name),
-        message: format!(
-            "without node {} {} groups have too few live replicas and stop; --force does it nevertheless",
-            node.name, plan.groups_stopped
-        ),
+    let refusal = (plan.groups_stopped > 0 && !force).then(|| {
+        let (name, groups) = (node.name.clone(), plan.groups_stopped as usize);
+        Refusal::from(StateError::MaintenanceStopsIo { name, groups })
     });
     let command = Command::SetMaintenance { node: node.id, on: request.on, force };
     carry_out(context, &survey, command, plan, refusal, request.dry_run).await
@@ -168,18 +164,20 @@ fn space(survey: &Survey, node: NodeId) -> Option<(u64, u64)> {
     Some((used, data.stores.iter().map(|store| store.capacity_bytes).sum()))
 }
 
-/// Bytes of one replica of a group: on `node`, or on the others when it does not answer.
+/// Bytes of one replica of a group: on `node`, or on the others when it does not answer. What is in the journals
+/// counts as if it were all different, so this is more rather than less.
 fn replica_bytes(survey: &Survey, node: NodeId) -> u64 {
-    let replicas =
-        |node: NodeId| survey.state.groups().filter(|(_, group)| group.member(node).is_some()).count() as u64;
-    if let Some((used, _)) = space(survey, node) {
-        return used.checked_div(replicas(node)).unwrap_or(0);
-    }
-    let told: Vec<_> =
-        survey.answers.keys().filter_map(|node| Some((space(survey, *node)?.0, *node))).collect();
-    let (used, held) =
-        told.iter().fold((0, 0), |(used, held), (bytes, node)| (used + bytes, held + replicas(*node)));
-    u64::checked_div(used, held).unwrap_or(0)
+    let held = |node: &NodeId| {
+        let data = survey.answers.get(node)?.status.data.as_ref()?;
+        let bytes: u64 = data.stores.iter().map(|store| store.used_bytes + store.journal_used_bytes).sum();
+        let replicas = survey.state.groups().filter(|(_, group)| group.member(*node).is_some()).count();
+        Some((bytes, replicas as u64))
+    };
+    let (bytes, replicas) = held(&node).unwrap_or_else(|| {
+        let told = survey.answers.keys().filter_map(held);
+        told.fold((0, 0), |(bytes, replicas), more| (bytes + more.0, replicas + more.1))
+    });
+    bytes.checked_div(replicas).unwrap_or(0)
 }
 
 /// Groups of which no other node that is not lost acts.
@@ -263,3 +261,6 @@ fn dead_and_alone(survey: &Survey, node: &Node, lost: usize) -> Option<Refusal> 
         )
     })
 }
+
+#[cfg(test)]
+mod tests;

@@ -12,6 +12,8 @@ mod gather;
 mod health;
 pub mod internal;
 mod life;
+#[cfg(test)]
+mod sample;
 mod status;
 mod survey;
 

@@ -42,9 +42,12 @@ fn relieve(view: &View<'_>, group: &Group, counts: &PrimaryCounts) -> Option<Gro
     group.primary.filter(|primary| view.state.is_in_maintenance(*primary))?;
     let able = |member: &&Member| {
         let up = view.nodes.get(&member.node).is_some_and(|node| node.health == Health::Up);
-        up && view.standing(member) == Standing::Live && !view.state.avoids(member.node)
+        up && view.standing(member) == Standing::Live && !view.state.is_in_maintenance(member.node)
     };
-    let to = counts.least(group.acting().filter(able).map(|member| member.node))?;
+    let able = || group.acting().filter(able).map(|member| member.node);
+    // One that leaves the cluster would soon hand over again.
+    let to =
+        counts.least(able().filter(|node| !view.state.avoids(*node))).or_else(|| counts.least(able()))?;
     Some(GroupChange {
         group: group.id,
         expected: group.epoch,

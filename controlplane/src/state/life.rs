@@ -4,7 +4,8 @@
 //! What depends on the health of other nodes is checked before, by `api::life`: this file knows the state alone.
 //!
 //! Invariants
-//! - A node leaves the map only when it is a member of no group, votes no more and serves no client.
+//! - A node leaves the map only when it is a member of no group and votes no more; unless it is given up for lost, it
+//!   serves no client either.
 
 use std::time::Duration;
 

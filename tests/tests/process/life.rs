@@ -124,7 +124,7 @@ fn a_removed_node_gives_its_replicas_away_under_a_writer_and_is_told_to_go() {
     writer.wait_operations(500, SETTLE_DEADLINE).unwrap();
     let plan = cluster.cli_json(&["node", "remove", &name, "--dry-run"]).unwrap();
     assert_eq!(plan["refusal"], Value::Null);
-    assert!(plan["moves"].as_u64().unwrap() > 0 && plan["bytes_to_move"].as_u64().unwrap() > 0, "{plan}");
+    assert!(plan["moves"].as_u64().unwrap() > 0, "{plan}");
 
     cluster.cli(&["node", "remove", &name, "--yes"]).unwrap().succeeded().unwrap();
     // While it goes, no group has fewer replicas than it should have.
