@@ -182,6 +182,56 @@ impl ControlClient {
         .await
     }
 
+    /// Sets or ends the maintenance of a node.
+    pub async fn set_maintenance(
+        &self,
+        request: proto::SetMaintenanceRequest,
+    ) -> Result<proto::NodePlan, ClientError> {
+        self.call(Effect::Repeatable, request, |channel, request| async move {
+            cluster(channel).set_maintenance(request).await
+        })
+        .await
+    }
+
+    /// Begins to remove a node, or takes that back.
+    pub async fn remove_node(
+        &self,
+        request: proto::RemoveNodeRequest,
+    ) -> Result<proto::NodePlan, ClientError> {
+        self.call(Effect::Repeatable, request, |channel, request| async move {
+            cluster(channel).remove_node(request).await
+        })
+        .await
+    }
+
+    pub async fn change_settings(
+        &self,
+        request: proto::ChangeSettingsRequest,
+    ) -> Result<proto::ClusterSettings, ClientError> {
+        self.call(Effect::Repeatable, request, |channel, request| async move {
+            cluster(channel).change_settings(request).await
+        })
+        .await
+    }
+
+    /// What an operator should know or mend, the worst first.
+    pub async fn health(&self) -> Result<Vec<proto::Finding>, ClientError> {
+        let request = proto::HealthRequest {};
+        let reply = self.call(Effect::Read, request, |channel, request| async move {
+            cluster(channel).health(request).await
+        });
+        Ok(reply.await?.findings)
+    }
+
+    /// What the leader saw happen, the oldest first.
+    pub async fn events(&self) -> Result<proto::ListEventsReply, ClientError> {
+        let request = proto::ListEventsRequest {};
+        self.call(Effect::Read, request, |channel, request| async move {
+            cluster(channel).list_events(request).await
+        })
+        .await
+    }
+
     pub async fn create_volume(
         &self,
         request: proto::CreateVolumeRequest,

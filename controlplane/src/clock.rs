@@ -26,6 +26,12 @@ impl BootTime {
     }
 }
 
+/// Milliseconds since 1970, for people to read; nothing is decided by it.
+pub fn unix_ms() -> u64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
 impl Add<Duration> for BootTime {
     type Output = Self;
 

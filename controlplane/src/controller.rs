@@ -17,7 +17,8 @@ use tokio::time::MissedTickBehavior;
 use xsan_protocol::ids::{Incarnation, NodeId};
 use xsan_protocol::proto;
 
-use crate::clock::BootTime;
+use crate::clock::{BootTime, unix_ms};
+use crate::events::{EventLog, Observer};
 use crate::lease::{Beat, Health, LeaseTable};
 use crate::membership::heartbeat::Grant;
 use crate::membership::voters;
@@ -25,7 +26,7 @@ use crate::placement::Proposal;
 use crate::placement::planner::Planner;
 use crate::raft::handle::RaftHandle;
 use crate::state::ClusterState;
-use crate::state::command::{Command, GroupChange};
+use crate::state::command::{Command, GroupChange, Reply};
 use crate::timing::{BEAT_AGE_MAX, CONTROLLER_TICK};
 
 /// Between two looks at Raft's membership.
@@ -50,6 +51,7 @@ struct Inner {
     /// Of every node, whoever leads: so that a new leader can answer them at once.
     latest: BTreeMap<NodeId, (Beat, SocketAddr, BootTime)>,
     proposals: Vec<Proposal>,
+    events: EventLog,
 }
 
 impl Inner {
@@ -74,6 +76,12 @@ impl Leader {
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Does this node lead, and know that `node` was removed from the cluster?
+    pub fn has_removed(&self, node: NodeId) -> bool {
+        let leads = self.handle.leadership().is_some_and(|leadership| leadership.may_grant);
+        leads && self.handle.state().was_removed(node)
     }
 
     /// A beat arrived. Returns the lease to answer with, if this node leads and may grant one.
@@ -142,6 +150,11 @@ impl Leader {
         state.map().nodes.keys().map(health).collect()
     }
 
+    /// What this node saw happen while it led, oldest first.
+    pub fn events(&self) -> Vec<proto::Event> {
+        self.lock().events.list()
+    }
+
     /// Announces elections to `watch_elected`. Runs for ever.
     pub async fn watch_elections(&self) {
         let mut role = self.handle.watch_role();
@@ -173,11 +186,12 @@ pub struct Controller {
     leader: Arc<Leader>,
     term: u64,
     planner: Planner,
+    observer: Observer,
 }
 
 impl Controller {
     pub fn new(handle: RaftHandle, leader: Arc<Leader>) -> Self {
-        Self { handle, leader, term: 0, planner: Planner::default() }
+        Self { handle, leader, term: 0, planner: Planner::default(), observer: Observer::default() }
     }
 
     /// Decides whenever something changed, and at every tick. Runs for ever.
@@ -197,6 +211,8 @@ impl Controller {
             if leadership.term != self.term {
                 self.term = leadership.term;
                 self.planner = Planner::default();
+                self.observer = Observer::default();
+                self.elected();
             }
             let changes = self.plan(BootTime::now());
             if !changes.is_empty() {
@@ -205,19 +221,37 @@ impl Controller {
         }
     }
 
+    fn elected(&self) {
+        let state = self.handle.state();
+        let own = self.handle.node();
+        let name = state.map().nodes.get(&own).map_or_else(|| own.to_string(), |node| node.name.clone());
+        let message = format!("node {name} leads in term {}", self.term);
+        self.leader.lock().events.add(unix_ms(), "leader-elected", format!("node {name}"), message);
+    }
+
     fn plan(&mut self, now: BootTime) -> Vec<GroupChange> {
         let state = self.handle.state();
         let mut inner = self.leader.lock();
         let proposals = std::mem::take(&mut inner.proposals);
+        let mut events = std::mem::take(&mut inner.events);
         let leases = inner.leases(now, self.term, self.handle.timing().leader_grace());
-        self.planner.plan(now, &state, leases, &proposals)
+        let health = |node| leases.health(now, node, registered(&state, node));
+        self.observer.look(unix_ms(), &state, health, &mut events);
+        let changes = self.planner.plan(now, &state, leases, &proposals);
+        inner.events = events;
+        changes
     }
 
     async fn commit(&self, changes: Vec<GroupChange>) {
         let count = changes.len();
         let reply = self.handle.propose_until(self.term, Command::ReconfigureGroups(changes)).await;
         match reply {
-            Ok(reply) => tracing::info!(count, ?reply, "groups reconfigured"),
+            Ok(reply) => {
+                tracing::info!(count, ?reply, "groups reconfigured");
+                if let Reply::Groups { changed, .. } = reply {
+                    self.leader.lock().events.reconfigured(unix_ms(), u64::from(changed));
+                }
+            }
             Err(error) => tracing::warn!(count, code = error.code().number(), "group changes: {error}"),
         }
         // Held until the outcome is known: applied, or this node leads no more in that term.

@@ -6,6 +6,7 @@
 pub mod api;
 pub mod clock;
 pub mod controller;
+pub mod events;
 pub mod lease;
 pub mod link;
 pub mod membership;

@@ -28,6 +28,8 @@ enum Failure {
     System(#[from] std::io::Error),
     #[error("Raft has stopped: its storage failed")]
     Raft,
+    #[error("the cluster has removed this node; what {data_dir} holds is of no use to it any more")]
+    Removed { data_dir: PathBuf },
 }
 
 impl Failure {
@@ -36,6 +38,7 @@ impl Failure {
             Self::Node(error) => error.code(),
             Self::System(_) => Code::MemoryShort,
             Self::Raft => Code::DataDirUnusable,
+            Self::Removed { .. } => Code::NodeRemoved,
         }
     }
 }
@@ -58,6 +61,7 @@ fn main() -> ExitCode {
 
 fn run(settings: Settings) -> Result<(), Failure> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let data_dir = settings.data_dir.clone();
     runtime.block_on(async {
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
@@ -71,6 +75,10 @@ fn run(settings: Settings) -> Result<(), Failure> {
             _ = interrupt.recv() => {}
             // The supervisor starts the process again.
             () = node.failed() => return Err(Failure::Raft),
+            () = node.removed() => {
+                node.stop().await;
+                return Err(Failure::Removed { data_dir });
+            }
         }
         tracing::info!("stopping");
         node.stop().await;

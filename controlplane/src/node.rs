@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use tokio::net::{TcpListener, UdpSocket};
 use tokio::runtime::{Builder, Handle, Runtime};
-use tokio::sync::oneshot;
+use tokio::sync::{Notify, oneshot};
 use tokio::task::JoinSet;
 use tokio_stream::wrappers::TcpListenerStream;
 use tonic::transport::Server;
@@ -130,6 +130,7 @@ pub struct ControlNode {
     stop: Option<oneshot::Sender<()>>,
     raft_runtime: RaftRuntime,
     context: Context,
+    removed: Arc<Notify>,
 }
 
 /// Raft's runtime; dropped on another runtime's thread it must not wait for its tasks.
@@ -165,8 +166,10 @@ impl ControlNode {
             .map_err(NodeError::Threads)?;
         let on = raft_runtime.handle().clone();
         let raft_runtime = RaftRuntime(Some(raft_runtime));
-        let (handle, tasks, stop, context) = Self::start_on(&settings, &on, store, machine, channels).await?;
-        Ok(Self { handle, tasks, stop: Some(stop), raft_runtime, context })
+        let removed = Arc::new(Notify::new());
+        let (handle, tasks, stop, context) =
+            Self::start_on(&settings, &on, store, machine, channels, &removed).await?;
+        Ok(Self { handle, tasks, stop: Some(stop), raft_runtime, context, removed })
     }
 
     async fn start_on(
@@ -175,6 +178,7 @@ impl ControlNode {
         store: LogStore,
         machine: StateMachine,
         channels: Channels,
+        removed: &Arc<Notify>,
     ) -> Result<(RaftHandle, JoinSet<()>, oneshot::Sender<()>, Context), NodeError> {
         let sockets = bind_sockets(settings, raft_runtime).await?;
         let identity = identify(settings, &store)?;
@@ -202,7 +206,7 @@ impl ControlNode {
         let (stop, stopped) = oneshot::channel();
         serve(settings, raft_runtime, sockets.tcp, &context, stopped);
         let mut tasks = JoinSet::new();
-        spawn_tasks(settings, raft_runtime, &mut tasks, sockets.udp, &context)?;
+        spawn_tasks(settings, raft_runtime, &mut tasks, sockets.udp, &context, removed)?;
         let registered = settings.new_node(identity.instance);
         tasks.spawn(keep_registered(handle.clone(), registered));
         Ok((handle, tasks, stop, context))
@@ -219,6 +223,16 @@ impl ControlNode {
     /// Waits until Raft has stopped with an error: the process must end then.
     pub async fn failed(&self) {
         self.handle.stopped().await;
+    }
+
+    /// Waits until the cluster has removed this node, as its own log or the leader says: it must serve no more.
+    pub async fn removed(&self) {
+        let node = self.handle.node();
+        let mut state = self.handle.watch_state();
+        tokio::select! {
+            () = self.removed.notified() => {}
+            Ok(_) = state.wait_for(|state| state.was_removed(node)) => {}
+        }
     }
 
     /// Ends the node in order: no new requests, Raft stopped, stores closed.
@@ -309,6 +323,7 @@ fn spawn_tasks(
     tasks: &mut JoinSet<()>,
     udp: UdpSocket,
     context: &Context,
+    removed: &Arc<Notify>,
 ) -> Result<(), NodeError> {
     let heartbeats = Heartbeats {
         socket: Arc::new(udp),
@@ -318,6 +333,7 @@ fn spawn_tasks(
         state: context.handle.watch_state(),
         link: Arc::clone(&context.link),
         leader: Arc::clone(&context.leader),
+        removed: Arc::clone(removed),
     };
     tasks.spawn_on(heartbeats.clone().send(), raft_runtime);
     tasks.spawn_on(heartbeats.clone().receive(), raft_runtime);

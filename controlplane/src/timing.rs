@@ -28,8 +28,13 @@ pub const STATUS_AGE_MAX: Duration = Duration::from_millis(1000);
 pub const BEAT_AGE_MAX: Duration = Duration::from_millis(2000);
 /// Groups that can not reach `min_replicas` wait this long for their members before they go on below it.
 pub const REGROUP_AFTER: Duration = Duration::from_secs(10);
-/// A node gone for this long is left out of placement: its groups are rebuilt on the others.
+/// A node gone for this long is left out of placement, if the cluster has no setting of its own: its groups are
+/// rebuilt on the others. Long enough for a reboot, which costs less than a rebuild.
 pub const OUT_AFTER: Duration = Duration::from_secs(600);
+/// The least that may be set: below, an election or a busy host would start a rebuild.
+pub const DOWN_OUT_MIN: Duration = Duration::from_secs(5);
+/// The most that may be set; a node in maintenance is not left out at all.
+pub const DOWN_OUT_MAX: Duration = Duration::from_secs(30 * 24 * 3600);
 /// Everything must have been well for this long before primaries are moved for balance.
 pub const BALANCE_AFTER: Duration = Duration::from_secs(5);
 /// Between two steps of moving primaries or replicas for balance.
@@ -42,6 +47,9 @@ pub const LEADER_WAIT: Duration = Duration::from_secs(10);
 pub const GATHER_WAIT: Duration = Duration::from_millis(1500);
 
 const _: () = assert!(LEASE.as_millis() >= 4 * BEAT_INTERVAL.as_millis());
+const _: () = assert!(DOWN_OUT_MIN.as_millis() > 2 * LEASE.as_millis());
+const _: () = assert!(DOWN_OUT_MIN.as_millis() <= OUT_AFTER.as_millis());
+const _: () = assert!(OUT_AFTER.as_millis() <= DOWN_OUT_MAX.as_millis());
 const _: () = assert!(LEASE_SLACK.as_micros() > LEASE.as_micros() / 1000);
 const _: () = assert!(STATUS_AGE_MAX.as_millis() < LEASE.as_millis());
 

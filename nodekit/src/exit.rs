@@ -34,6 +34,7 @@ pub const fn of_daemon(code: Code) -> u8 {
         | Code::Unsupported
         | Code::MemoryShort
         | Code::ClusterIdMismatch
+        | Code::NodeRemoved
         | Code::StoreNotFormatted
         | Code::DeviceInUse
         | Code::DeviceTooSmall

@@ -78,6 +78,12 @@ errors! {
     108 TooFewNodes         Never   "fewer nodes (or failure domains) than replicas" "add nodes, or lower the replica count";
     109 LeaseEnded          Backoff "the node's lease has ended, it can not reach the leader" "check the network between the node and the leader";
     110 ClusterFull         Never   "the cluster has its largest number of nodes" "use a second cluster";
+    111 MaintenanceStopsIo  Never   "without the node some groups could not serve" "wait until cluster status shows no degraded group, or confirm with --force";
+    112 NodeNeeded          Never   "the other nodes can not take over the node's replicas" "add a node or space first; a node that is dead goes with --force";
+    113 LastNode            Never   "the cluster has no other node" "stop the node and wipe its data directory to end the cluster";
+    114 NodeIsUp            Never   "the node is not down" "leave --force out, or stop the node first";
+    115 NodeRemoved         Never   "the node was removed from its cluster" "wipe its data directory; the host may join again as a new node";
+    116 NodeBusy            Backoff "the node can not leave yet" "wait until it holds no replica and no volume is attached there";
 
     200 StoreNotFormatted   Never   "the device holds no store" "let the node format it, or correct the path";
     201 DeviceInUse         Never   "the device holds data that is not XSAN's, or another cluster's" "use another device, or name it with --force-format to lose what it holds";

@@ -6,6 +6,7 @@
 pub mod checksum;
 pub mod disk;
 pub mod error;
+pub mod health;
 pub mod ids;
 pub mod limits;
 pub mod map;

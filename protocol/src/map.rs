@@ -75,8 +75,8 @@ pub struct Group {
     pub epoch: Epoch,
     pub primary: Option<NodeId>,
     pub members: Vec<Member>,
-    /// Who left the acting set since the last epoch that was settled: until all present members have answered at this
-    /// one, what is acknowledged is safe with these, too. Nothing is served meanwhile (docs/decisions/0009).
+    /// While the present epoch is not settled: the acting set of the last one that was. All that is acknowledged is with
+    /// them; who of the present members has it is not known before all have answered (docs/decisions/0009).
     pub former: Vec<Member>,
 }
 
@@ -144,6 +144,12 @@ impl Group {
     /// Have all acting members answered at an epoch with this acting set, or one that it grew from?
     pub fn is_settled(&self) -> bool {
         self.former.is_empty()
+    }
+
+    /// The newest members that surely held, among them, everything acknowledged.
+    pub fn holders(&self) -> impl Iterator<Item = &Member> {
+        let settled = self.is_settled().then(|| self.acting());
+        settled.into_iter().flatten().chain(&self.former)
     }
 }
 

@@ -16,6 +16,8 @@ mod errors;
 mod faults;
 #[path = "process/hostile.rs"]
 mod hostile;
+#[path = "process/life.rs"]
+mod life;
 #[path = "process/resync.rs"]
 mod resync;
 #[path = "process/stalls.rs"]

@@ -57,6 +57,7 @@ pub fn node_status(id: u32) -> NodeStatus {
             checksum_errors: u64::from(id == 2),
             repaired_pages: u64::from(id == 2),
         }],
+        ..NodeStatus::default()
     }
 }
 
@@ -76,10 +77,12 @@ pub fn cluster_status() -> ClusterStatusReply {
             at_risk: 256,
             resync_bytes_moved: 12 << 20,
             resync_bytes_left: 100 << 20,
+            resync_bytes_per_second: 10 << 20,
         }),
         volume_count: 1,
         capacity_bytes: 24 * GIB,
         used_bytes: 4_500_000_000,
+        settings: Some(ClusterSettings { down_out_interval_ms: 600_000 }),
     }
 }
 

@@ -70,6 +70,11 @@ service! {
     delete_volume(DeleteVolumeRequest) -> DeleteVolumeReply;
     locate_block(LocateBlockRequest) -> LocateBlockReply;
     perf_stats(PerfStatsRequest) -> PerfStatsReply;
+    set_maintenance(SetMaintenanceRequest) -> NodePlan;
+    remove_node(RemoveNodeRequest) -> NodePlan;
+    change_settings(ChangeSettingsRequest) -> ClusterSettings;
+    health(HealthRequest) -> HealthReply;
+    list_events(ListEventsRequest) -> ListEventsReply;
 }
 
 async fn node(script: &[Answer]) -> (Address, Arc<AtomicUsize>) {

@@ -86,7 +86,7 @@ const fn grpc_code(code: Code) -> tonic::Code {
         Code::NotFound | Code::NodeNotFound | Code::VolumeNotFound => tonic::Code::NotFound,
         Code::AlreadyExists | Code::VolumeExists | Code::NodeIdTaken => tonic::Code::AlreadyExists,
         Code::Timeout => tonic::Code::DeadlineExceeded,
-        Code::Busy | Code::NoQuorum | Code::JoinAddressDead => tonic::Code::Unavailable,
+        Code::Busy | Code::NodeBusy | Code::NoQuorum | Code::JoinAddressDead => tonic::Code::Unavailable,
         Code::Unsupported => tonic::Code::Unimplemented,
         Code::OutOfRange => tonic::Code::OutOfRange,
         Code::StorageFull | Code::ClusterFull => tonic::Code::ResourceExhausted,

@@ -12,7 +12,7 @@ use xsan_protocol::proto::raft_client::RaftClient;
 
 use super::Context;
 use super::error::ApiError;
-use crate::clock::BootTime;
+use crate::clock::{BootTime, unix_ms};
 use crate::state::ClusterState;
 use crate::timing::GATHER_WAIT;
 
@@ -24,6 +24,8 @@ pub fn local_status(context: &Context) -> proto::LocalStatusReply {
         data: context.link.status(),
         release: RELEASE.to_owned(),
         health: context.leader.health(BootTime::now()),
+        resync_bytes_per_second: context.link.resync_rate(),
+        unix_ms: unix_ms(),
     }
 }
 
@@ -59,6 +61,25 @@ pub async fn status(context: &Context, node: &Node) -> Option<proto::LocalStatus
     }
     let mut client = client(context, node)?;
     within(client.local_status(proto::LocalStatusRequest {})).await
+}
+
+/// What the leader saw happen; this node's own memory when it leads, or nobody does.
+pub async fn events(context: &Context) -> proto::ListEventsReply {
+    let state = context.handle.state();
+    let leader = context.handle.leader().and_then(|(leader, _)| state.map().nodes.get(&leader));
+    if let Some(node) = leader.filter(|node| node.id != context.handle.node())
+        && let Some(mut client) = client(context, node)
+        && let Some(reply) = within(client.local_events(proto::ListEventsRequest {})).await
+    {
+        return reply;
+    }
+    local_events(context)
+}
+
+pub fn local_events(context: &Context) -> proto::ListEventsReply {
+    let (state, own) = (context.handle.state(), context.handle.node());
+    let node = state.map().nodes.get(&own).map_or_else(|| own.to_string(), |node| node.name.clone());
+    proto::ListEventsReply { node, events: context.leader.events() }
 }
 
 pub async fn perf(context: &Context, nodes: &[&Node]) -> proto::PerfStatsReply {

@@ -96,6 +96,13 @@ impl Raft for Internal {
         Ok(Response::new(gather::local_status(&self.context)))
     }
 
+    async fn local_events(
+        &self,
+        _: Request<proto::ListEventsRequest>,
+    ) -> Result<Response<proto::ListEventsReply>, Status> {
+        Ok(Response::new(gather::local_events(&self.context)))
+    }
+
     async fn local_perf(
         &self,
         _: Request<proto::PerfStatsRequest>,

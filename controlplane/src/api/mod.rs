@@ -9,10 +9,16 @@
 
 pub mod error;
 mod gather;
+mod health;
 pub mod internal;
+mod life;
+#[cfg(test)]
+mod sample;
 mod status;
+mod survey;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::runtime::Handle;
 use tonic::{Request, Response, Status};
@@ -23,6 +29,7 @@ use xsan_protocol::proto;
 use xsan_protocol::proto::cluster_server::Cluster;
 use xsan_protocol::units::BLOCK_SIZE;
 
+use crate::clock::unix_ms;
 use crate::controller::Leader;
 use crate::link::Link;
 use crate::raft::handle::RaftHandle;
@@ -30,6 +37,7 @@ use crate::raft::network::Channels;
 use crate::state::ClusterState;
 use crate::state::command::{Command, NewVolume, Reply};
 use error::ApiError;
+use survey::Survey;
 
 /// What the services share.
 #[derive(Clone)]
@@ -82,12 +90,6 @@ fn find_volume<'a>(state: &'a ClusterState, name: &str) -> Result<&'a Volume, Ap
     state.map().volume_named(name).ok_or_else(|| ApiError::VolumeNotFound { name: name.to_owned() })
 }
 
-/// Milliseconds since 1970, for people to read.
-fn unix_ms() -> u64 {
-    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
-}
-
 fn new_volume(request: proto::CreateVolumeRequest, default_replica_count: u8) -> Result<Command, ApiError> {
     let durability = match request.durability() {
         proto::Durability::OnFlush => Durability::OnFlush,
@@ -122,7 +124,7 @@ impl Cluster for Context {
         _: Request<proto::ClusterStatusRequest>,
     ) -> Result<Response<proto::ClusterStatusReply>, Status> {
         let context = self.clone();
-        self.answer(async move { Ok(status::cluster(&context).await) }).await
+        self.answer(async move { Ok(status::cluster(&Survey::take(&context).await)) }).await
     }
 
     async fn get_map(&self, _: Request<proto::GetMapRequest>) -> Result<Response<proto::ClusterMap>, Status> {
@@ -136,7 +138,7 @@ impl Cluster for Context {
         let (context, name) = (self.clone(), request.into_inner().name);
         self.answer(async move {
             let id = find_node(&context.handle.state(), &name)?.id;
-            let nodes = status::cluster(&context).await.nodes;
+            let nodes = status::cluster(&Survey::take(&context).await).nodes;
             let found = nodes.into_iter().find(|status| status.node.as_ref().is_some_and(|n| n.id == id.0));
             found.ok_or(ApiError::NodeNotFound { name })
         })
@@ -228,5 +230,48 @@ impl Cluster for Context {
             Ok(gather::perf(&context, &nodes).await)
         })
         .await
+    }
+
+    async fn set_maintenance(
+        &self,
+        request: Request<proto::SetMaintenanceRequest>,
+    ) -> Result<Response<proto::NodePlan>, Status> {
+        let (context, request) = (self.clone(), request.into_inner());
+        self.answer(async move { life::set_maintenance(&context, request).await }).await
+    }
+
+    async fn remove_node(
+        &self,
+        request: Request<proto::RemoveNodeRequest>,
+    ) -> Result<Response<proto::NodePlan>, Status> {
+        let (context, request) = (self.clone(), request.into_inner());
+        self.answer(async move { life::remove_node(&context, request).await }).await
+    }
+
+    async fn change_settings(
+        &self,
+        request: Request<proto::ChangeSettingsRequest>,
+    ) -> Result<Response<proto::ClusterSettings>, Status> {
+        let (context, request) = (self.clone(), request.into_inner());
+        self.answer(async move {
+            let interval = request.down_out_interval_ms;
+            let down_out_interval = (interval != 0).then(|| Duration::from_millis(interval));
+            context.propose(Command::ChangeSettings { down_out_interval }).await?;
+            Ok(status::settings(&context.handle.state()))
+        })
+        .await
+    }
+
+    async fn health(&self, _: Request<proto::HealthRequest>) -> Result<Response<proto::HealthReply>, Status> {
+        let context = self.clone();
+        self.answer(async move { Ok(health::findings(&Survey::take(&context).await)) }).await
+    }
+
+    async fn list_events(
+        &self,
+        _: Request<proto::ListEventsRequest>,
+    ) -> Result<Response<proto::ListEventsReply>, Status> {
+        let context = self.clone();
+        self.answer(async move { Ok(gather::events(&context).await) }).await
     }
 }

@@ -1,14 +1,12 @@
 //! The state of the cluster, its nodes and its volumes, in the words of the API.
 
-use std::collections::HashMap;
-
-use futures::future::join_all;
 use xsan_protocol::ids::NodeId;
 use xsan_protocol::map::{Group, Node, Pool, Volume};
 use xsan_protocol::proto;
 
-use super::{Context, gather};
-use crate::state::ClusterState;
+use super::survey::Survey;
+use crate::state::command::milliseconds;
+use crate::state::{ClusterState, Departure};
 
 /// How a group serves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -18,16 +16,7 @@ enum Service {
     Inactive,
 }
 
-/// What the leader says of each node; empty when there is none.
-type Health = HashMap<NodeId, proto::NodeHealth>;
-
-/// A member counts when the leader has no reason to think otherwise.
-fn acting(group: &Group, health: &Health) -> usize {
-    group.acting().filter(|member| health.get(&member.node).is_none_or(|health| health.up)).count()
-}
-
-fn service(pool: &Pool, group: &Group, health: &Health) -> Service {
-    let acting = acting(group, health);
+fn service(pool: &Pool, acting: usize) -> Service {
     if acting < usize::from(pool.min_replicas) {
         Service::Inactive
     } else if acting < usize::from(pool.replica_count) {
@@ -37,18 +26,15 @@ fn service(pool: &Pool, group: &Group, health: &Health) -> Service {
     }
 }
 
-fn groups(state: &ClusterState) -> impl Iterator<Item = (&Pool, &Group)> {
-    let map = state.map();
-    map.pools.values().flat_map(move |pool| pool.groups().map(move |id| (pool, &map.groups[&id])))
+/// Does one more failure stop a group with so many acting members?
+pub fn is_at_risk(pool: &Pool, acting: usize) -> bool {
+    pool.replica_count > 1 && acting == usize::from(pool.min_replicas)
 }
 
 pub fn volume(state: &ClusterState, volume: &Volume) -> proto::VolumeStatus {
     let pool = &state.map().pools[&volume.pool];
-    let none = Health::new();
-    let worst = groups(state)
-        .filter(|(other, _)| other.id == pool.id)
-        .map(|(pool, group)| service(pool, group, &none))
-        .max();
+    let own = state.groups().filter(|(other, _)| other.id == pool.id);
+    let worst = own.map(|(pool, group)| service(pool, group.acting().count())).max();
     let word = match worst {
         Some(Service::Inactive) => "inactive",
         Some(Service::Degraded) => "degraded",
@@ -64,72 +50,60 @@ pub fn volume(state: &ClusterState, volume: &Volume) -> proto::VolumeStatus {
     }
 }
 
-/// The whole cluster, with what its nodes answer within a deadline.
-pub async fn cluster(context: &Context) -> proto::ClusterStatusReply {
-    let state = context.handle.state();
-    let nodes: Vec<&Node> = state.map().nodes.values().collect();
-    let answers = join_all(nodes.iter().map(|node| gather::status(context, node))).await;
-    let health: Health = answers
-        .iter()
-        .flatten()
-        .flat_map(|answer| &answer.health)
-        .map(|health| (NodeId(health.node), *health))
-        .collect();
-    let leader = context.handle.leader();
-    let leading = leader.as_ref().map_or(NodeId(0), |(leader, _)| *leader);
-    let statuses: Vec<_> = nodes
-        .iter()
-        .zip(&answers)
-        .map(|(known, answer)| node(&state, known, answer.as_ref(), health.get(&known.id), leading))
-        .collect();
-    let data = || answers.iter().flatten().filter_map(|answer| answer.data.as_ref());
+pub fn settings(state: &ClusterState) -> proto::ClusterSettings {
+    proto::ClusterSettings { down_out_interval_ms: milliseconds(state.settings().down_out_interval) }
+}
+
+/// The whole cluster.
+pub fn cluster(survey: &Survey) -> proto::ClusterStatusReply {
+    let state = &*survey.state;
+    let statuses: Vec<_> = state.map().nodes.values().map(|known| node(survey, known)).collect();
+    let data = || survey.answers.values().filter_map(|answer| answer.status.data.as_ref());
     let groups = proto::GroupCounts {
         resync_bytes_moved: data().map(|data| data.resync_bytes_moved).sum(),
         resync_bytes_left: data().map(|data| data.resync_bytes_left).sum(),
-        ..counts(&state, &health)
+        resync_bytes_per_second: survey.resync_rate(),
+        ..counts(survey)
     };
     proto::ClusterStatusReply {
         cluster_id: state.map().cluster_id.clone(),
         map_version: state.version().0,
-        leader: leading.0,
-        raft_term: context.handle.metrics().current_term,
+        leader: survey.leader.0,
+        raft_term: survey.term,
         groups: Some(groups),
         volume_count: u32::try_from(state.map().volumes.len()).expect("volume ids are 32 bits"),
         capacity_bytes: statuses.iter().map(|node| node.capacity_bytes).sum(),
         used_bytes: statuses.iter().map(|node| node.used_bytes).sum(),
         nodes: statuses,
+        settings: Some(settings(state)),
     }
 }
 
-fn counts(state: &ClusterState, health: &Health) -> proto::GroupCounts {
+fn counts(survey: &Survey) -> proto::GroupCounts {
     let mut counts = proto::GroupCounts::default();
-    for (pool, group) in groups(state) {
+    for (pool, group) in survey.state.groups() {
+        let acting = survey.acting(group);
         counts.total += 1;
-        match service(pool, group, health) {
+        match service(pool, acting) {
             Service::Healthy => counts.healthy += 1,
             Service::Degraded => counts.degraded += 1,
             Service::Inactive => counts.inactive += 1,
         }
-        let resyncing = group.learners().count() > 0;
-        counts.resyncing += u32::from(resyncing);
-        let at_risk = pool.replica_count > 1 && acting(group, health) == usize::from(pool.min_replicas);
-        counts.at_risk += u32::from(at_risk);
+        counts.resyncing += u32::from(group.learners().count() > 0);
+        counts.at_risk += u32::from(is_at_risk(pool, acting));
     }
     counts
 }
 
-fn node(
-    state: &ClusterState,
-    node: &Node,
-    answer: Option<&proto::LocalStatusReply>,
-    health: Option<&proto::NodeHealth>,
-    leader: NodeId,
-) -> proto::NodeStatus {
-    let member = |learner: bool| {
-        groups(state)
-            .filter(|(_, group)| group.member(node.id).is_some_and(|member| member.learner == learner))
-            .count() as u32
-    };
+fn node(survey: &Survey, node: &Node) -> proto::NodeStatus {
+    let state = &*survey.state;
+    let answer = survey.answers.get(&node.id).map(|answer| &answer.status);
+    let health = survey.health.get(&node.id);
+    let count =
+        |holds: &dyn Fn(&Group) -> bool| state.groups().filter(|(_, group)| holds(group)).count() as u32;
+    let member =
+        |learner: bool| count(&|group| group.member(node.id).is_some_and(|member| member.learner == learner));
+    let departure = state.departure(node.id);
     let heard = health.map_or(answer.is_some(), |health| health.heard || answer.is_some());
     let up = health.map_or(answer.is_some_and(|answer| answer.data.is_some()), |health| health.up);
     let word = match (heard, up) {
@@ -142,15 +116,18 @@ fn node(
     proto::NodeStatus {
         node: Some(node.into()),
         state: word.to_owned(),
-        leader: node.id == leader,
+        leader: node.id == survey.leader,
         last_heartbeat_age_ms: health.map_or(0, |health| health.heartbeat_age_ms),
-        primary_groups: groups(state).filter(|(_, group)| group.primary == Some(node.id)).count() as u32,
+        primary_groups: count(&|group| group.primary == Some(node.id)),
         member_groups: member(false),
         learner_groups: member(true),
         used_bytes: stores.iter().map(|store| store.used_bytes).sum(),
         capacity_bytes: stores.iter().map(|store| store.capacity_bytes).sum(),
         release: answer.map(|answer| answer.release.clone()).unwrap_or_default(),
         stores,
+        maintenance: state.is_in_maintenance(node.id),
+        leaving: departure != Departure::Stays,
+        lost: departure == Departure::Lost,
     }
 }
 

@@ -12,7 +12,7 @@ pub mod frame;
 pub mod pidfd;
 pub mod server;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -30,6 +30,9 @@ use crate::timing::STATUS_AGE_MAX;
 
 /// Grants that wait for the data process to act on a newer map; more are dropped, newer ones come.
 const GRANTS_MAX: usize = 16;
+
+/// The rate of resync is measured over this time: some beats of the status, and soon zero when it ends.
+const RATE_WINDOW: Duration = Duration::from_secs(5);
 
 /// Shared by the server of the link, the heartbeats and the API.
 pub struct Link {
@@ -62,6 +65,8 @@ struct Linked {
     /// Open gateway sessions per volume.
     opened: BTreeMap<VolumeId, u32>,
     failed_stores: BTreeSet<StoreId>,
+    /// Bytes that resync had moved at times of the last `RATE_WINDOW`, oldest first.
+    moved: VecDeque<(BootTime, u64)>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -183,6 +188,7 @@ impl Link {
             requests: HashMap::new(),
             opened: BTreeMap::new(),
             failed_stores,
+            moved: VecDeque::new(),
         });
         self.changed.notify_one();
         Ok(connection)
@@ -203,6 +209,10 @@ impl Link {
         linked.confirmed = linked.confirmed.max(MapVersion(status.map_version));
         let failed = status.stores.iter().filter(|store| store.failed).map(|store| StoreId(store.id));
         let news: Vec<_> = failed.filter(|store| linked.failed_stores.insert(*store)).collect();
+        linked.moved.push_back((now, status.resync_bytes_moved));
+        while linked.moved.front().is_some_and(|(at, _)| now.since(*at) > RATE_WINDOW) {
+            linked.moved.pop_front();
+        }
         linked.status = Some(status);
         self.pass_on(linked);
         if was_silent || first {
@@ -238,6 +248,16 @@ impl Link {
     pub fn status(&self) -> Option<proto::DataStatus> {
         let inner = self.lock();
         inner.linked.as_ref().map(|linked| linked.status.clone().unwrap_or_default())
+    }
+
+    /// Bytes a second that resync has moved to or from the data process, lately.
+    pub fn resync_rate(&self) -> u64 {
+        let inner = self.lock();
+        let moved = inner.linked.as_ref().map(|linked| &linked.moved);
+        let ends = moved.and_then(|moved| Some((*moved.front()?, *moved.back()?)));
+        let Some(((from, before), (to, after))) = ends else { return 0 };
+        let ms = u64::try_from(to.since(from).as_millis()).unwrap_or(u64::MAX);
+        after.saturating_sub(before).saturating_mul(1000).checked_div(ms).unwrap_or(0)
     }
 
     /// Counts an opened session. Returns whether it is the first of its volume.

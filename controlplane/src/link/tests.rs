@@ -135,3 +135,18 @@ async fn frames_survive_and_damage_is_noticed() {
     let error = frame::read(&mut bytes.as_slice()).await.expect_err("a flipped bit");
     assert!(matches!(error, frame::FrameError::Checksum { .. }));
 }
+
+#[test]
+fn the_rate_of_resync_is_that_of_the_last_seconds() {
+    let (link, _queued) = linked();
+    assert_eq!(link.resync_rate(), 0);
+    for second in 0..20 {
+        let resync_bytes_moved = second * 1000;
+        link.on_status(at(second * 1000), proto::DataStatus { resync_bytes_moved, ..status(1) });
+        assert_eq!(link.resync_rate(), if second == 0 { 0 } else { 1000 });
+    }
+    for second in 20..30 {
+        link.on_status(at(second * 1000), proto::DataStatus { resync_bytes_moved: 19_000, ..status(1) });
+    }
+    assert_eq!(link.resync_rate(), 0);
+}

@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use prost::Message;
 use tokio::net::UdpSocket;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::time::MissedTickBehavior;
 use xsan_protocol::ids::{Incarnation, MapVersion, NodeId};
 use xsan_protocol::proto;
@@ -72,11 +72,19 @@ pub fn encode_grant(cluster: u64, grant: &Grant) -> Vec<u8> {
     proto::Heartbeat { cluster, body: Some(Body::Grant(grant)) }.encode_to_vec()
 }
 
+/// The answer to a beat of a node that was removed from the cluster.
+pub fn encode_removed(cluster: u64, node: NodeId) -> Vec<u8> {
+    let removed = proto::Removed { node: node.0 };
+    proto::Heartbeat { cluster, body: Some(Body::Removed(removed)) }.encode_to_vec()
+}
+
 /// A datagram's content.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Datagram {
     Beat(Beat),
     Grant(Grant),
+    /// The cluster has removed this node.
+    Removed(NodeId),
 }
 
 /// `None`: not of this cluster, or not ours at all.
@@ -99,6 +107,7 @@ pub fn decode(cluster: u64, bytes: &[u8]) -> Option<Datagram> {
             length: Duration::from_millis(u64::from(grant.lease_ms)).min(LEASE),
             map_version: MapVersion(grant.map_version),
         }),
+        Body::Removed(removed) => Datagram::Removed(NodeId(removed.node)),
     })
 }
 
@@ -112,6 +121,8 @@ pub struct Heartbeats {
     pub state: watch::Receiver<Arc<ClusterState>>,
     pub link: Arc<Link>,
     pub leader: Arc<Leader>,
+    /// Told when the cluster has removed this node.
+    pub removed: Arc<Notify>,
 }
 
 impl Heartbeats {
@@ -146,12 +157,15 @@ impl Heartbeats {
             let now = BootTime::now();
             match decode(self.cluster, &buffer[..length]) {
                 Some(Datagram::Beat(beat)) => {
-                    if let Some(grant) = self.leader.on_beat(now, beat, from) {
+                    if self.leader.has_removed(beat.node) {
+                        self.send_to(&encode_removed(self.cluster, beat.node), from).await;
+                    } else if let Some(grant) = self.leader.on_beat(now, beat, from) {
                         self.send_to(&encode_grant(self.cluster, &grant), from).await;
                     }
                 }
                 Some(Datagram::Grant(grant)) if grant.node == self.node => self.link.on_grant(now, &grant),
-                Some(Datagram::Grant(_)) | None => {}
+                Some(Datagram::Removed(node)) if node == self.node => self.removed.notify_one(),
+                Some(Datagram::Grant(_) | Datagram::Removed(_)) | None => {}
             }
         }
     }
@@ -196,6 +210,7 @@ mod tests {
         assert_eq!(decode(7, &bytes), Some(Datagram::Beat(beat)));
         assert_eq!(decode(8, &bytes), None);
         assert_eq!(decode(7, &bytes[1..]), None);
+        assert_eq!(decode(7, &encode_removed(7, NodeId(3))), Some(Datagram::Removed(NodeId(3))));
         let grant = Grant::answer(&beat, Incarnation(4), MapVersion(9));
         assert_eq!(decode(7, &encode_grant(7, &grant)), Some(Datagram::Grant(grant)));
     }

@@ -6,20 +6,47 @@
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 
+use xsan_protocol::ids::NodeId;
 use xsan_protocol::limits::VOTERS_MAX;
 
 use crate::raft::handle::{Members, ProposeError, RaftHandle};
+use crate::state::command::{Command, Reply};
+use crate::state::{ClusterState, Departure};
 
 /// The voters to have: the present ones first, then those whose logs are long enough, lowest ids first.
-pub fn wanted(members: &Members) -> BTreeSet<u64> {
+///
+/// When one of the present ones is `retiring`, those who lag come last: the others may have to do without them.
+pub fn wanted(members: &Members, own: u64, retiring: &BTreeSet<u64>) -> BTreeSet<u64> {
+    if members.voters.iter().any(|voter| retiring.contains(voter)) {
+        let stays = |node: &u64| !retiring.contains(node);
+        let rank = |node: &u64| {
+            let votes = members.voters.contains(node);
+            (*node != own, !members.caught_up.contains(node), !votes, *node)
+        };
+        let mut able: Vec<u64> = members.voters.union(&members.caught_up).copied().filter(stays).collect();
+        able.sort_by_key(rank);
+        able.truncate(odd(able.len()));
+        return if able.is_empty() { members.voters.clone() } else { able.into_iter().collect() };
+    }
     let mut able: Vec<u64> = members.voters.iter().copied().collect();
-    able.extend(members.caught_up.difference(&members.voters));
-    let most = able.len().min(VOTERS_MAX);
-    let count = if most.is_multiple_of(2) { most.saturating_sub(1) } else { most };
+    able.extend(members.caught_up.difference(&members.voters).filter(|node| !retiring.contains(node)));
+    let count = odd(able.len());
     if count <= members.voters.len() {
         return members.voters.clone();
     }
     able.into_iter().take(count).collect()
+}
+
+/// How many of so many vote.
+fn odd(able: usize) -> usize {
+    let most = able.min(VOTERS_MAX);
+    if most.is_multiple_of(2) { most.saturating_sub(1) } else { most }
+}
+
+/// Nodes that are to leave and hold nothing any more: till then their votes count.
+fn retiring(state: &ClusterState) -> BTreeSet<NodeId> {
+    let nodes = state.map().nodes.keys().copied();
+    nodes.filter(|node| state.departure(*node) != Departure::Stays && !state.has_replicas(*node)).collect()
 }
 
 /// One step towards what is wanted.
@@ -37,10 +64,32 @@ pub async fn reconcile(handle: &RaftHandle) -> Result<(), ProposeError> {
             return handle.add_learner(id, &address).await;
         }
     }
-    let voters = wanted(&members);
+    let retiring = retiring(&state);
+    let retiring_ids = retiring.iter().map(|node| u64::from(node.0)).collect();
+    let voters = wanted(&members, u64::from(handle.node().0), &retiring_ids);
     if voters != members.voters {
         tracing::info!(?voters, "changing the voters");
-        handle.change_voters(voters).await?;
+        return handle.change_voters(voters).await;
+    }
+    for node in retiring.iter().filter(|node| !members.voters.contains(&u64::from(node.0))) {
+        remove(handle, *node).await?;
+    }
+    let was_removed = |id: &u64| u32::try_from(*id).is_ok_and(|id| state.was_removed(NodeId(id)));
+    let gone = members.addresses.keys().copied().filter(|id| was_removed(id) && !members.voters.contains(id));
+    for id in gone {
+        tracing::info!(node = id, "replicating no more to a removed node");
+        handle.remove_learner(id).await?;
+    }
+    Ok(())
+}
+
+/// Takes a node out of the map; it is told by its own log, or by the answer to its next beat.
+async fn remove(handle: &RaftHandle, node: NodeId) -> Result<(), ProposeError> {
+    match handle.propose_here(Command::RemoveNode { node }).await? {
+        Reply::Refused(refusal) => {
+            tracing::debug!(code = refusal.code.number(), "a node stays for now: {}", refusal.message);
+        }
+        _ => tracing::info!(%node, "a node was removed"),
     }
     Ok(())
 }
@@ -58,7 +107,13 @@ mod tests {
     }
 
     fn check(voters: &[u64], caught_up: &[u64], expected: &[u64]) {
-        assert_eq!(wanted(&members(voters, caught_up)), expected.iter().copied().collect());
+        let found = wanted(&members(voters, caught_up), 1, &BTreeSet::new());
+        assert_eq!(found, expected.iter().copied().collect());
+    }
+
+    fn check_without(retiring: u64, voters: &[u64], caught_up: &[u64], expected: &[u64]) {
+        let found = wanted(&members(voters, caught_up), 1, &[retiring].into());
+        assert_eq!(found, expected.iter().copied().collect());
     }
 
     #[test]
@@ -70,6 +125,18 @@ mod tests {
         check(&[1, 2, 3], &[1, 2, 3, 4, 5], &[1, 2, 3, 4, 5]);
         check(&[1, 2, 3], &[4, 5, 6, 7], &[1, 2, 3, 4, 5]);
         check(&[1, 2, 3, 4, 5], &[1, 2, 3, 4, 5, 6, 7], &[1, 2, 3, 4, 5]);
+    }
+
+    #[test]
+    fn a_node_that_leaves_votes_no_more_and_another_takes_its_place() {
+        check_without(3, &[1, 2, 3], &[1, 2, 3, 4], &[1, 2, 4]);
+        check_without(1, &[1, 2, 3], &[1, 2, 3, 4], &[2, 3, 4]);
+        check_without(3, &[1, 2, 3], &[1, 2, 3], &[1]);
+        check_without(4, &[1, 2, 3], &[1, 2, 3, 4, 5], &[1, 2, 3]);
+        // A voter that lags is better than none, and worse than one that does not.
+        check_without(3, &[1, 2, 3], &[1, 4], &[1, 2, 4]);
+        check_without(3, &[1, 2, 3], &[1, 4, 5], &[1, 4, 5]);
+        check_without(1, &[1], &[1], &[1]);
     }
 
     #[test]

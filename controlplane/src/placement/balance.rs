@@ -67,9 +67,10 @@ fn condition(view: &View<'_>, pool: &Pool, group: &Group) -> Condition {
     Condition::Well
 }
 
-/// The preferred primary takes over, if it acts.
+/// The preferred primary takes over, if it acts; in the place of one in maintenance the next one is preferred.
 fn move_primary(view: &View<'_>, group: &Group) -> Option<GroupChange> {
-    let preferred = view.targets.get(&group.id)?.first()?.node;
+    let targets = view.targets.get(&group.id)?.iter().map(|target| target.node);
+    let preferred = targets.into_iter().find(|node| !view.state.is_in_maintenance(*node))?;
     let acts = group.acting().any(|member| member.node == preferred);
     let settled = group.learners().count() == 0;
     (acts && settled && group.primary != Some(preferred)).then(|| GroupChange {

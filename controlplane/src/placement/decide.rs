@@ -5,8 +5,8 @@
 //! 1. C = A: learners are added where the group belongs, dead ones dropped, wishes of the primary granted.
 //! 2. |C| ≥ `min_replicas`: A becomes C.
 //! 3. |C| < `min_replicas`: A becomes C and the members that are back, when that holds everything that was
-//!    acknowledged: C is not empty (it has it all), or one of them lost nothing, or all of A are back. As long as the
-//!    epoch is not settled, its former members count as members of A here.
+//!    acknowledged: C is not empty (it has it all), or one of them lost nothing, or all of A are back.
+//!    So it goes for any C < A while the epoch is not settled, with the last settled acting set as A.
 //! 4. After `REGROUP_AFTER` A becomes what there is of that, below `min_replicas`: no I/O yet, but learners can
 //!    be brought up from it.
 //!
@@ -53,7 +53,7 @@ fn next(
     let acting = if live == group.acting().count() {
         memory.waiting.remove(&group.id);
         return steady(view, pool, group, wishes, counts);
-    } else if live >= usize::from(pool.min_replicas) {
+    } else if group.is_settled() && live >= usize::from(pool.min_replicas) {
         memory.waiting.remove(&group.id);
         live_members(view, group)
     } else {
@@ -69,12 +69,11 @@ fn live_members(view: &View<'_>, group: &Group) -> Vec<Member> {
 
 /// Cases 3 and 4: the acting set that holds everything acknowledged, or `None` to wait.
 fn regroup(view: &View<'_>, memory: &mut Memory, pool: &Pool, group: &Group) -> Option<Vec<Member>> {
-    let sources = || group.acting().chain(&group.former);
-    let live: Vec<Member> = sources().filter(|m| view.standing(m) == Standing::Live).copied().collect();
-    let back: Vec<&Member> = sources().filter(|m| view.standing(m) == Standing::Back).collect();
-    let all_are_there = live.len() + back.len() == sources().count();
+    let live: Vec<Member> = group.holders().filter(|m| view.standing(m) == Standing::Live).copied().collect();
+    let back: Vec<&Member> = group.holders().filter(|m| view.standing(m) == Standing::Back).collect();
+    let all_are_there = live.len() + back.len() == group.holders().count();
     let holds_everything =
-        !live.is_empty() || all_are_there || back.iter().any(|member| view.intact(group.id, member));
+        all_are_there || group.holders().any(|member| view.has_everything(group, member.node));
     let since = *memory.waiting.entry(group.id).or_insert(view.now);
     if !holds_everything {
         return None;
@@ -187,7 +186,10 @@ fn grant(
             return other.map(|other| other.node);
         }
         ProposedChange::Demote | ProposedChange::Exclude => {
+            // Before the epoch is settled, who does not answer may be the only one that has everything.
+            let alone = group.primary.is_some_and(|primary| view.has_everything(group, primary));
             let spare = acting > usize::from(pool.min_replicas) || wish.change == ProposedChange::Exclude;
+            let spare = spare && (group.is_settled() || alone);
             if !member.learner && spare && view.may_leave(group, member) {
                 member.learner = true;
             }
@@ -246,17 +248,19 @@ fn pick_primary(
     counts: &PrimaryCounts,
 ) -> Option<NodeId> {
     let acting = || members.iter().filter(|member| !member.learner);
-    let able = |member: &&Member| {
-        // A member with its new incarnation stands as live; one that merely may not leave yet does not.
-        view.standing(member) == Standing::Live
-    };
+    // A member with its new incarnation stands as live; one that merely may not leave yet does not.
+    let live = |member: &&Member| view.standing(member) == Standing::Live;
+    let surely = |member: &&Member| live(member) && view.has_everything(group, member.node);
+    let sure = acting().any(|member| surely(&member));
+    let able = |member: &&Member| if sure { surely(member) } else { live(member) };
     let wanted = view.targets.get(&group.id).map_or(0, Vec::len);
     let leaving = |node: NodeId| wanted > 0 && acting().count() > wanted && !view.is_target(group.id, node);
     let keep = group
         .primary
         .filter(|primary| acting().filter(able).any(|member| member.node == *primary) && !leaving(*primary));
     keep.or_else(|| {
-        counts.least(acting().filter(able).map(|member| member.node).filter(|node| !leaving(*node)))
+        let wanted = |node: &NodeId| !leaving(*node) && !view.state.avoids(*node);
+        counts.least(acting().filter(able).map(|member| member.node).filter(wanted))
     })
     .or_else(|| counts.least(acting().filter(able).map(|member| member.node)))
     .or(group.primary)

@@ -1,7 +1,7 @@
 //! What becomes of the groups: decided by the Raft leader from the cluster's state and the health of its nodes.
 //!
-//! `decide` says what must change now; `balance` what may change when all is well: pure functions, which `planner`
-//! runs for `controller`. Where replicas *belong* is `xsan_protocol::placement`.
+//! `decide` says what must change now, `life` what the operator asked for, `balance` what may change when all is well:
+//! pure functions, which `planner` runs for `controller`. Where replicas *belong* is `xsan_protocol::placement`.
 //!
 //! Invariants
 //! - A member that may still serve as primary, or may not know yet that it is not any more, stays in the
@@ -14,6 +14,7 @@
 
 pub mod balance;
 pub mod decide;
+pub mod life;
 pub mod planner;
 mod view;
 

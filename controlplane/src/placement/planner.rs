@@ -13,12 +13,12 @@ use xsan_protocol::placement::{Candidate, place_what_fits};
 
 use super::balance::balance;
 use super::decide::decide;
+use super::life::follow_wishes;
 use super::{Memory, NodeView, Proposal, Targets, View};
 use crate::clock::BootTime;
 use crate::lease::{Health, LeaseTable};
 use crate::state::ClusterState;
 use crate::state::command::GroupChange;
-use crate::timing::OUT_AFTER;
 
 /// What is remembered from one plan to the next, for one term of leadership.
 #[derive(Default)]
@@ -66,10 +66,11 @@ impl Planner {
         let nodes: BTreeMap<NodeId, NodeView> = state.map().nodes.values().map(view).collect();
         let is_gone = |(_, view): &(&NodeId, &NodeView)| view.health == Health::Gone;
         let gone: BTreeSet<NodeId> = nodes.iter().filter(is_gone).map(|(node, _)| *node).collect();
-        let left_out = self.left_out(now, &gone);
+        let left_out = self.left_out(now, state, &gone);
         self.placed.update(state, &left_out);
         let view = View { now, state, nodes: &nodes, targets: &self.placed.targets };
         let mut changes = decide(&view, &mut self.memory, proposals);
+        changes.extend(follow_wishes(&view, &changes));
         if changes.is_empty() {
             changes = balance(&view, &mut self.memory);
         }
@@ -79,13 +80,15 @@ impl Planner {
         changes
     }
 
-    /// Nodes gone for so long that their groups are rebuilt elsewhere.
-    fn left_out(&mut self, now: BootTime, gone: &BTreeSet<NodeId>) -> BTreeSet<NodeId> {
-        self.gone_since.retain(|node, _| gone.contains(node));
-        gone.iter().for_each(|node| {
+    /// Nodes gone for so long that their groups are rebuilt elsewhere. The time in maintenance does not count.
+    fn left_out(&mut self, now: BootTime, state: &ClusterState, gone: &BTreeSet<NodeId>) -> BTreeSet<NodeId> {
+        let counts = |node: &NodeId| gone.contains(node) && !state.is_in_maintenance(*node);
+        self.gone_since.retain(|node, _| counts(node));
+        gone.iter().filter(|node| counts(node)).for_each(|node| {
             self.gone_since.entry(*node).or_insert(now);
         });
-        let long = self.gone_since.iter().filter(|(_, since)| now.since(**since) >= OUT_AFTER);
+        let interval = state.settings().down_out_interval;
+        let long = self.gone_since.iter().filter(|(_, since)| now.since(**since) >= interval);
         long.map(|(node, _)| *node).collect()
     }
 }

@@ -86,6 +86,17 @@ impl View<'_> {
         data.is_some_and(|data| data.boot_id == member.boot_id) && !self.damaged(group, member)
     }
 
+    /// Does `node` surely have everything that is acknowledged in the group: as a member of the last settled epoch
+    /// that still runs, or that has come back without having lost anything?
+    pub fn has_everything(&self, group: &Group, node: NodeId) -> bool {
+        let held = |holder: &&Member| match self.standing(holder) {
+            Standing::Live => true,
+            Standing::Back => self.intact(group.id, holder),
+            Standing::Failed | Standing::Gone => false,
+        };
+        group.holders().filter(|holder| holder.node == node).any(|holder| held(&holder))
+    }
+
     pub fn damaged(&self, group: GroupId, member: &Member) -> bool {
         member.damaged || self.state.is_damaged(member.node, group)
     }

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use openraft::async_runtime::watch::WatchReceiver;
 use openraft::errors::{ClientWriteError, RaftError};
 use openraft::impls::BasicNode;
-use openraft::{Instant as _, RaftMetrics, ServerState, SnapshotPolicy};
+use openraft::{ChangeMembers, Instant as _, RaftMetrics, ServerState, SnapshotPolicy};
 use tokio::sync::watch;
 use xsan_protocol::error::Code;
 use xsan_protocol::ids::{MapVersion, NodeId};
@@ -243,6 +243,16 @@ impl RaftHandle {
     /// This node does not lead, or another change is under way: try again later.
     pub async fn change_voters(&self, voters: BTreeSet<u64>) -> Result<(), ProposeError> {
         self.raft.change_membership(voters, true).await.map_err(write_error)?;
+        Ok(())
+    }
+
+    /// Replicates no more to a node, which must have no vote.
+    ///
+    /// # Errors
+    /// This node does not lead, or another change is under way: try again later.
+    pub async fn remove_learner(&self, node: u64) -> Result<(), ProposeError> {
+        let change = ChangeMembers::RemoveNodes([node].into());
+        self.raft.change_membership(change, false).await.map_err(write_error)?;
         Ok(())
     }
 

@@ -7,6 +7,7 @@
 
 use std::fmt;
 use std::net::IpAddr;
+use std::time::Duration;
 
 use prost::Message;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -17,6 +18,7 @@ use xsan_protocol::map::{DamagedStore, DataProcess, Durability, MapError, Member
 use xsan_protocol::proto;
 use xsan_protocol::proto::command as body;
 
+use super::Departure;
 use super::error::Refusal;
 
 #[derive(Clone, Debug, PartialEq)]
@@ -50,6 +52,24 @@ pub enum Command {
     Detach {
         volume: VolumeId,
         node: NodeId,
+    },
+    SetMaintenance {
+        node: NodeId,
+        on: bool,
+        /// Also when groups stop without the node.
+        force: bool,
+    },
+    /// A node is to leave, or stays after all.
+    LeaveNode {
+        node: NodeId,
+        departure: Departure,
+    },
+    /// A node that has left everything leaves the map.
+    RemoveNode {
+        node: NodeId,
+    },
+    ChangeSettings {
+        down_out_interval: Option<Duration>,
     },
 }
 
@@ -180,8 +200,45 @@ impl From<&Command> for proto::Command {
                 Body::Attach(body::Attach { volume: volume.clone(), node: node.0 })
             }
             Command::Detach { volume, node } => Body::Detach(body::Detach { volume: volume.0, node: node.0 }),
+            Command::SetMaintenance { node, on, force } => {
+                Body::SetMaintenance(body::SetMaintenance { node: node.0, on: *on, force: *force })
+            }
+            Command::LeaveNode { node, departure } => Body::LeaveNode(body::LeaveNode {
+                node: node.0,
+                departure: proto::Departure::from(*departure) as i32,
+            }),
+            Command::RemoveNode { node } => Body::RemoveNode(body::RemoveNode { node: node.0 }),
+            Command::ChangeSettings { down_out_interval } => Body::ChangeSettings(body::ChangeSettings {
+                down_out_interval_ms: down_out_interval.map_or(0, milliseconds),
+            }),
         };
         Self { body: Some(body) }
+    }
+}
+
+/// Whole milliseconds, as settings are kept.
+pub fn milliseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+impl From<Departure> for proto::Departure {
+    fn from(departure: Departure) -> Self {
+        match departure {
+            Departure::Stays => Self::Stays,
+            Departure::Leaving => Self::Leaving,
+            Departure::Lost => Self::Lost,
+        }
+    }
+}
+
+impl Departure {
+    /// `None`: of a newer release.
+    pub fn from_number(number: i32) -> Option<Self> {
+        Some(match proto::Departure::try_from(number).ok()? {
+            proto::Departure::Stays => Self::Stays,
+            proto::Departure::Leaving => Self::Leaving,
+            proto::Departure::Lost => Self::Lost,
+        })
     }
 }
 
@@ -249,6 +306,21 @@ impl TryFrom<proto::Command> for Command {
             Body::Attach(attach) => Self::Attach { volume: attach.volume, node: NodeId(attach.node) },
             Body::Detach(detach) => {
                 Self::Detach { volume: VolumeId(detach.volume), node: NodeId(detach.node) }
+            }
+            Body::SetMaintenance(set) => {
+                Self::SetMaintenance { node: NodeId(set.node), on: set.on, force: set.force }
+            }
+            Body::LeaveNode(leave) => Self::LeaveNode {
+                node: NodeId(leave.node),
+                departure: Departure::from_number(leave.departure)
+                    .ok_or(CommandError::Field { field: "departure" })?,
+            },
+            Body::RemoveNode(remove) => Self::RemoveNode { node: NodeId(remove.node) },
+            Body::ChangeSettings(settings) => {
+                let interval = settings.down_out_interval_ms;
+                Self::ChangeSettings {
+                    down_out_interval: (interval != 0).then(|| Duration::from_millis(interval)),
+                }
             }
         })
     }
@@ -350,6 +422,12 @@ impl fmt::Display for Command {
             Self::DeleteVolume { name } => write!(f, "delete volume {name}"),
             Self::Attach { volume, node } => write!(f, "attach volume {volume} to node {node}"),
             Self::Detach { volume, node } => write!(f, "detach volume {volume} from node {node}"),
+            Self::SetMaintenance { node, on, .. } => {
+                write!(f, "maintenance of node {node} {}", if *on { "on" } else { "off" })
+            }
+            Self::LeaveNode { node, departure } => write!(f, "node {node}: {departure:?}"),
+            Self::RemoveNode { node } => write!(f, "remove node {node}"),
+            Self::ChangeSettings { .. } => f.write_str("change settings"),
         }
     }
 }

@@ -46,6 +46,20 @@ pub enum StateError {
     Placement { error: PlacementError },
     #[error("the cluster has no id left for another {what}")]
     IdsUsedUp { what: &'static str },
+    #[error(
+        "without node {name} {groups} groups have too few live replicas and stop; --force does it nevertheless"
+    )]
+    MaintenanceStopsIo { name: String, groups: usize },
+    #[error("node {name} can not go: {error}")]
+    NodeNeeded { name: String, error: PlacementError },
+    #[error("node {name} is the last one that stays")]
+    LastNode { name: String },
+    #[error("node {name} was not asked to leave")]
+    NodeStays { name: String },
+    #[error("node {name} can not leave yet: {reason}")]
+    NodeBusy { name: String, reason: &'static str },
+    #[error("{field}: {value_ms} ms is not between {min_ms} and {max_ms}")]
+    SettingInvalid { field: &'static str, value_ms: u64, min_ms: u64, max_ms: u64 },
     #[error("group {group}: {problem}")]
     GroupInvalid { group: GroupId, problem: &'static str },
 }
@@ -53,9 +67,15 @@ pub enum StateError {
 impl StateError {
     pub const fn code(&self) -> Code {
         match self {
-            Self::NameInvalid { .. } | Self::SizeInvalid { .. } | Self::ReplicaCountInvalid { .. } => {
-                Code::InvalidArgument
-            }
+            Self::NameInvalid { .. }
+            | Self::SizeInvalid { .. }
+            | Self::ReplicaCountInvalid { .. }
+            | Self::NodeStays { .. }
+            | Self::SettingInvalid { .. } => Code::InvalidArgument,
+            Self::MaintenanceStopsIo { .. } => Code::MaintenanceStopsIo,
+            Self::NodeNeeded { .. } => Code::NodeNeeded,
+            Self::LastNode { .. } => Code::LastNode,
+            Self::NodeBusy { .. } => Code::NodeBusy,
             Self::ClusterIdMismatch { .. } => Code::ClusterIdMismatch,
             // Try again: its founder, the only voter, has not taken its own place yet.
             Self::NotFounded => Code::NoQuorum,
@@ -76,7 +96,12 @@ impl StateError {
         match self {
             Self::NameInvalid { what, name } => format!("{what} {name}"),
             Self::ClusterIdMismatch { found, .. } => format!("cluster {found}"),
-            Self::NodeIdTaken { name } => format!("node {name}"),
+            Self::NodeIdTaken { name }
+            | Self::MaintenanceStopsIo { name, .. }
+            | Self::NodeNeeded { name, .. }
+            | Self::LastNode { name }
+            | Self::NodeStays { name }
+            | Self::NodeBusy { name, .. } => format!("node {name}"),
             Self::NodeNotFound { node } => format!("node {node}"),
             Self::VolumeExists { name }
             | Self::VolumeNotFound { name }
@@ -88,6 +113,7 @@ impl StateError {
             Self::ClusterFull
             | Self::NotFounded
             | Self::ReplicaCountInvalid { .. }
+            | Self::SettingInvalid { .. }
             | Self::Placement { .. }
             | Self::IdsUsedUp { .. } => "cluster".to_owned(),
         }

@@ -1,12 +1,13 @@
 //! Changes of groups: compare-and-set on the epoch, each on its own within a batch.
 //!
-//! Who leaves the acting set is kept in `Group::former` until the new epoch is settled.
+//! When a member leaves the acting set or is another life of itself, the old set is kept in `Group::former` until the
+//! new epoch is settled.
 
 use std::collections::BTreeSet;
 
 use xsan_protocol::ids::NodeId;
 use xsan_protocol::limits::REPLICAS_MAX;
-use xsan_protocol::map::Group;
+use xsan_protocol::map::{Group, Member};
 
 use super::command::{GroupChange, Reply};
 use super::error::StateError;
@@ -53,9 +54,12 @@ impl ClusterState {
         if group.primary != change.primary {
             self.primary_since.insert(change.group, version);
         }
-        let stays = |node| change.members.iter().any(|member| !member.learner && member.node == node);
-        let counted = group.former.iter().chain(group.acting());
-        group.former = counted.filter(|member| !stays(member.node)).copied().collect();
+        let same =
+            |a: &Member, b: &Member| (a.node, a.store, a.incarnation) == (b.node, b.store, b.incarnation);
+        let stays = |old: &Member| change.members.iter().any(|new| !new.learner && same(old, new));
+        if group.is_settled() && !group.acting().all(stays) {
+            group.former = group.acting().copied().collect();
+        }
         group.epoch = group.epoch.next();
         group.primary = change.primary;
         group.members.clone_from(&change.members);

@@ -7,13 +7,16 @@
 //! - `ClusterState::load` of every record of a state is that state again.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use prost::Message;
 use xsan_protocol::ids::{GroupId, MapVersion, NodeId, PoolId, VolumeId};
 use xsan_protocol::map::{Group, MapError, Node, Pool, Volume};
 use xsan_protocol::proto;
 
-use super::{ClusterState, NextIds, NodePrivate, Touched, lineage_of};
+use super::command::milliseconds;
+use super::{ClusterState, Departure, NextIds, NodePrivate, Touched, lineage_of};
+use crate::timing::{DOWN_OUT_MAX, DOWN_OUT_MIN, OUT_AFTER};
 
 /// Names a record of the applied state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -76,6 +79,7 @@ impl ClusterState {
             pools: self.map.pools.keys().copied().collect(),
             groups: self.map.groups.keys().copied().collect(),
             volumes: self.map.volumes.keys().copied().collect(),
+            settings: true,
         }
     }
 
@@ -139,6 +143,7 @@ impl ClusterState {
             next_volume: self.next.volume.0,
             next_pool: u32::from(self.next.pool.0),
             voters: self.voters.iter().map(|node| node.0).collect(),
+            down_out_interval_ms: milliseconds(self.settings.down_out_interval),
         }
     }
 
@@ -149,6 +154,8 @@ impl ClusterState {
             node: Some(node.into()),
             instance: private.instance,
             damaged: private.damaged.iter().map(|group| group.0).collect(),
+            maintenance: private.maintenance,
+            departure: proto::Departure::from(private.departure) as i32,
         })
     }
 
@@ -165,6 +172,11 @@ impl ClusterState {
 
     fn load_head(&mut self, head: proto::StateHead) -> Result<(), ImageError> {
         let pool = u16::try_from(head.next_pool).map_err(|_| ImageError::Field { field: "next_pool" })?;
+        self.settings.down_out_interval = match Duration::from_millis(head.down_out_interval_ms) {
+            Duration::ZERO => OUT_AFTER,
+            interval if (DOWN_OUT_MIN..=DOWN_OUT_MAX).contains(&interval) => interval,
+            _ => return Err(ImageError::Field { field: "down_out_interval_ms" }),
+        };
         self.map.version = MapVersion(head.map_version);
         self.map.cluster_id = head.cluster_id;
         self.voters = head.voters.into_iter().map(NodeId).collect::<BTreeSet<_>>();
@@ -177,7 +189,11 @@ impl ClusterState {
     fn load_node(&mut self, record: proto::NodeRecord) -> Result<(), ImageError> {
         let node = Node::try_from(record.node.ok_or(ImageError::Field { field: "node" })?)?;
         let damaged = record.damaged.into_iter().map(GroupId).collect();
-        self.nodes.insert(node.id, NodePrivate { instance: record.instance, damaged });
+        let departure =
+            Departure::from_number(record.departure).ok_or(ImageError::Field { field: "departure" })?;
+        let private =
+            NodePrivate { instance: record.instance, damaged, maintenance: record.maintenance, departure };
+        self.nodes.insert(node.id, private);
         self.map.nodes.insert(node.id, node);
         Ok(())
     }

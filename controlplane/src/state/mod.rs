@@ -14,10 +14,12 @@ pub mod command;
 pub mod error;
 mod group;
 pub mod image;
+mod life;
 mod node;
 mod volume;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::time::Duration;
 
 use xsan_protocol::ids::{GroupId, Lineage, MapVersion, NodeId, PoolId, VolumeId};
 use xsan_protocol::limits::NAME_BYTES_MAX;
@@ -26,6 +28,8 @@ use xsan_protocol::placement::Candidate;
 
 use command::{Command, Reply};
 use error::StateError;
+
+use crate::timing::OUT_AFTER;
 
 #[derive(Clone, Debug, PartialEq)]
 pub struct ClusterState {
@@ -37,6 +41,7 @@ pub struct ClusterState {
     primary_since: HashMap<GroupId, MapVersion>,
     /// The request that made each volume.
     requests: BTreeMap<VolumeId, u64>,
+    settings: Settings,
     next: NextIds,
 }
 
@@ -49,6 +54,7 @@ impl Default for ClusterState {
             nodes: BTreeMap::new(),
             primary_since: HashMap::new(),
             requests: BTreeMap::new(),
+            settings: Settings::default(),
             next,
         }
     }
@@ -65,6 +71,32 @@ struct NodePrivate {
     instance: u64,
     /// Groups whose records the present life of its data process has lost.
     damaged: BTreeSet<GroupId>,
+    maintenance: bool,
+    departure: Departure,
+}
+
+/// How a node is on its way out of the cluster.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Departure {
+    #[default]
+    Stays,
+    /// Its replicas move to the other nodes first.
+    Leaving,
+    /// It is dead and does not come back: what only it held is given up.
+    Lost,
+}
+
+/// What an operator may set for the whole cluster.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Settings {
+    /// A node gone for this long is left out of placement.
+    pub down_out_interval: Duration,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self { down_out_interval: OUT_AFTER }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -87,11 +119,17 @@ pub struct Touched {
     pub pools: BTreeSet<PoolId>,
     pub groups: BTreeSet<GroupId>,
     pub volumes: BTreeSet<VolumeId>,
+    /// They are in the head, which is written every time.
+    pub settings: bool,
 }
 
 impl Touched {
     pub fn is_empty(&self) -> bool {
-        self.nodes.is_empty() && self.pools.is_empty() && self.groups.is_empty() && self.volumes.is_empty()
+        let no_object = self.nodes.is_empty()
+            && self.pools.is_empty()
+            && self.groups.is_empty()
+            && self.volumes.is_empty();
+        no_object && !self.settings
     }
 
     pub fn add(&mut self, other: Self) {
@@ -99,6 +137,7 @@ impl Touched {
         self.pools.extend(other.pools);
         self.groups.extend(other.groups);
         self.volumes.extend(other.volumes);
+        self.settings |= other.settings;
     }
 }
 
@@ -140,6 +179,14 @@ impl ClusterState {
             Command::DeleteVolume { name } => self.delete_volume(name, &mut touched),
             Command::Attach { volume, node } => self.attach(volume, *node, &mut touched),
             Command::Detach { volume, node } => self.detach(*volume, *node, &mut touched),
+            Command::SetMaintenance { node, on, force } => {
+                self.set_maintenance(*node, *on, *force, &mut touched)
+            }
+            Command::LeaveNode { node, departure } => self.leave_node(*node, *departure, &mut touched),
+            Command::RemoveNode { node } => self.remove_node(*node, &mut touched),
+            Command::ChangeSettings { down_out_interval } => {
+                self.change_settings(*down_out_interval, &mut touched)
+            }
         };
         if !touched.is_empty() {
             self.map.version = self.next_version();
@@ -169,9 +216,10 @@ impl ClusterState {
         touched
     }
 
-    /// Nodes that can hold replicas: those with a store that works, but for `left_out`.
+    /// Nodes that can hold replicas: those with a store that works, but for `left_out` and those that leave.
     pub fn candidates(&self, left_out: &BTreeSet<NodeId>) -> Vec<Candidate> {
-        let nodes = self.map.nodes.values().filter(|node| !left_out.contains(&node.id));
+        let stays = |id| self.departure(id) == Departure::Stays && !left_out.contains(&id);
+        let nodes = self.map.nodes.values().filter(|node| stays(node.id));
         nodes
             .filter_map(|node| {
                 let data = node.data.as_ref()?;

@@ -269,10 +269,27 @@ fn records_and_images_give_the_same_state_again() {
     state.set_voters([NodeId(1), NodeId(3)].into());
     state.apply(&new_volume("vm", 1));
     state.apply(&started(2, 2001, true));
+    state.apply(&maintenance(3, true));
+    state.apply(&leave(2, Departure::Lost));
+    state.apply(&Command::ChangeSettings { down_out_interval: Some(Duration::from_secs(60)) });
     assert_eq!(ClusterState::from_image(state.image()).expect("a good image"), state);
     let records: Vec<_> = state.records(&state.all()).into_iter().map(|(k, v)| (k.encode(), v)).collect();
     let pairs = records.iter().map(|(k, v)| (k.as_slice(), v.as_deref().expect("all exist")));
     assert_eq!(ClusterState::load(pairs).expect("good records"), state);
+}
+
+#[test]
+fn records_of_a_release_without_maintenance_and_settings_are_read() {
+    let state = cluster();
+    let mut image = state.image();
+    image.head.as_mut().expect("a head").down_out_interval_ms = 0;
+    assert_eq!(ClusterState::from_image(image.clone()).expect("an older image"), state);
+    assert_eq!(state.settings().down_out_interval, OUT_AFTER);
+    image.head.as_mut().expect("a head").down_out_interval_ms = 1;
+    ClusterState::from_image(image.clone()).expect_err("out of bounds");
+    image.head.as_mut().expect("a head").down_out_interval_ms = 60_000;
+    image.nodes[0].departure = 77;
+    ClusterState::from_image(image).expect_err("of a newer release");
 }
 
 #[test]
@@ -299,6 +316,13 @@ fn commands_and_replies_survive_their_encoding() {
         Command::DeleteVolume { name: "v".into() },
         Command::Attach { volume: "v".into(), node: NodeId(1) },
         Command::Detach { volume: VolumeId(1), node: NodeId(1) },
+        maintenance(3, true),
+        leave(3, Departure::Leaving),
+        leave(3, Departure::Lost),
+        leave(3, Departure::Stays),
+        Command::RemoveNode { node: NodeId(3) },
+        Command::ChangeSettings { down_out_interval: Some(Duration::from_secs(60)) },
+        Command::ChangeSettings { down_out_interval: None },
     ];
     for command in commands {
         assert_eq!(Command::decode(&command.encode()), Ok(command.clone()));
@@ -316,4 +340,121 @@ fn commands_and_replies_survive_their_encoding() {
     ] {
         assert_eq!(Reply::decode(&reply.encode()), Ok(reply));
     }
+}
+
+fn maintenance(node: u32, on: bool) -> Command {
+    Command::SetMaintenance { node: NodeId(node), on, force: false }
+}
+
+fn leave(node: u32, departure: Departure) -> Command {
+    Command::LeaveNode { node: NodeId(node), departure }
+}
+
+/// Moves every group off `node`, to what is left.
+fn evacuate(state: &mut ClusterState, node: u32) {
+    let changes = state.map.groups.values().map(|group| {
+        let members: Vec<_> = group.members.iter().filter(|m| m.node != NodeId(node)).copied().collect();
+        let primary = members.first().map(|member| member.node);
+        GroupChange { group: group.id, expected: group.epoch, primary, members, settle: false }
+    });
+    let changes: Vec<_> = changes.collect();
+    let settle = |change: &GroupChange| GroupChange {
+        expected: change.expected.next(),
+        settle: true,
+        ..change.clone()
+    };
+    let settled = changes.iter().map(settle).collect();
+    state.apply(&Command::ReconfigureGroups(changes));
+    assert!(state.has_replicas(NodeId(node)), "it counts until the others have answered");
+    state.apply(&Command::ReconfigureGroups(settled));
+}
+
+#[test]
+fn maintenance_that_would_stop_groups_is_refused_unless_forced() {
+    let mut state = cluster();
+    state.apply(&new_volume("vm", 1));
+    assert_eq!(state.apply(&maintenance(1, true)).0, Reply::Done);
+    assert!(state.is_in_maintenance(NodeId(1)) && state.avoids(NodeId(1)));
+    assert!(state.apply(&maintenance(1, true)).1.is_empty(), "it is on already");
+    // Two of three replicas are needed: the second node would be one too many.
+    assert_eq!(refused(&mut state, maintenance(2, true)), Code::MaintenanceStopsIo);
+    let forced = Command::SetMaintenance { node: NodeId(2), on: true, force: true };
+    assert_eq!(state.apply(&forced).0, Reply::Done);
+    assert_eq!(state.apply(&maintenance(1, false)).0, Reply::Done);
+    assert!(!state.avoids(NodeId(1)));
+    assert_eq!(refused(&mut state, maintenance(9, true)), Code::NodeNotFound);
+}
+
+#[test]
+fn a_node_leaves_when_the_others_can_hold_its_replicas() {
+    let mut state = cluster();
+    state.apply(&new_volume("vm", 1));
+    assert_eq!(refused(&mut state, leave(3, Departure::Leaving)), Code::NodeNeeded);
+    state.apply(&new_node("node-4", 4));
+    assert_eq!(refused(&mut state, leave(3, Departure::Leaving)), Code::NodeNeeded, "it has no store yet");
+    state.apply(&started(4, 4000, false));
+    assert_eq!(refused(&mut state, Command::RemoveNode { node: NodeId(3) }), Code::InvalidArgument);
+    assert_eq!(state.apply(&leave(3, Departure::Leaving)).0, Reply::Done);
+    let candidates: Vec<_> = state.candidates(&BTreeSet::new()).iter().map(|c| c.node.0).collect();
+    assert_eq!(candidates, [1, 2, 4]);
+    assert_eq!(refused(&mut state, leave(4, Departure::Leaving)), Code::NodeNeeded, "one is leaving");
+    assert_eq!(refused(&mut state, Command::RemoveNode { node: NodeId(3) }), Code::NodeBusy);
+    assert_eq!(state.apply(&leave(3, Departure::Stays)).0, Reply::Done);
+    assert_eq!(state.candidates(&BTreeSet::new()).len(), 4);
+}
+
+#[test]
+fn a_node_is_removed_when_it_holds_nothing_votes_no_more_and_serves_nobody() {
+    let mut state = cluster();
+    state.apply(&new_node("node-4", 4));
+    state.apply(&started(4, 4000, false));
+    state.apply(&new_volume("vm", 1));
+    state.set_voters([NodeId(1), NodeId(3)].into());
+    state.apply(&Command::Attach { volume: "vm".into(), node: NodeId(3) });
+    state.apply(&leave(3, Departure::Leaving));
+    let remove = Command::RemoveNode { node: NodeId(3) };
+    assert_eq!(refused(&mut state, remove.clone()), Code::NodeBusy, "it has replicas");
+    evacuate(&mut state, 3);
+    assert_eq!(refused(&mut state, remove.clone()), Code::NodeBusy, "it votes");
+    state.set_voters([NodeId(1)].into());
+    assert_eq!(refused(&mut state, remove.clone()), Code::NodeBusy, "a volume is attached there");
+    state.apply(&Command::Detach { volume: VolumeId(1), node: NodeId(3) });
+    assert!(!state.was_removed(NodeId(3)));
+    let (reply, touched) = state.apply(&remove);
+    assert_eq!((reply, touched.nodes), (Reply::Done, [NodeId(3)].into()));
+    assert!(state.was_removed(NodeId(3)));
+    assert!(!state.was_removed(NodeId(0)) && !state.was_removed(NodeId(5)));
+    assert!(state.apply(&remove).1.is_empty(), "it may be asked again");
+    let (_, gone) = state.records(&Touched { nodes: [NodeId(3)].into(), ..Touched::default() }).remove(1);
+    assert_eq!(gone, None);
+    assert_eq!(ClusterState::from_image(state.image()).expect("a good image"), state);
+    // The name is free again; the number is not.
+    assert_eq!(state.apply(&new_node("node-3", 33)).0, Reply::Node(NodeId(5)));
+}
+
+#[test]
+fn a_lost_node_takes_its_sessions_along_and_the_last_node_stays() {
+    let mut state = cluster();
+    state.apply(&new_volume("vm", 1));
+    state.apply(&Command::Attach { volume: "vm".into(), node: NodeId(3) });
+    assert_eq!(state.apply(&leave(3, Departure::Lost)).0, Reply::Done);
+    evacuate(&mut state, 3);
+    assert_eq!(state.apply(&Command::RemoveNode { node: NodeId(3) }).0, Reply::Done);
+    assert!(state.map.volumes[&VolumeId(1)].attached_nodes.is_empty());
+    state.apply(&leave(2, Departure::Lost));
+    assert_eq!(refused(&mut state, leave(1, Departure::Lost)), Code::LastNode);
+    assert_eq!(refused(&mut state, leave(1, Departure::Leaving)), Code::LastNode);
+}
+
+#[test]
+fn settings_are_kept_within_bounds() {
+    let mut state = cluster();
+    let set = |seconds| Command::ChangeSettings { down_out_interval: Some(Duration::from_secs(seconds)) };
+    let version = state.version();
+    assert_eq!(state.apply(&set(60)).0, Reply::Done);
+    assert!(state.version() > version, "every node is told");
+    assert!(state.apply(&set(60)).1.is_empty());
+    assert_eq!(refused(&mut state, set(4)), Code::InvalidArgument);
+    assert_eq!(refused(&mut state, set(31 * 24 * 3600)), Code::InvalidArgument);
+    assert_eq!(state.settings().down_out_interval, Duration::from_secs(60));
 }

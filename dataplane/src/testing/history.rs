@@ -8,6 +8,9 @@ use std::collections::BTreeMap;
 
 pub type Sector = (u64, u16, u16);
 
+/// Operations on a sector that a violation shows.
+const NEWEST_SHOWN: usize = 40;
+
 #[derive(Clone, Copy, Debug)]
 pub struct Span {
     pub start: u64,
@@ -59,7 +62,7 @@ impl History {
 
     pub fn check(&self) -> Result<(), String> {
         for (sector, register) in &self.registers {
-            register.check().map_err(|error| format!("sector {sector:?}: {error}"))?;
+            register.check().map_err(|error| format!("sector {sector:?}: {error}\n{}", register.newest()))?;
         }
         Ok(())
     }
@@ -101,6 +104,20 @@ impl Sorted {
 }
 
 impl Register {
+    /// What was done last, for those who look for the cause.
+    fn newest(&self) -> String {
+        let reads = self.reads.iter().map(|(value, span)| (span.start, span.end, format!("read {value}")));
+        let writes = self.writes.iter().map(|(value, write)| {
+            let again = if write.repeated { ", repeated" } else { "" };
+            (write.span.start, write.span.end, format!("write {value}{again}"))
+        });
+        let zeroes = self.zeroes.iter().map(|span| (span.start, span.end, "zero".to_owned()));
+        let mut all: Vec<_> = reads.chain(writes).chain(zeroes).collect();
+        all.sort();
+        let newest = all.iter().skip(all.len().saturating_sub(NEWEST_SHOWN));
+        newest.map(|(start, end, what)| format!("  {start}..{end} {what}\n")).collect()
+    }
+
     fn check(&self) -> Result<(), String> {
         let zeroes = Sorted::new(self.zeroes.iter().copied().chain([Span { start: 0, end: 0 }]));
         let writes = Sorted::new(self.writes.values().map(|write| write.span));

@@ -1,5 +1,7 @@
 //! The command line of xsan-cli.
 
+use std::time::Duration;
+
 use clap::{Parser, Subcommand, ValueEnum};
 use xsan_nodekit::size::{self, Size};
 use xsan_protocol::limits::{REPLICAS_MAX, VOLUME_BYTES_MAX};
@@ -22,7 +24,8 @@ Exit codes:
   1  the cluster refused; the error's number and what to do are on stderr
   2  wrong usage
   3  nothing answers at any address
-  4  no answer in time, or no quorum: a change may or may not have been made";
+  4  no answer in time, or no quorum: a change may or may not have been made
+  xsan-cli health, when the cluster answers: 0 well, 1 warnings, 2 errors";
 
 /// Manages an XSAN cluster: its nodes and volumes. Any node answers.
 #[derive(Clone, Debug, Parser)]
@@ -51,6 +54,13 @@ pub enum Command {
         #[command(subcommand)]
         command: VolumeCommand,
     },
+    /// What should be known or mended, the worst first; the exit code is the worst severity
+    #[command(
+        after_help = "Exit codes: 0 nothing or info, 1 warning, 2 error.\nCodes and remedies: docs/health.md"
+    )]
+    Health,
+    /// What happened lately, as the leader saw it since it leads
+    Events,
     /// Print a completion script for a shell
     #[command(after_help = "Example:\n  xsan-cli completion bash > /etc/bash_completion.d/xsan-cli")]
     Completion { shell: clap_complete::Shell },
@@ -60,6 +70,22 @@ pub enum Command {
 pub enum ClusterCommand {
     /// Health, nodes, space and resync progress
     Status,
+    /// Change a setting of the whole cluster
+    #[command(after_help = "Example:\n  xsan-cli cluster set down-out-interval 600s")]
+    Set {
+        #[command(subcommand)]
+        setting: Setting,
+    },
+}
+
+#[derive(Clone, Debug, Subcommand)]
+pub enum Setting {
+    /// How long a node may be gone before its replicas are made elsewhere
+    DownOutInterval {
+        /// As 600s, 10min, 2h or 1d
+        #[arg(value_parser = interval)]
+        value: Duration,
+    },
 }
 
 #[derive(Clone, Debug, Subcommand)]
@@ -72,6 +98,53 @@ pub enum NodeCommand {
         /// Name of the node, or its number
         id: String,
     },
+    /// Take a node out for a while: it leads no group, and its replicas are not made elsewhere while it is down
+    #[command(after_help = "Example:\n  xsan-cli node maintenance node-003 on --dry-run")]
+    Maintenance {
+        /// Name of the node, or its number
+        id: String,
+        #[arg(value_enum)]
+        state: Switch,
+        /// Also when groups stop without the node
+        #[arg(long)]
+        force: bool,
+        /// Change nothing, say what would be
+        #[arg(long)]
+        dry_run: bool,
+    },
+    /// Move a node's replicas to the others, then take it out of the cluster
+    #[command(
+        after_help = "Examples:\n  xsan-cli node remove node-004 --dry-run\n  xsan-cli node remove node-004 --wait\n  \
+        xsan-cli node remove --cancel node-004\n  xsan-cli node remove node-004 --force    # it is dead"
+    )]
+    Remove(RemoveOptions),
+}
+
+#[derive(Clone, Debug, clap::Args)]
+pub struct RemoveOptions {
+    /// Name of the node, or its number
+    pub id: String,
+    /// The node is dead: give up what only it holds
+    #[arg(long, conflicts_with = "cancel")]
+    pub force: bool,
+    /// Take an earlier removal back
+    #[arg(long, conflicts_with = "wait")]
+    pub cancel: bool,
+    /// Change nothing, say what would be
+    #[arg(long, conflicts_with_all = ["cancel", "wait"])]
+    pub dry_run: bool,
+    /// Show the progress, and return when the node is gone
+    #[arg(long)]
+    pub wait: bool,
+    /// Do not ask
+    #[arg(long, short)]
+    pub yes: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Switch {
+    On,
+    Off,
 }
 
 /// A volume's name, as argument or as --name.
@@ -175,6 +248,27 @@ pub enum VolumeSizeError {
     TooLarge,
     #[error("is not a multiple of {SECTOR_SIZE} bytes")]
     NotSectors,
+}
+
+/// A text that is no interval.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("is not a whole number of s, min, h or d, as 600s")]
+pub struct IntervalError;
+
+fn interval(text: &str) -> Result<Duration, IntervalError> {
+    let digits = text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit()).len();
+    let (number, unit) = text.split_at(digits);
+    let seconds = match unit.trim() {
+        "s" => 1,
+        "min" | "m" => 60,
+        "h" => 3600,
+        "d" => 86_400,
+        _ => return Err(IntervalError),
+    };
+    let number: u64 = number.parse().map_err(|_| IntervalError)?;
+    // Zero would mean "as it is"; the cluster refuses what is too short.
+    let total = number.checked_mul(seconds).filter(|total| *total > 0 && *total <= u64::MAX / 1000);
+    total.map(Duration::from_secs).ok_or(IntervalError)
 }
 
 fn volume_size(text: &str) -> Result<Size, VolumeSizeError> {

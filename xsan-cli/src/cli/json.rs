@@ -3,7 +3,10 @@
 //! Sizes are in bytes. Ids of 64 bits are hexadecimal text, as not every reader of JSON keeps 64-bit numbers.
 
 use serde_json::{Value, json};
-use xsan_protocol::proto::{ClusterMap, ClusterStatusReply, NodeStatus, StoreStatus, VolumeStatus};
+use xsan_protocol::proto::{
+    ClusterMap, ClusterSettings, ClusterStatusReply, Finding, ListEventsReply, NodePlan, NodeStatus,
+    StoreStatus, VolumeStatus,
+};
 
 use super::show;
 
@@ -34,9 +37,65 @@ pub fn cluster_status(status: &ClusterStatusReply) -> Value {
         "resync": {
             "moved_bytes": groups.resync_bytes_moved,
             "left_bytes": groups.resync_bytes_left,
+            "bytes_per_second": groups.resync_bytes_per_second,
+            "left_ms": show::resync_ms_left(&groups),
         },
+        "settings": status.settings.as_ref().map(settings),
         "nodes": nodes(&status.nodes),
     })
+}
+
+pub fn settings(settings: &ClusterSettings) -> Value {
+    json!({ "down_out_interval_ms": settings.down_out_interval_ms })
+}
+
+/// What a change of a node does, or would do.
+pub fn plan(plan: &NodePlan, dry_run: bool) -> Value {
+    json!({
+        "node": plan.name,
+        "dry_run": dry_run,
+        "groups": plan.groups,
+        "primary_groups": plan.primary_groups,
+        "moves": plan.moves,
+        "bytes_to_move": plan.bytes_to_move,
+        "bytes_per_second": plan.bytes_per_second,
+        "rate_is_measured": plan.rate_is_measured,
+        "move_ms": show::move_ms(plan),
+        "groups_stopped": plan.groups_stopped,
+        "groups_at_risk": plan.groups_at_risk,
+        "groups_lost": plan.groups_lost,
+        "volumes_lost": plan.volumes_lost,
+        "refusal": plan.refusal.as_ref().map(|detail| json!({
+            "number": detail.code,
+            "object": detail.object,
+            "message": detail.message,
+        })),
+    })
+}
+
+pub fn health(findings: &[Finding]) -> Value {
+    let finding = |finding: &Finding| {
+        json!({
+            "code": finding.code,
+            "severity": finding.severity,
+            "object": finding.object,
+            "message": finding.message,
+            "remedy": finding.remedy,
+        })
+    };
+    findings.iter().map(finding).collect()
+}
+
+pub fn events(reply: &ListEventsReply) -> Value {
+    let events = reply.events.iter().map(|event| {
+        json!({
+            "unix_ms": event.unix_ms,
+            "event": event.kind,
+            "object": event.object,
+            "message": event.message,
+        })
+    });
+    json!({ "leader": reply.node, "events": events.collect::<Value>() })
 }
 
 pub fn nodes(nodes: &[NodeStatus]) -> Value {
@@ -51,6 +110,9 @@ pub fn node(status: &NodeStatus) -> Value {
         "id": node.id,
         "state": status.state,
         "leader": status.leader,
+        "maintenance": status.maintenance,
+        "leaving": status.leaving,
+        "lost": status.lost,
         "voter": node.voter,
         "address": node.address,
         "control_port": node.control_port,

@@ -5,14 +5,16 @@ use std::process::ExitCode;
 
 use clap::CommandFactory;
 use xsan_client::ControlClient;
-use xsan_protocol::proto::{CreateVolumeRequest, ResizeVolumeRequest};
+use xsan_protocol::health::Severity;
+use xsan_protocol::proto::{ChangeSettingsRequest, CreateVolumeRequest, Finding, ResizeVolumeRequest};
 
 mod args;
 pub mod json;
+mod life;
 mod show;
 
 pub use args::Args;
-use args::{ClusterCommand, Command, NodeCommand, VolumeCommand};
+use args::{ClusterCommand, Command, NodeCommand, Setting, VolumeCommand};
 pub(crate) use show::durability;
 
 use crate::failure::{Failure, block_on, finish};
@@ -24,7 +26,22 @@ pub fn main(args: Args) -> ExitCode {
         clap_complete::generate(shell, &mut Args::command(), "xsan-cli", &mut io::stdout());
         return ExitCode::SUCCESS;
     }
-    finish(block_on(run(args)), as_json)
+    let Command::Health = args.command else { return finish(block_on(run(args)), as_json) };
+    let mut worst = Severity::Info;
+    let shown = block_on(async {
+        let findings = args.connection.client().health().await?;
+        worst = worst_of(&findings);
+        Ok(if as_json { format!("{:#}", json::health(&findings)) } else { show::findings(&findings) })
+    });
+    let answered = shown.is_ok();
+    let code = finish(shown, as_json);
+    if answered { ExitCode::from(worst as u8) } else { code }
+}
+
+/// What a newer release finds may be bad.
+fn worst_of(findings: &[Finding]) -> Severity {
+    let severity = |finding: &Finding| Severity::named(&finding.severity).unwrap_or(Severity::Error);
+    findings.iter().map(severity).max().unwrap_or(Severity::Info)
 }
 
 async fn run(args: Args) -> Result<String, Failure> {
@@ -39,9 +56,18 @@ async fn run(args: Args) -> Result<String, Failure> {
                 show::cluster_status(&status)
             })
         }
+        Command::Cluster { command: ClusterCommand::Set { setting: Setting::DownOutInterval { value } } } => {
+            let down_out_interval_ms = u64::try_from(value.as_millis()).expect("the argument is in bounds");
+            let settings = client.change_settings(ChangeSettingsRequest { down_out_interval_ms }).await?;
+            Ok(if as_json { format!("{:#}", json::settings(&settings)) } else { show::settings(&settings) })
+        }
+        Command::Events => {
+            let events = client.events().await?;
+            Ok(if as_json { format!("{:#}", json::events(&events)) } else { show::events(&events) })
+        }
         Command::Node { command } => node(&client, command, as_json).await,
         Command::Volume { command } => volume(&client, command, as_json).await,
-        Command::Completion { .. } => unreachable!("handled before a cluster is asked"),
+        Command::Health | Command::Completion { .. } => unreachable!("handled before"),
     }
 }
 
@@ -55,6 +81,10 @@ async fn node(client: &ControlClient, command: NodeCommand, as_json: bool) -> Re
             let node = client.get_node(&id).await?;
             Ok(if as_json { format!("{:#}", json::node(&node)) } else { show::node(&node) })
         }
+        NodeCommand::Maintenance { id, state, force, dry_run } => {
+            life::maintenance(client, id, state, force, dry_run, as_json).await
+        }
+        NodeCommand::Remove(options) => life::remove(client, options, as_json).await,
     }
 }
 

@@ -2,7 +2,8 @@
 
 use xsan_nodekit::size::{Amount, Size};
 use xsan_protocol::proto::{
-    ClusterMap, ClusterStatusReply, Durability, GroupCounts, Node, NodeStatus, VolumeStatus,
+    ClusterMap, ClusterSettings, ClusterStatusReply, Durability, Finding, GroupCounts, ListEventsReply, Node,
+    NodePlan, NodeStatus, VolumeStatus,
 };
 
 use crate::text::{Number, Text, age, count, facts, join, percent, table, time, yes_or_no};
@@ -37,13 +38,12 @@ fn health_sentence(groups: &GroupCounts) -> String {
 
 pub fn cluster_status(status: &ClusterStatusReply) -> String {
     let groups = status.groups.unwrap_or_default();
-    let nodes_up = status.nodes.iter().filter(|node| node.state == "up").count();
     let voters = status.nodes.iter().filter(|node| node.node.as_ref().is_some_and(|node| node.voter)).count();
     let leader = node_name(&status.nodes, status.leader);
     let mut lines = vec![
         ("Cluster", status.cluster_id.clone()),
         ("Health", health_sentence(&groups)),
-        ("Nodes", format!("{nodes_up} of {} up, {}", status.nodes.len(), count(voters as u64, "voter"))),
+        ("Nodes", format!("{}, {}", nodes_by_state(&status.nodes), count(voters as u64, "voter"))),
         ("Leader", format!("{leader} (term {}, map version {})", status.raft_term, status.map_version)),
         ("Volumes", status.volume_count.to_string()),
         ("Space", space(status.used_bytes, status.capacity_bytes)),
@@ -54,6 +54,7 @@ pub fn cluster_status(status: &ClusterStatusReply) -> String {
             (groups.degraded, "degraded"),
             (groups.inactive, "inactive"),
             (groups.resyncing, "resyncing"),
+            (groups.at_risk, "at risk"),
         ];
         let parts = parts
             .into_iter()
@@ -62,9 +63,9 @@ pub fn cluster_status(status: &ClusterStatusReply) -> String {
         lines.push(("Groups", format!("{}: {}", groups.total, join(parts))));
     }
     if groups.resync_bytes_moved > 0 || groups.resync_bytes_left > 0 {
-        let (moved, left) = (Amount(groups.resync_bytes_moved), Amount(groups.resync_bytes_left));
-        lines.push(("Resync", format!("{moved} moved, {left} left")));
+        lines.push(("Resync", resync(&groups)));
     }
+    lines.push(("Out after", interval(status.settings.unwrap_or_default())));
     let mut text = facts(&lines);
     text.push('\n');
     text += &nodes(&status.nodes);
@@ -76,6 +77,48 @@ pub fn cluster_status(status: &ClusterStatusReply) -> String {
         }
     }
     text
+}
+
+/// `2 of 4 up, 1 down, 1 in maintenance`.
+fn nodes_by_state(nodes: &[NodeStatus]) -> String {
+    let number = |is_so: &dyn Fn(&NodeStatus) -> bool| nodes.iter().filter(|node| is_so(node)).count();
+    let up = number(&|node| node.state == "up");
+    let others = [
+        (number(&|node| node.state == "down"), "down"),
+        (number(&|node| node.state == "data-down"), "without a data process"),
+        (number(&|node| node.maintenance), "in maintenance"),
+        (number(&|node| node.leaving), "leaving"),
+    ];
+    let others = others.into_iter().filter(|(number, _)| *number > 0);
+    let others = others.map(|(number, what)| format!("{number} {what}"));
+    join(std::iter::once(format!("{up} of {} up", nodes.len())).chain(others))
+}
+
+/// Milliseconds until resync is done at its present rate; `None` when it does not move.
+pub fn resync_ms_left(groups: &GroupCounts) -> Option<u64> {
+    groups.resync_bytes_left.saturating_mul(1000).checked_div(groups.resync_bytes_per_second)
+}
+
+fn resync(groups: &GroupCounts) -> String {
+    let (moved, left) = (Amount(groups.resync_bytes_moved), Amount(groups.resync_bytes_left));
+    let mut text = format!("{moved} moved, {left} left");
+    if groups.resync_bytes_left > 0
+        && let Some(ms) = resync_ms_left(groups)
+    {
+        text += &format!(", {}/s, {} to go", Amount(groups.resync_bytes_per_second), age(ms));
+    }
+    text
+}
+
+fn interval(settings: ClusterSettings) -> String {
+    match settings.down_out_interval_ms {
+        0 => "unknown: the node is of an older release".into(),
+        ms => format!("{} s down (down-out-interval)", ms / 1000),
+    }
+}
+
+pub fn settings(settings: &ClusterSettings) -> String {
+    facts(&[("Out after", interval(*settings))])
 }
 
 /// What an operator should look at, node by node.
@@ -128,7 +171,14 @@ pub fn node_name(nodes: &[NodeStatus], id: u32) -> String {
 }
 
 fn state(status: &NodeStatus) -> String {
-    if status.leader { format!("{} (leader)", status.state) } else { status.state.clone() }
+    let mut text = status.state.clone();
+    if status.maintenance {
+        text += ", maintenance";
+    }
+    if status.leaving {
+        text += if status.lost { ", given up" } else { ", leaving" };
+    }
+    if status.leader { format!("{text} (leader)") } else { text }
 }
 
 fn endpoint(address: &str, port: u32) -> String {
@@ -284,4 +334,91 @@ pub fn volume(status: &VolumeStatus, map: &ClusterMap) -> String {
         lines.push((if index == 0 { "Open at" } else { "" }, address));
     }
     facts(&lines)
+}
+
+/// `12 replicas, 1.20 GiB to move, 12.0 s at 100 MiB/s (assumed)`.
+pub fn moves(plan: &NodePlan) -> String {
+    if plan.moves == 0 {
+        return "no replica to move".into();
+    }
+    let how = if plan.rate_is_measured { "measured" } else { "assumed" };
+    format!(
+        "{} and {} to move, {} at {}/s ({how})",
+        count(plan.moves, "replica"),
+        Amount(plan.bytes_to_move),
+        age(move_ms(plan)),
+        Amount(plan.bytes_per_second)
+    )
+}
+
+/// Milliseconds that the moves take.
+pub fn move_ms(plan: &NodePlan) -> u64 {
+    plan.bytes_to_move.saturating_mul(1000).checked_div(plan.bytes_per_second).unwrap_or(0)
+}
+
+/// What giving a node up loses.
+pub fn losses(plan: &NodePlan) -> String {
+    if plan.groups_lost.is_empty() {
+        return "nothing is lost: every group has another live copy".into();
+    }
+    format!(
+        "LOST: the only copy of {}; blocks of {} read as zeros there",
+        count(plan.groups_lost.len() as u64, "group"),
+        if plan.volumes_lost.is_empty() { "no volume".into() } else { join(&plan.volumes_lost) }
+    )
+}
+
+/// What a change of a node would do.
+pub fn plan(plan: &NodePlan) -> String {
+    let risk = match (plan.groups_stopped, plan.groups_at_risk) {
+        _ if !plan.groups_lost.is_empty() => losses(plan),
+        (0, 0) => "none".into(),
+        (0, at_risk) => format!("one more failure stops {}", count(at_risk, "group")),
+        (stopped, _) => format!("no I/O in {} while it is down", count(stopped, "group")),
+    };
+    let verdict = match &plan.refusal {
+        None => "accepted".into(),
+        Some(detail) => format!("refused, error {}: {}", detail.code, detail.message),
+    };
+    facts(&[
+        ("Node", plan.name.clone()),
+        ("Groups", format!("replica of {}, primary of {}", plan.groups, plan.primary_groups)),
+        ("Moves", moves(plan)),
+        ("Risk", risk),
+        ("Would be", verdict),
+        ("Changed", "nothing: dry run".into()),
+    ])
+}
+
+/// How far the removal of a node is.
+pub fn progress(node: &NodeStatus, groups: &GroupCounts) -> String {
+    let left = node.member_groups + node.learner_groups;
+    match left {
+        0 => "no replica left; the node leaves when it votes no more and no volume is attached there".into(),
+        left => format!("{} left; resync: {}", count(left, "replica"), resync(groups)),
+    }
+}
+
+pub fn findings(findings: &[Finding]) -> String {
+    if findings.is_empty() {
+        return String::from("healthy: nothing was found\n");
+    }
+    let rows = findings.iter().map(|finding| {
+        vec![
+            finding.severity.clone(),
+            finding.code.clone(),
+            finding.object.clone(),
+            format!("{}; {}", finding.message, finding.remedy),
+        ]
+    });
+    table(&[Text("SEVERITY"), Text("CODE"), Text("OBJECT"), Text("WHAT")], rows)
+}
+
+pub fn events(reply: &ListEventsReply) -> String {
+    if reply.events.is_empty() {
+        return format!("node {} has seen nothing happen since it leads\n", reply.node);
+    }
+    let rows =
+        reply.events.iter().map(|event| vec![time(event.unix_ms), event.kind.clone(), event.message.clone()]);
+    table(&[Text("TIME"), Text("EVENT"), Text("WHAT")], rows)
 }

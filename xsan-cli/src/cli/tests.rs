@@ -1,7 +1,9 @@
 //! What the commands print, in full: reading these tests is looking at the screen.
 
 use clap::Parser;
-use xsan_protocol::proto::{ClusterStatusReply, GroupCounts};
+use xsan_protocol::proto::{
+    ClusterStatusReply, ErrorDetail, Event, GroupCounts, ListEventsReply, NodePlan, NodeStatus,
+};
 
 use super::args::Durability;
 use super::*;
@@ -21,14 +23,15 @@ fn cluster_status_tells_health_nodes_and_what_to_look_at() {
     assert_eq!(
         lines(&shown),
         [
-            "Cluster  xsan-cluster-001",
-            "Health   degraded: 256 of 256 groups with fewer replicas; one more failure stops 256",
-            "Nodes    2 of 3 up, 3 voters",
-            "Leader   node-001 (term 3, map version 42)",
-            "Volumes  1",
-            "Space    4.19 GiB of 24 GiB used (17 %)",
-            "Groups   256: 256 degraded, 12 resyncing",
-            "Resync   12 MiB moved, 100 MiB left",
+            "Cluster    xsan-cluster-001",
+            "Health     degraded: 256 of 256 groups with fewer replicas; one more failure stops 256",
+            "Nodes      2 of 3 up, 1 down, 3 voters",
+            "Leader     node-001 (term 3, map version 42)",
+            "Volumes    1",
+            "Space      4.19 GiB of 24 GiB used (17 %)",
+            "Groups     256: 256 degraded, 12 resyncing, 256 at risk",
+            "Resync     12 MiB moved, 100 MiB left, 10 MiB/s, 10.0 s to go",
+            "Out after  600 s down (down-out-interval)",
             "",
             "NODE      ID  STATE        ADDRESS         DOMAIN  PRIMARY  REPLICAS  LEARNERS      USED  CAPACITY",
             "node-001   1  up (leader)  127.0.0.1:8080  rack-1      128       256         0  1.40 GiB     8 GiB",
@@ -56,15 +59,15 @@ fn health_is_the_worst_that_is_true() {
     };
     assert_eq!(
         shown(groups(9, 1, 9)),
-        "Health   inactive: 1 of 256 groups without enough replicas, no I/O there"
+        "Health     inactive: 1 of 256 groups without enough replicas, no I/O there"
     );
     assert_eq!(
         shown(groups(9, 0, 9)),
-        "Health   degraded: 9 of 256 groups with fewer replicas, all I/O goes on"
+        "Health     degraded: 9 of 256 groups with fewer replicas, all I/O goes on"
     );
-    assert_eq!(shown(groups(0, 0, 9)), "Health   resyncing: 9 of 256 groups bringing a replica up to date");
-    assert_eq!(shown(groups(0, 0, 0)), "Health   healthy: every replica is up to date");
-    assert_eq!(shown(GroupCounts::default()), "Health   healthy: no volumes yet");
+    assert_eq!(shown(groups(0, 0, 9)), "Health     resyncing: 9 of 256 groups bringing a replica up to date");
+    assert_eq!(shown(groups(0, 0, 0)), "Health     healthy: every replica is up to date");
+    assert_eq!(shown(GroupCounts::default()), "Health     healthy: no volumes yet");
 }
 
 #[test]
@@ -214,4 +217,135 @@ fn completion_knows_the_commands() {
     clap_complete::generate(clap_complete::Shell::Bash, &mut Args::command(), "xsan-cli", &mut script);
     let script = String::from_utf8(script).expect("text");
     assert!(script.contains("volume") && script.contains("--replica-count"));
+}
+
+#[test]
+fn a_node_in_maintenance_or_leaving_is_seen_in_every_list() {
+    let leaving = NodeStatus { leaving: true, ..sample::node_status(2) };
+    let resting = NodeStatus { maintenance: true, ..sample::node_status(3) };
+    let lost = NodeStatus { leaving: true, lost: true, ..sample::node_status(3) };
+    let shown = show::nodes(&[sample::node_status(1), leaving.clone(), resting.clone(), lost]);
+    let states: Vec<_> =
+        lines(&shown)[1..].iter().map(|line| line[14..].split("  ").next().expect("a state")).collect();
+    assert_eq!(states, ["up (leader)", "up, leaving", "down, maintenance", "down, given up"]);
+    let status = ClusterStatusReply { nodes: vec![leaving, resting.clone()], ..sample::cluster_status() };
+    let shown = show::cluster_status(&status);
+    assert_eq!(lines(&shown)[2], "Nodes      1 of 2 up, 1 down, 1 in maintenance, 1 leaving, 2 voters");
+    assert_eq!(json::node(&resting)["maintenance"], true);
+    assert_eq!(json::cluster_status(&status)["settings"]["down_out_interval_ms"], 600_000);
+    assert_eq!(json::cluster_status(&status)["resync"]["left_ms"], 10_000);
+}
+
+fn plan() -> NodePlan {
+    NodePlan {
+        name: "node-004".into(),
+        groups: 192,
+        primary_groups: 64,
+        moves: 192,
+        bytes_to_move: 3 << 30,
+        bytes_per_second: 100 << 20,
+        ..NodePlan::default()
+    }
+}
+
+#[test]
+fn a_dry_run_tells_moves_time_risk_and_verdict() {
+    assert_eq!(
+        lines(&show::plan(&plan())),
+        [
+            "Node      node-004",
+            "Groups    replica of 192, primary of 64",
+            "Moves     192 replicas and 3 GiB to move, 30.7 s at 100 MiB/s (assumed)",
+            "Risk      none",
+            "Would be  accepted",
+            "Changed   nothing: dry run",
+        ]
+    );
+    let detail = ErrorDetail { code: 112, object: "node node-004".into(), message: "no room".into() };
+    let refused = NodePlan { refusal: Some(detail), groups_at_risk: 1, ..plan() };
+    let shown = show::plan(&refused);
+    assert_eq!(
+        lines(&shown)[3..5],
+        ["Risk      one more failure stops 1 group", "Would be  refused, error 112: no room"]
+    );
+    let lost = NodePlan { groups_lost: vec![7, 8], volumes_lost: vec!["vm-1".into()], ..plan() };
+    let shown = show::plan(&lost);
+    assert_eq!(
+        lines(&shown)[3],
+        "Risk      LOST: the only copy of 2 groups; blocks of vm-1 read as zeros there"
+    );
+    assert_eq!(json::plan(&lost, true)["groups_lost"][1], 8);
+}
+
+#[test]
+fn findings_are_listed_and_the_worst_is_the_exit_code() {
+    let finding = |code: &str, severity: &str| Finding {
+        code: code.into(),
+        severity: severity.into(),
+        object: "node node-003".into(),
+        message: "no beat for 42 s".into(),
+        remedy: "start it".into(),
+    };
+    let found = [finding("NODE_DOWN", "warning"), finding("NODE_LEAVING", "info")];
+    assert_eq!(
+        lines(&show::findings(&found)),
+        [
+            "SEVERITY  CODE          OBJECT         WHAT",
+            "warning   NODE_DOWN     node node-003  no beat for 42 s; start it",
+            "info      NODE_LEAVING  node node-003  no beat for 42 s; start it",
+        ]
+    );
+    assert_eq!(show::findings(&[]), "healthy: nothing was found\n");
+    assert_eq!(worst_of(&[]) as u8, 0);
+    assert_eq!(worst_of(&found[1..]) as u8, 0);
+    assert_eq!(worst_of(&found) as u8, 1);
+    assert_eq!(worst_of(&[finding("X", "error")]) as u8, 2);
+    assert_eq!(worst_of(&[finding("X", "of the future")]) as u8, 2);
+    assert_eq!(json::health(&found)[0]["code"], "NODE_DOWN");
+}
+
+#[test]
+fn events_are_listed_with_their_times() {
+    let event = Event {
+        unix_ms: 1_795_235_400_000,
+        kind: "node-down".into(),
+        object: "node node-003".into(),
+        message: "node node-003 is down: it has no lease".into(),
+    };
+    let reply = ListEventsReply { node: "node-001".into(), events: vec![event] };
+    let shown = show::events(&reply);
+    assert_eq!(
+        lines(&shown)[1],
+        "2026-11-21 04:30:00 UTC  node-down  node node-003 is down: it has no lease"
+    );
+    assert_eq!(json::events(&reply)["events"][0]["event"], "node-down");
+    assert!(show::events(&ListEventsReply::default()).contains("nothing"));
+}
+
+#[test]
+fn commands_of_a_nodes_life_are_taken_as_documented() {
+    for command in [
+        "node maintenance node-003 on --dry-run",
+        "node maintenance node-003 off",
+        "node remove node-004 --wait --yes",
+        "node remove --cancel node-004",
+        "node remove node-004 --force",
+        "cluster set down-out-interval 600s",
+        "cluster set down-out-interval 10min",
+        "health --json",
+        "events --json",
+    ] {
+        parse(command).expect(command);
+    }
+    for command in [
+        "node maintenance node-003",
+        "node maintenance node-003 perhaps",
+        "node remove node-004 --cancel --force",
+        "node remove node-004 --wait --dry-run",
+        "cluster set down-out-interval 600",
+        "cluster set down-out-interval 0s",
+        "cluster set down-out-interval s",
+    ] {
+        assert_eq!(parse(command).expect_err(command).exit_code(), 2, "{command}");
+    }
 }

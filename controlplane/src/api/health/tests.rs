@@ -1,0 +1,93 @@
+use std::collections::HashMap;
+
+use super::super::sample::{answers, state, survey};
+use super::super::survey::Answer;
+use super::*;
+use crate::state::command::Command;
+use crate::state::{ClusterState, Departure};
+
+fn found(state: &ClusterState, answers: HashMap<NodeId, Answer>) -> Vec<(String, String)> {
+    findings(&survey(state, answers))
+        .findings
+        .into_iter()
+        .map(|finding| (finding.code, finding.object))
+        .collect()
+}
+
+fn pairs(expected: &[(&str, &str)]) -> Vec<(String, String)> {
+    expected.iter().map(|(code, object)| ((*code).to_owned(), (*object).to_owned())).collect()
+}
+
+#[test]
+fn nothing_is_found_where_all_is_well() {
+    assert_eq!(found(&state(3, 3), answers(3, &[])), []);
+}
+
+#[test]
+fn a_dead_node_is_found_with_what_follows_from_it() {
+    let expected = [
+        ("NODE_DOWN", "node n3"),
+        ("NO_QUORUM_MARGIN", "cluster c1"),
+        ("GROUPS_DEGRADED", "groups"),
+        ("GROUPS_AT_RISK", "groups"),
+    ];
+    assert_eq!(found(&state(3, 3), answers(3, &[3])), pairs(&expected));
+    let two = found(&state(3, 3), answers(3, &[2, 3]));
+    assert_eq!(two[0], ("GROUPS_UNAVAILABLE".to_owned(), "groups".to_owned()));
+}
+
+#[test]
+fn without_a_leader_nobody_knows() {
+    let mut answers = answers(3, &[]);
+    answers.remove(&NodeId(1));
+    assert_eq!(found(&state(3, 3), answers)[0].0, "NO_LEADER");
+}
+
+#[test]
+fn a_data_process_that_does_not_serve_is_told_from_a_dead_node() {
+    let mut answers = answers(3, &[]);
+    let leader = answers.get_mut(&NodeId(1)).expect("it answers");
+    leader.status.health[1].up = false;
+    let codes: Vec<_> = found(&state(3, 3), answers).into_iter().map(|(code, _)| code).collect();
+    assert_eq!(codes, ["DATA_DOWN", "GROUPS_DEGRADED", "GROUPS_AT_RISK"]);
+}
+
+#[test]
+fn stores_are_found_full_failed_and_damaged() {
+    let state = state(3, 3);
+    let check = |change: &dyn Fn(&mut proto::StoreStatus), expected: &[&str]| {
+        let mut answers = answers(3, &[]);
+        let data = answers.get_mut(&NodeId(2)).expect("it answers").status.data.as_mut().expect("data");
+        change(&mut data.stores[0]);
+        let object = "store 0000000000000002 of node n2";
+        let expected: Vec<_> = expected.iter().map(|code| (*code, object)).collect();
+        assert_eq!(found(&state, answers), pairs(&expected));
+    };
+    check(&|store| store.used_bytes = 850, &[]);
+    check(&|store| store.used_bytes = 860, &["STORE_NEARFULL"]);
+    check(&|store| store.used_bytes = 960, &["STORE_FULL"]);
+    check(&|store| store.failed = true, &["STORE_FAILED"]);
+    check(&|store| store.checksum_errors = 1, &["CHECKSUM_ERRORS"]);
+    check(&|store| (store.capacity_bytes, store.used_bytes) = (0, 5), &[]);
+}
+
+#[test]
+fn wishes_of_the_operator_slow_members_clocks_and_releases_are_told() {
+    let mut state = state(3, 3);
+    state.apply(&Command::SetMaintenance { node: NodeId(2), on: true, force: true });
+    state.apply(&Command::LeaveNode { node: NodeId(3), departure: Departure::Lost });
+    let mut answers = answers(3, &[]);
+    let first = answers.get_mut(&NodeId(1)).expect("it answers");
+    first.skew_ms = 5000;
+    first.status.release = "0.2.0".into();
+    let slow = proto::SlowMember { node: 2, us_p99: 9000, us_p99_peers: 100 };
+    first.status.data.as_mut().expect("data").slow_members.push(slow);
+    let expected = [
+        ("SLOW_MEMBER", "node n2"),
+        ("CLOCK_SKEW", "node n1"),
+        ("NODE_MAINTENANCE", "node n2"),
+        ("NODE_LEAVING", "node n3"),
+        ("RELEASES_MIXED", "cluster c1"),
+    ];
+    assert_eq!(found(&state, answers), pairs(&expected));
+}

@@ -1,0 +1,98 @@
+use super::super::sample::{CAPACITY, answers, state, survey};
+use super::*;
+
+fn node(survey: &Survey, id: u32) -> &Node {
+    &survey.state.map().nodes[&NodeId(id)]
+}
+
+#[test]
+fn a_plan_counts_what_the_node_has_and_says_where_its_rate_is_from() {
+    let mut answers = answers(3, &[]);
+    let survey_assumed = survey(&state(3, 3), answers.clone());
+    let planned = plan(&survey_assumed, node(&survey_assumed, 2));
+    assert_eq!((planned.name.as_str(), planned.groups), ("n2", 256));
+    assert!(planned.primary_groups > 0);
+    assert_eq!((planned.bytes_per_second, planned.rate_is_measured), (RATE_ASSUMED, false));
+    answers.get_mut(&NodeId(1)).expect("it answers").status.resync_bytes_per_second = 7;
+    answers.get_mut(&NodeId(2)).expect("it answers").status.resync_bytes_per_second = 5;
+    let measured = survey(&state(3, 3), answers);
+    let planned = plan(&measured, node(&measured, 2));
+    assert_eq!((planned.bytes_per_second, planned.rate_is_measured), (12, true));
+}
+
+#[test]
+fn groups_are_at_risk_that_one_more_failure_stops() {
+    let all = survey(&state(3, 3), answers(3, &[]));
+    assert_eq!(at_risk_without(&all, NodeId(1)), 256);
+    let five = survey(&state(5, 5), answers(5, &[]));
+    assert_eq!(at_risk_without(&five, NodeId(1)), 0);
+    let one_down = survey(&state(5, 5), answers(5, &[5]));
+    assert_eq!(at_risk_without(&one_down, NodeId(1)), 256);
+}
+
+#[test]
+fn replicas_of_a_node_that_leaves_go_to_those_that_are_there() {
+    let state = state(5, 3);
+    let held =
+        |node: u32| state.groups().filter(|(_, group)| group.member(NodeId(node)).is_some()).count() as u64;
+    let all = survey(&state, answers(5, &[]));
+    let moved = moves(&all, NodeId(5));
+    assert!(!moved.contains_key(&NodeId(5)));
+    let sum: u64 = moved.values().sum();
+    // Little more than its own share.
+    assert!(sum >= held(5) && sum <= held(5) * 3 / 2, "{sum} of {}", held(5));
+    let one_down = survey(&state, answers(5, &[4]));
+    assert!(!moves(&one_down, NodeId(5)).contains_key(&NodeId(4)));
+    assert_eq!(too_few_others(&one_down, node(&one_down, 5)), None);
+    let two_down = survey(&state, answers(5, &[3, 4]));
+    let refusal = too_few_others(&two_down, node(&two_down, 5)).expect("two nodes for three replicas");
+    assert_eq!((refusal.code, refusal.object.as_str()), (Code::NodeNeeded, "node n5"));
+}
+
+#[test]
+fn nodes_that_would_be_filled_up_are_named() {
+    let mut answers = answers(4, &[]);
+    let state = state(4, 3);
+    let roomy = survey(&state, answers.clone());
+    let moved = moves(&roomy, NodeId(4));
+    assert_eq!(without_room(&roomy, node(&roomy, 4), &moved, 1), None);
+    let data = answers.get_mut(&NodeId(2)).expect("it answers").status.data.as_mut().expect("data");
+    data.stores[0].used_bytes = CAPACITY / 100 * FILL_PERCENT_MAX;
+    let full = survey(&state, answers);
+    let refusal = without_room(&full, node(&full, 4), &moved, 1).expect("no room");
+    assert_eq!(refusal.code, Code::NodeNeeded);
+    assert!(refusal.message.contains("node n2 would get"), "{}", refusal.message);
+}
+
+#[test]
+fn what_only_a_dead_node_holds_is_told_and_a_live_node_is_not_given_up() {
+    let state = state(2, 1);
+    let dead = survey(&state, answers(2, &[2]));
+    let lost = held_alone(&dead, NodeId(2));
+    assert!(!lost.is_empty() && lost.len() < 256);
+    assert_eq!(volumes_of(&dead, &lost), ["vm"]);
+    assert_eq!(volumes_of(&dead, &[]), Vec::<String>::new());
+    let refusal = dead_and_alone(&dead, node(&dead, 2), lost.len()).expect("nobody can give it");
+    assert!(refusal.message.contains(&format!("{} groups", lost.len())), "{}", refusal.message);
+    assert_eq!(is_up(&dead, node(&dead, 2)), None);
+    assert_eq!(is_up(&dead, node(&dead, 1)).expect("it is up").code, Code::NodeIsUp);
+    let alive = survey(&state, answers(2, &[]));
+    assert_eq!(dead_and_alone(&alive, node(&alive, 2), lost.len()), None);
+    let copied = survey(&super::super::sample::state(3, 3), answers(3, &[2]));
+    assert!(held_alone(&copied, NodeId(2)).is_empty());
+}
+
+#[test]
+fn bytes_are_taken_from_the_node_or_from_the_others_when_it_is_silent() {
+    let state = state(3, 1);
+    let mut answers = answers(3, &[3]);
+    for node in [1, 2] {
+        let data = answers.get_mut(&NodeId(node)).expect("it answers").status.data.as_mut().expect("data");
+        (data.stores[0].used_bytes, data.stores[0].journal_used_bytes) = (100_000, 28_000);
+    }
+    let survey = survey(&state, answers);
+    let held =
+        |node: u32| state.groups().filter(|(_, group)| group.member(NodeId(node)).is_some()).count() as u64;
+    assert_eq!(replica_bytes(&survey, NodeId(1)), 128_000 / held(1));
+    assert_eq!(replica_bytes(&survey, NodeId(3)), 256_000 / (held(1) + held(2)));
+}

@@ -1,0 +1,89 @@
+//! A cluster of a few nodes and what they answer, for the tests of what is worked out from a survey.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use xsan_protocol::ids::{BootId, Incarnation, NodeId, ShardIndex, StoreId};
+use xsan_protocol::map::{DataProcess, Durability, Store};
+use xsan_protocol::proto;
+
+use super::survey::{Answer, Survey};
+use crate::state::ClusterState;
+use crate::state::command::{Command, NewNode, NewVolume};
+
+/// Of each node's one store.
+pub const CAPACITY: u64 = 1000;
+
+/// So many nodes, the first three voters, and one volume with so many replicas.
+pub fn state(node_count: u32, replica_count: u8) -> ClusterState {
+    let mut state = ClusterState::default();
+    for node in 1..=node_count {
+        state.apply(&Command::AddNode(NewNode {
+            cluster_id: "c1".into(),
+            name: format!("n{node}"),
+            address: "127.0.0.1".parse().expect("an address"),
+            control_port: 8080,
+            failure_domain: "default".into(),
+            instance: u64::from(node),
+            founder: node == 1,
+        }));
+        let store = Store {
+            id: StoreId(u64::from(node)),
+            capacity_bytes: CAPACITY,
+            shard: ShardIndex(0),
+            device: "/dev/x".into(),
+            media: "ssd".into(),
+            failed: false,
+        };
+        let process = DataProcess {
+            incarnation: Incarnation(u64::from(node)),
+            boot_id: BootId(7),
+            shard_ports: vec![9100],
+            nbd_port: 10809,
+            stores: vec![store],
+        };
+        state.apply(&Command::DataStarted { node: NodeId(node), process, damaged_stores: vec![] });
+    }
+    state.apply(&Command::CreateVolume(NewVolume {
+        name: "vm".into(),
+        size_bytes: 1 << 30,
+        replica_count,
+        policy: String::new(),
+        durability: Durability::OnFlush,
+        created_unix_ms: 1,
+        request: 1,
+        group_count: 256,
+    }));
+    state.set_voters([NodeId(1), NodeId(2), NodeId(3)].into());
+    state
+}
+
+fn store_status(node: u32, used_bytes: u64) -> proto::StoreStatus {
+    proto::StoreStatus {
+        id: u64::from(node),
+        device: "/dev/x".into(),
+        capacity_bytes: CAPACITY,
+        used_bytes,
+        ..Default::default()
+    }
+}
+
+/// Answers of so many nodes but those that are `down`; node 1 leads. Each has used 100 bytes.
+pub fn answers(node_count: u32, down: &[u32]) -> HashMap<NodeId, Answer> {
+    let health = |node: u32| {
+        let up = !down.contains(&node);
+        proto::NodeHealth { node, up, heard: up, heartbeat_age_ms: if up { 100 } else { 42_000 } }
+    };
+    let answer = |node: u32| proto::LocalStatusReply {
+        data: Some(proto::DataStatus { stores: vec![store_status(node, 100)], ..Default::default() }),
+        release: "0.1.0".into(),
+        health: if node == 1 { (1..=node_count).map(health).collect() } else { vec![] },
+        ..Default::default()
+    };
+    let up = (1..=node_count).filter(|node| !down.contains(node));
+    up.map(|node| (NodeId(node), Answer { status: answer(node), skew_ms: 0 })).collect()
+}
+
+pub fn survey(state: &ClusterState, answers: HashMap<NodeId, Answer>) -> Survey {
+    Survey::new(Arc::new(state.clone()), answers, NodeId(1), 1)
+}

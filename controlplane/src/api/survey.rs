@@ -1,0 +1,103 @@
+//! One look at the whole cluster: this node's state, and what the nodes answer within a deadline.
+//!
+//! Taken by the API for what is more than the state: `status`, `health` and `life` are worked out from it.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use futures::future::join_all;
+use xsan_protocol::ids::NodeId;
+use xsan_protocol::map::{Group, Node};
+use xsan_protocol::proto;
+
+use super::{Context, gather};
+use crate::clock::unix_ms;
+use crate::state::ClusterState;
+
+/// A node's clock may be off by this before it is told.
+const SKEW_MS_MAX: u64 = 1000;
+
+/// A node's answer, and by how much its wall clock surely is off.
+#[derive(Clone, Debug)]
+pub struct Answer {
+    pub status: proto::LocalStatusReply,
+    pub skew_ms: u64,
+}
+
+#[derive(Clone, Debug)]
+pub struct Survey {
+    pub state: Arc<ClusterState>,
+    pub answers: HashMap<NodeId, Answer>,
+    /// What the leader says of each node; empty when there is none.
+    pub health: HashMap<NodeId, proto::NodeHealth>,
+    /// 0: none.
+    pub leader: NodeId,
+    pub term: u64,
+}
+
+impl Survey {
+    pub async fn take(context: &Context) -> Self {
+        let state = context.handle.state();
+        let ask = async |node: &Node| {
+            let asked = unix_ms();
+            let status = gather::status(context, node).await?;
+            let skew_ms = skew_ms(asked, status.unix_ms, unix_ms());
+            Some((node.id, Answer { status, skew_ms }))
+        };
+        let answers = join_all(state.map().nodes.values().map(ask)).await;
+        let leader = context.handle.leader().map_or(NodeId(0), |(leader, _)| leader);
+        Self::new(
+            state,
+            answers.into_iter().flatten().collect(),
+            leader,
+            context.handle.metrics().current_term,
+        )
+    }
+
+    pub fn new(
+        state: Arc<ClusterState>,
+        answers: HashMap<NodeId, Answer>,
+        leader: NodeId,
+        term: u64,
+    ) -> Self {
+        let health = answers.values().flat_map(|answer| &answer.status.health);
+        let health = health.map(|health| (NodeId(health.node), *health)).collect();
+        Self { state, answers, health, leader, term }
+    }
+
+    /// Does `node` serve, as far as is known? Without a leader nobody has a reason to think otherwise.
+    pub fn serves(&self, node: NodeId) -> bool {
+        self.health.get(&node).is_none_or(|health| health.up)
+    }
+
+    /// Acting members that serve.
+    pub fn acting(&self, group: &Group) -> usize {
+        group.acting().filter(|member| self.serves(member.node)).count()
+    }
+
+    /// Bytes that resync moves in a second, all nodes together.
+    pub fn resync_rate(&self) -> u64 {
+        self.answers.values().map(|answer| answer.status.resync_bytes_per_second).sum()
+    }
+}
+
+/// By how much a clock that said `told`, between `asked` and `answered` here, surely is off; 0 when that is little.
+fn skew_ms(asked: u64, told: u64, answered: u64) -> u64 {
+    let off = told.saturating_sub(answered).max(asked.saturating_sub(told));
+    // An older release tells no time.
+    if told == 0 || off < SKEW_MS_MAX { 0 } else { off }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_clock_is_off_only_when_the_wait_for_the_answer_can_not_explain_it() {
+        assert_eq!(skew_ms(10_000, 10_500, 11_000), 0);
+        assert_eq!(skew_ms(10_000, 8_500, 10_001), 1_500);
+        assert_eq!(skew_ms(10_000, 13_000, 11_000), 2_000);
+        assert_eq!(skew_ms(10_000, 11_900, 11_000), 0);
+        assert_eq!(skew_ms(10_000, 0, 11_000), 0);
+    }
+}

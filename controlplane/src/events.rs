@@ -1,0 +1,156 @@
+//! What happened in the cluster, for people: the last events that this node saw while it led.
+//!
+//! Kept in memory: a new leader begins with its own election, an earlier one keeps what it saw. Written by `controller`
+//! from what it sees before each plan; read by the API. Decides nothing.
+//!
+//! Invariants
+//! - At most `EVENTS_MAX` events, the oldest are dropped.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+use xsan_protocol::ids::{NodeId, StoreId};
+use xsan_protocol::proto;
+
+use crate::lease::Health;
+use crate::state::{ClusterState, Departure};
+
+/// Events kept: days of a quiet cluster, and a few hundred KiB.
+const EVENTS_MAX: usize = 1000;
+/// Changes of groups within this time are one event.
+const SUMMARY_MS: u64 = 5000;
+const RECONFIGURED: &str = "groups-reconfigured";
+
+#[derive(Debug, Default)]
+pub struct EventLog {
+    events: VecDeque<proto::Event>,
+    /// Groups and time of the summary that is being added to.
+    summary: Option<(u64, u64)>,
+}
+
+impl EventLog {
+    pub fn add(&mut self, unix_ms: u64, kind: &str, object: String, message: String) {
+        tracing::info!(kind, object, "{message}");
+        if self.events.len() == EVENTS_MAX {
+            self.events.pop_front();
+        }
+        self.events.push_back(proto::Event { unix_ms, kind: kind.to_owned(), object, message });
+        self.summary = None;
+    }
+
+    /// Groups have changed: added to the last event when that is about the same, moments ago.
+    pub fn reconfigured(&mut self, unix_ms: u64, groups: u64) {
+        if let Some((since, so_far)) = self.summary
+            && unix_ms.saturating_sub(since) < SUMMARY_MS
+            && let Some(last) = self.events.back_mut()
+        {
+            self.summary = Some((since, so_far + groups));
+            last.message = changes(so_far + groups);
+            return;
+        }
+        self.add(unix_ms, RECONFIGURED, "groups".to_owned(), changes(groups));
+        self.summary = Some((unix_ms, groups));
+    }
+
+    /// Oldest first.
+    pub fn list(&self) -> Vec<proto::Event> {
+        self.events.iter().cloned().collect()
+    }
+}
+
+fn changes(count: u64) -> String {
+    if count == 1 { "1 change of a group".to_owned() } else { format!("{count} changes of groups") }
+}
+
+/// What a node was like when it was last looked at.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Seen {
+    name: String,
+    up: Option<bool>,
+    maintenance: bool,
+    departure: Departure,
+    failed: BTreeSet<StoreId>,
+}
+
+/// Finds what changed from one look to the next, within one term of leadership.
+#[derive(Debug, Default)]
+pub struct Observer {
+    nodes: Option<BTreeMap<NodeId, Seen>>,
+    learners: usize,
+}
+
+impl Observer {
+    /// Looks at the cluster and logs what is new; the first look only remembers.
+    pub fn look(
+        &mut self,
+        unix_ms: u64,
+        state: &ClusterState,
+        health: impl Fn(NodeId) -> Health,
+        log: &mut EventLog,
+    ) {
+        let earlier = self.nodes.take();
+        let mut nodes = BTreeMap::new();
+        for node in state.map().nodes.values() {
+            let before = earlier.as_ref().and_then(|earlier| earlier.get(&node.id));
+            let stores = node.data.iter().flat_map(|data| &data.stores);
+            let seen = Seen {
+                name: node.name.clone(),
+                up: match health(node.id) {
+                    Health::Up => Some(true),
+                    Health::Gone => Some(false),
+                    Health::Assumed => before.and_then(|before| before.up),
+                },
+                maintenance: state.is_in_maintenance(node.id),
+                departure: state.departure(node.id),
+                failed: stores.filter(|store| store.failed).map(|store| store.id).collect(),
+            };
+            match (before, &earlier) {
+                (Some(before), _) => compare(unix_ms, before, &seen, log),
+                (None, Some(_)) => say(unix_ms, &seen, "node-joined", "joined the cluster", log),
+                (None, None) => {}
+            }
+            nodes.insert(node.id, seen);
+        }
+        for (id, seen) in earlier.iter().flatten() {
+            if !nodes.contains_key(id) {
+                say(unix_ms, seen, "node-removed", "left the cluster", log);
+            }
+        }
+        let learners = state.map().groups.values().filter(|group| group.learners().count() > 0).count();
+        if learners == 0 && self.learners > 0 {
+            let message = "every replica is up to date".to_owned();
+            log.add(unix_ms, "resync-finished", "groups".to_owned(), message);
+        }
+        (self.nodes, self.learners) = (Some(nodes), learners);
+    }
+}
+
+fn say(unix_ms: u64, node: &Seen, kind: &str, what: &str, log: &mut EventLog) {
+    log.add(unix_ms, kind, format!("node {}", node.name), format!("node {} {what}", node.name));
+}
+
+fn compare(unix_ms: u64, before: &Seen, now: &Seen, log: &mut EventLog) {
+    match (before.up, now.up) {
+        (Some(true) | None, Some(false)) => say(unix_ms, now, "node-down", "is down: it has no lease", log),
+        (Some(false), Some(true)) => say(unix_ms, now, "node-up", "is up", log),
+        _ => {}
+    }
+    match (before.maintenance, now.maintenance) {
+        (false, true) => say(unix_ms, now, "maintenance-on", "is in maintenance", log),
+        (true, false) => say(unix_ms, now, "maintenance-off", "is in maintenance no more", log),
+        _ => {}
+    }
+    if before.departure != now.departure {
+        let (kind, what) = match now.departure {
+            Departure::Stays => ("node-stays", "is not removed after all"),
+            Departure::Leaving => ("node-leaving", "is being removed"),
+            Departure::Lost => ("node-given-up", "is given up and being removed"),
+        };
+        say(unix_ms, now, kind, what, log);
+    }
+    for store in now.failed.difference(&before.failed) {
+        say(unix_ms, now, "store-failed", &format!("has a failed store, {store}"), log);
+    }
+}
+
+#[cfg(test)]
+mod tests;

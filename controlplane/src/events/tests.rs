@@ -1,0 +1,73 @@
+use super::*;
+use crate::state::command::{Command, NewNode};
+
+fn cluster(count: u32) -> ClusterState {
+    let mut state = ClusterState::default();
+    for node in 1..=count {
+        state.apply(&Command::AddNode(NewNode {
+            cluster_id: "c1".into(),
+            name: format!("n{node}"),
+            address: "127.0.0.1".parse().expect("an address"),
+            control_port: 8080,
+            failure_domain: "default".into(),
+            instance: u64::from(node),
+            founder: node == 1,
+        }));
+    }
+    state
+}
+
+fn kinds(log: &EventLog) -> Vec<(String, String)> {
+    log.list().into_iter().map(|event| (event.kind, event.object)).collect()
+}
+
+fn pairs(expected: &[(&str, &str)]) -> Vec<(String, String)> {
+    expected.iter().map(|(kind, object)| ((*kind).to_owned(), (*object).to_owned())).collect()
+}
+
+#[test]
+fn what_changes_between_two_looks_is_an_event() {
+    let (mut observer, mut log) = (Observer::default(), EventLog::default());
+    let mut state = cluster(2);
+    observer.look(1, &state, |_| Health::Up, &mut log);
+    assert!(log.list().is_empty(), "the first look only remembers");
+    let one_gone = |node| if node == NodeId(2) { Health::Gone } else { Health::Up };
+    observer.look(2, &state, one_gone, &mut log);
+    observer.look(3, &state, one_gone, &mut log);
+    let assumed = |node| if node == NodeId(2) { Health::Assumed } else { Health::Up };
+    observer.look(4, &state, assumed, &mut log);
+    observer.look(5, &state, |_| Health::Up, &mut log);
+    assert_eq!(kinds(&log), pairs(&[("node-down", "node n2"), ("node-up", "node n2")]));
+
+    let mut log = EventLog::default();
+    state.apply(&Command::SetMaintenance { node: NodeId(1), on: true, force: false });
+    state.apply(&Command::LeaveNode { node: NodeId(2), departure: Departure::Leaving });
+    observer.look(6, &state, |_| Health::Up, &mut log);
+    state.apply(&Command::RemoveNode { node: NodeId(2) });
+    observer.look(7, &state, |_| Health::Up, &mut log);
+    let expected = [("maintenance-on", "node n1"), ("node-leaving", "node n2"), ("node-removed", "node n2")];
+    assert_eq!(kinds(&log), pairs(&expected));
+}
+
+#[test]
+fn changes_of_groups_within_moments_are_one_event() {
+    let mut log = EventLog::default();
+    log.reconfigured(1000, 3);
+    log.reconfigured(2000, 4);
+    log.reconfigured(9000, 1);
+    let messages: Vec<_> = log.list().into_iter().map(|event| event.message).collect();
+    assert_eq!(messages, ["7 changes of groups", "1 change of a group"]);
+    log.add(9001, "node-down", "node n1".into(), "node n1 is down".into());
+    log.reconfigured(9002, 2);
+    assert_eq!(log.list().len(), 4, "in the order in which they happened");
+}
+
+#[test]
+fn the_oldest_events_are_dropped() {
+    let mut log = EventLog::default();
+    for number in 0..EVENTS_MAX as u64 + 7 {
+        log.add(number, "node-up", "node n1".into(), String::new());
+    }
+    let events = log.list();
+    assert_eq!((events.len(), events[0].unix_ms), (EVENTS_MAX, 7));
+}

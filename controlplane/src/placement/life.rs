@@ -1,0 +1,92 @@
+//! What an operator's wishes change in the groups: primaries leave nodes in maintenance, and groups go on without
+//! nodes that are given up for lost.
+//!
+//! Run by `planner` after `decide`, for groups that it leaves as they are. Replicas of a node that leaves move by
+//! `balance`, because it is no target any more.
+//!
+//! Invariants
+//! - A group goes on without a lost node only when no member is left that could still serve, or come back and be told.
+
+use std::collections::BTreeSet;
+
+use xsan_protocol::ids::GroupId;
+use xsan_protocol::map::{Group, Member};
+
+use super::{PrimaryCounts, Standing, View};
+use crate::lease::Health;
+use crate::state::Departure;
+use crate::state::command::GroupChange;
+
+/// Primaries that hand over in one batch: each pauses its group for one round of peering, and the next batch waits
+/// until this one is committed.
+const RELIEVED_PER_STEP: usize = 32;
+
+/// Changes of the groups that are not in `taken`.
+pub fn follow_wishes(view: &View<'_>, taken: &[GroupChange]) -> Vec<GroupChange> {
+    let taken: BTreeSet<GroupId> = taken.iter().map(|change| change.group).collect();
+    let is_free = |group: &&Group| !taken.contains(&group.id);
+    let groups = || view.state.groups().map(|(_, group)| group).filter(is_free);
+    let mut changes: Vec<GroupChange> = groups().filter_map(|group| go_on_without(view, group)).collect();
+    let mut counts = PrimaryCounts::of(view.state);
+    let relieved = groups().filter_map(|group| {
+        let change = relieve(view, group, &counts)?;
+        counts.moved(group.primary, change.primary);
+        Some(change)
+    });
+    changes.extend(relieved.take(RELIEVED_PER_STEP));
+    changes
+}
+
+/// Another live acting member takes over from a primary in maintenance.
+fn relieve(view: &View<'_>, group: &Group, counts: &PrimaryCounts) -> Option<GroupChange> {
+    group.primary.filter(|primary| view.state.is_in_maintenance(*primary))?;
+    let able = |member: &&Member| {
+        let up = view.nodes.get(&member.node).is_some_and(|node| node.health == Health::Up);
+        up && view.standing(member) == Standing::Live && !view.state.is_in_maintenance(member.node)
+    };
+    let able = || group.acting().filter(able).map(|member| member.node);
+    // One that leaves the cluster would soon hand over again.
+    let to =
+        counts.least(able().filter(|node| !view.state.avoids(*node))).or_else(|| counts.least(able()))?;
+    Some(GroupChange {
+        group: group.id,
+        expected: group.epoch,
+        primary: Some(to),
+        members: group.members.clone(),
+        settle: false,
+    })
+}
+
+/// The operator gave up a node that had what nobody else has: the group goes on with what is left.
+///
+/// With members that are back, what they hold; else with learners, which hold a part; else empty.
+fn go_on_without(view: &View<'_>, group: &Group) -> Option<GroupChange> {
+    let is_lost = |member: &&Member| {
+        let given_up = view.state.departure(member.node) == Departure::Lost;
+        given_up && view.standing(member) == Standing::Gone
+    };
+    let rest: Vec<&Member> = group.acting().filter(|member| !is_lost(member)).collect();
+    if rest.len() == group.acting().count() || rest.iter().any(|m| view.standing(m) != Standing::Back) {
+        return None;
+    }
+    let renewed = |member: &&Member| view.member(group.id, member.node, member.store, false);
+    let mut members: Vec<Member> = rest.iter().filter_map(renewed).collect();
+    if rest.is_empty() {
+        members = group.learners().filter_map(|learner| renewed(&learner)).collect();
+    }
+    if rest.is_empty() && members.is_empty() {
+        members = first_members(view, group.id);
+    }
+    let primary =
+        members.iter().map(|member| member.node).min_by_key(|node| (view.state.avoids(*node), *node));
+    let primary = primary?;
+    tracing::warn!(group = %group.id, %primary, "the group goes on without the node that was given up");
+    let (group, expected, primary) = (group.id, group.epoch, Some(primary));
+    Some(GroupChange { group, expected, primary, members, settle: false })
+}
+
+/// Empty replicas where the group belongs.
+fn first_members(view: &View<'_>, group: GroupId) -> Vec<Member> {
+    let targets = view.targets.get(&group).map_or(&[][..], Vec::as_slice);
+    targets.iter().filter_map(|target| view.member(group, target.node, target.store, false)).collect()
+}
