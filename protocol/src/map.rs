@@ -146,6 +146,12 @@ impl Group {
         self.former.is_empty()
     }
 
+    /// Does this life of this replica act in the present epoch?
+    pub fn acts(&self, replica: &Member) -> bool {
+        let life = |member: &Member| (member.node, member.store, member.incarnation);
+        self.acting().any(|member| life(member) == life(replica))
+    }
+
     /// The newest members that surely held, among them, everything acknowledged.
     pub fn holders(&self) -> impl Iterator<Item = &Member> {
         let settled = self.is_settled().then(|| self.acting());

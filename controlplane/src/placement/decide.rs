@@ -84,6 +84,11 @@ fn regroup(view: &View<'_>, memory: &mut Memory, pool: &Pool, group: &Group) -> 
     };
     let mut all = live;
     all.extend(back.iter().filter_map(renewed));
+    // Who was being taken in may stay, beside those.
+    let others = group.acting().filter(|member| view.standing(member) == Standing::Live);
+    let others: Vec<Member> =
+        others.filter(|other| all.iter().all(|member| member.node != other.node)).copied().collect();
+    all.extend(others);
     // A member that lost records is no source, unless there is no other.
     let whole: Vec<Member> = all.iter().filter(|member| !member.damaged).copied().collect();
     let chosen = if whole.is_empty() { all } else { whole };

@@ -1,7 +1,6 @@
 //! Changes of groups: compare-and-set on the epoch, each on its own within a batch.
 //!
-//! When a member leaves the acting set or is another life of itself, the old set is kept in `Group::former` until the
-//! new epoch is settled.
+//! When the acting set changes, the old one is kept in `Group::former` until the new epoch is settled.
 
 use std::collections::BTreeSet;
 
@@ -54,10 +53,10 @@ impl ClusterState {
         if group.primary != change.primary {
             self.primary_since.insert(change.group, version);
         }
-        let same =
-            |a: &Member, b: &Member| (a.node, a.store, a.incarnation) == (b.node, b.store, b.incarnation);
-        let stays = |old: &Member| change.members.iter().any(|new| !new.learner && same(old, new));
-        if group.is_settled() && !group.acting().all(stays) {
+        let life = |member: &Member| (member.node, member.store, member.incarnation);
+        let before: BTreeSet<_> = group.acting().map(life).collect();
+        let after = change.members.iter().filter(|member| !member.learner).map(life).collect();
+        if group.is_settled() && before != after {
             group.former = group.acting().copied().collect();
         }
         group.epoch = group.epoch.next();

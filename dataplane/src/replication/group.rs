@@ -114,7 +114,7 @@ impl Group {
     }
 
     /// Does it lead an epoch that the control plane has not settled?
-    pub fn waits_to_settle(&self) -> bool {
+    pub fn is_unsettled(&self) -> bool {
         self.primary.as_ref().is_some_and(|primary| !primary.settled)
     }
 

@@ -117,7 +117,7 @@ impl Replication {
             }
         }
         let settled: Vec<GroupId> =
-            self.groups.values().filter(|own| own.waits_to_settle()).map(|own| own.id).collect();
+            self.groups.values().filter(|own| own.is_unsettled()).map(|own| own.id).collect();
         for id in settled {
             let now = map
                 .groups

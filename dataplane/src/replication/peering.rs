@@ -5,7 +5,8 @@
 //! Used by `group`; its counterpart at the member is `Group::on_peer`.
 //!
 //! Invariants
-//! - Nothing is acknowledged before the control plane knows that every acting member answered at this epoch.
+//! - Without a member of the last settled epoch nothing is acknowledged before the control plane knows that all who act
+//!   now have answered.
 //! - The group becomes active only after every acting member answered at this epoch, and once this node's journal holds
 //!   all that any of them holds. A member that answered takes nothing of an older epoch.
 //!
@@ -116,6 +117,7 @@ impl Group {
         primary.flushed = None;
         primary.announced = Seq(0);
         primary.settled = group.is_settled();
+        primary.waits_to_settle = !group.former.iter().all(|former| group.acts(former));
         primary.settling_ns = None;
         primary.successor = None;
         for waiting in &mut primary.waiting {
@@ -230,14 +232,14 @@ impl Group {
         }
     }
 
-    /// All have answered at this epoch: that is to be known before anything rests on it.
+    /// All have answered at this epoch: that is to be known before anything rests on it alone.
     ///
     /// Without it: (1) A restarts, having lost nothing; (2) B has lost its power, which nobody knows yet, and
     /// the acting set becomes B alone; (3) B is back without what it had not flushed, and is all there is. With
     /// it A counts on, because B never answered at that epoch.
     fn settle(&mut self, call: &mut Call<'_>) {
         let Some(primary) = &mut self.primary else { return };
-        if is_due(primary.settling_ns, SETTLE_AGAIN_NS, call.now_ns) {
+        if !primary.settled && is_due(primary.settling_ns, SETTLE_AGAIN_NS, call.now_ns) {
             primary.settling_ns = Some(call.now_ns);
             let epoch = primary.epoch;
             call.core.ticking.insert(self.id);
@@ -248,7 +250,8 @@ impl Group {
     /// The control plane has forgotten the former members.
     pub(super) fn on_settled(&mut self, call: &mut Call<'_>) {
         let Some(primary) = &mut self.primary else { return };
-        if !std::mem::replace(&mut primary.settled, true) {
+        primary.settled = true;
+        if std::mem::take(&mut primary.waits_to_settle) {
             self.maybe_compare_journals(call);
         }
     }
@@ -262,8 +265,10 @@ impl Group {
         if primary.phase != Phase::Asking || primary.members.iter().any(waits) {
             return;
         }
-        if !primary.settled {
-            return self.settle(call);
+        self.settle(call);
+        let Some(primary) = &mut self.primary else { return };
+        if primary.waits_to_settle {
+            return;
         }
         let longest = primary
             .members
@@ -448,6 +453,9 @@ impl Group {
     pub(super) fn on_primary_tick(&mut self, call: &mut Call<'_>) {
         self.ask(call);
         self.maybe_compare_journals(call);
+        if self.primary.as_ref().is_some_and(|primary| primary.phase != Phase::Asking) {
+            self.settle(call);
+        }
         self.propose_out(call);
         self.announce(call);
         if call.has_lease()

@@ -103,8 +103,10 @@ pub(super) struct Primary {
     pub held: Vec<(RequestId, Reply)>,
     /// The acknowledged seq that every member was told.
     pub announced: Seq,
-    /// Have former members been forgotten? Before that nothing counts as acknowledged.
+    /// Does the control plane count on the present acting set?
     pub settled: bool,
+    /// It counts on members that do not act here: nothing may be acknowledged without them.
+    pub waits_to_settle: bool,
     /// When the control plane was last asked to settle the epoch.
     pub settling_ns: Option<u64>,
     /// Its journal is newer than this node's and can not be fetched: it should lead.
@@ -135,6 +137,7 @@ impl Primary {
             held: Vec::new(),
             announced: Seq(0),
             settled: false,
+            waits_to_settle: false,
             settling_ns: None,
             successor: None,
             yielded_ns: None,
@@ -153,6 +156,7 @@ impl Primary {
 
     pub fn is_busy(&self, acked: Seq) -> bool {
         !self.is_active()
+            || !self.settled
             || !self.learners.is_empty()
             || !self.in_flight.is_empty()
             || !self.waiting.is_empty()
