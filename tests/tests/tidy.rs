@@ -390,9 +390,16 @@ fn the_architecture_names_what_is_there() {
 #[test]
 fn scripts_stop_at_the_first_error() {
     let mut broken = Vec::new();
-    for path in
-        ["tools/setup", "tools/test", "tools/demo", "tools/soak", "tools/fuzz", "benches/run", ".ci/run"]
-    {
+    for path in [
+        "tools/setup",
+        "tools/test",
+        "tools/demo",
+        "tools/soak",
+        "tools/fuzz",
+        "tools/sim",
+        "benches/run",
+        ".ci/run",
+    ] {
         let text = fs::read_to_string(root().join(path)).unwrap_or_default();
         if !text.starts_with("#!/usr/bin/env bash\n") || !text.contains("\nset -euo pipefail\n") {
             broken.push(path.to_owned());

@@ -137,6 +137,7 @@ pub fn map() -> ClusterMap {
         nodes: (1..=3).map(node).collect(),
         pools: vec![Pool { id: 0, replica_count: 3, min_replicas: 2, group_count: 4 }],
         groups: (0..4).map(group).collect(),
+        lineage_end: 8,
         volumes: vec![volume()],
     }
 }

@@ -88,7 +88,7 @@ fn main() -> ExitCode {
             println!("seed {seed}: {}", violation.what);
             let skip = violation.log.len().saturating_sub(options.log_lines);
             violation.log.iter().skip(skip).for_each(|line| println!("  {line}"));
-            println!("replay: ./tools/sim --seed {seed}");
+            println!("replay: tools/sim --seed {seed}");
             ExitCode::FAILURE
         }
     }

@@ -3,10 +3,12 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
+use xsan_protocol::proto::ClusterStatusReply;
 use xsan_tests::cluster::{Cluster, SETTLE_DEADLINE};
 use xsan_tests::nbd::NbdError;
 use xsan_tests::process;
 use xsan_tests::stamp::{PAGE_SIZE, Stamp};
+use xsan_tests::wait::{Look, until};
 
 /// Issue: an idle node uses less than 2 % of a core and less than 200 MiB.
 /// Binaries without optimisation are granted three times that: what they need is not what is promised.
@@ -182,4 +184,37 @@ fn an_idle_cluster_costs_little() {
             after.resident_bytes
         );
     }
+}
+
+#[test]
+fn a_deleted_volume_gives_its_space_back() {
+    let cluster = Cluster::start(3).unwrap();
+    cluster.create_volume("kept", "1GiB", 3).unwrap();
+    cluster.create_volume("dropped", "1GiB", 3).unwrap();
+    let (mebibyte, size_bytes) = (vec![7; 1 << 20], 32 << 20);
+    let mut kept = cluster.connect(1, "kept").unwrap();
+    kept.write(0, &mebibyte).unwrap();
+    let mut dropped = cluster.connect(0, "dropped").unwrap();
+    for offset in (0..size_bytes).step_by(mebibyte.len()) {
+        dropped.write(offset, &mebibyte).unwrap();
+    }
+    let replicas_bytes = 3 * size_bytes;
+    let holds = |status: &ClusterStatusReply| status.used_bytes >= replicas_bytes;
+    cluster.wait_status("the space is taken", SETTLE_DEADLINE, holds).unwrap();
+    drop(dropped);
+    // The session may take a moment to be counted out.
+    until("the volume to be deleted", SETTLE_DEADLINE, || {
+        let answer = cluster.cli(&["volume", "delete", "dropped", "--yes"])?;
+        Ok(if answer.succeeded().is_ok() {
+            Look::Done(())
+        } else {
+            Look::NotYet("it is attached".to_owned())
+        })
+    })
+    .unwrap();
+    let freed = |status: &ClusterStatusReply| status.used_bytes < replicas_bytes / 4;
+    cluster.wait_status("the space is free", SETTLE_DEADLINE, freed).unwrap();
+    let mut bytes = vec![0; mebibyte.len()];
+    kept.read(0, &mut bytes).unwrap();
+    assert!(bytes == mebibyte, "the other volume is as it was");
 }

@@ -3,17 +3,19 @@
 //! A message that decodes is not held to its own bytes: fields may come in any order, twice or unknown, and are then
 //! dropped or merged, as protocol buffers have it. What it decodes to must survive its own encoding.
 
+use std::time::Duration;
+
 use anyhow::{Context as _, ensure};
 use prost::Message;
-use xsan_controlplane::state::ClusterState;
 use xsan_controlplane::state::command::{Command, GroupChange, NewNode, NewVolume, Reply};
 use xsan_controlplane::state::error::Refusal;
 use xsan_controlplane::state::image::Key;
+use xsan_controlplane::state::{ClusterState, Departure};
 use xsan_protocol::error::Code;
 use xsan_protocol::ids::{
     BlockIndex, BootId, GroupId, Incarnation, NodeId, PoolId, ShardIndex, StoreId, VolumeId,
 };
-use xsan_protocol::map::{ClusterMap, DataProcess, Durability, Group, Member, Store};
+use xsan_protocol::map::{ClusterMap, DamagedStore, DataProcess, Durability, Group, Member, Store};
 use xsan_protocol::proto;
 
 use crate::measure::Bound;
@@ -114,13 +116,17 @@ fn new_volume(name: &str, replica_count: u8) -> Command {
     })
 }
 
+fn damaged_stores() -> Vec<DamagedStore> {
+    vec![DamagedStore { store: StoreId(300), intact_groups: vec![GroupId::new(PoolId(1), 2)] }]
+}
+
 /// Three nodes, two volumes in pools of four groups, one of them attached.
 pub fn state() -> ClusterState {
     let mut state = ClusterState::default();
     for node in 1..=3 {
         state.apply(&new_node(node));
-        let damaged = if node == 3 { vec![GroupId::new(PoolId(1), 2)] } else { Vec::new() };
-        state.apply(&Command::DataStarted { node: NodeId(node), process: process(node), damaged });
+        let damaged_stores = if node == 3 { damaged_stores() } else { Vec::new() };
+        state.apply(&Command::DataStarted { node: NodeId(node), process: process(node), damaged_stores });
     }
     state.set_voters([NodeId(1), NodeId(2)].into());
     state.apply(&new_volume("vm-1", 3));
@@ -137,16 +143,12 @@ pub fn commands() -> Vec<Command> {
         let mut members: Vec<Member> = group.members.clone();
         members.rotate_left(1);
         let primary = members.first().map(|member| member.node);
-        GroupChange { group: group.id, expected: group.epoch, primary, members }
+        GroupChange { group: group.id, expected: group.epoch, primary, members, settle: false }
     };
     vec![
         new_node(1),
         new_node(4),
-        Command::DataStarted {
-            node: NodeId(2),
-            process: process(4),
-            damaged: vec![GroupId::new(PoolId(1), 1)],
-        },
+        Command::DataStarted { node: NodeId(2), process: process(4), damaged_stores: damaged_stores() },
         Command::StoreFailed { node: NodeId(1), incarnation: Incarnation(1000), store: StoreId(100) },
         Command::ReconfigureGroups(groups.iter().take(3).map(change).collect()),
         new_volume("vm-3", 1),
@@ -155,6 +157,10 @@ pub fn commands() -> Vec<Command> {
         Command::DeleteVolume { name: "vm-2".to_owned() },
         Command::Attach { volume: "vm-2".to_owned(), node: NodeId(3) },
         Command::Detach { volume: VolumeId(1), node: NodeId(1) },
+        Command::SetMaintenance { node: NodeId(2), on: true, force: false },
+        Command::LeaveNode { node: NodeId(3), departure: Departure::Lost },
+        Command::RemoveNode { node: NodeId(3) },
+        Command::ChangeSettings { down_out_interval: Some(Duration::from_secs(60)) },
     ]
 }
 

@@ -78,6 +78,7 @@ fn heartbeat_seeds() -> Vec<Vec<u8>> {
         heartbeat::encode_beat(CLUSTER, &silent),
         heartbeat::encode_grant(CLUSTER, &grant),
         heartbeat::encode_grant(CLUSTER + 1, &grant),
+        heartbeat::encode_removed(CLUSTER, NodeId(2)),
     ]
 }
 
@@ -92,6 +93,7 @@ fn check_heartbeat(bytes: &[u8]) -> anyhow::Result<Verdict> {
             ensure!(grant.length.subsec_nanos().is_multiple_of(1_000_000), "a lease is whole milliseconds");
             heartbeat::encode_grant(CLUSTER, grant)
         }
+        Some(Datagram::Removed(node)) => heartbeat::encode_removed(CLUSTER, *node),
     };
     ensure!(heartbeat::decode(CLUSTER, &encoded) == decoded, "a datagram is not the same after its encoding");
     Ok(Verdict::Accepted)
@@ -102,7 +104,7 @@ fn messages() -> Vec<proto::LinkMessage> {
     let hello = proto::DataHello {
         pid: 77,
         process: Some((&process(2)).into()),
-        damaged: vec![proto::GroupReport { group: 5 }],
+        damaged_stores: vec![proto::DamagedStore { store: 200, intact_groups: vec![5] }],
     };
     let status = proto::DataStatus {
         map_version: 9,

@@ -58,7 +58,7 @@ const STORE: Target = Target {
     known: &[],
 };
 
-/// Findings in `store`, reported and not mended yet; see docs/testing-fuzzing.md.
+/// Findings in `store`, reported and not mended yet; see docs/testing.md.
 const KNOWN: &[Known] = &[];
 
 const EDIT_BYTES: usize = 16;
