@@ -6,7 +6,7 @@
 //! Invariants
 //! - A comparison is answered from exactly the state that the primary compared: every entry up to its `as_of` is
 //!   applied and none behind it. So a difference is one, however many writes go on.
-//! - A unit is stored only after every entry up to its `as_of` is applied.
+//! - A unit is stored after every entry up to its `as_of`, and before every later one of its pages.
 
 use std::collections::VecDeque;
 
@@ -24,8 +24,8 @@ use super::group::{Fence, Group, Role, refuse};
 use crate::net::frame::{Frame, Meta};
 use crate::store::{Record, StoreView};
 
-/// Comparisons and pushes waiting for the journal; the primary has fewer than that under way.
-const RESYNC_FRAMES_MAX: usize = 64;
+/// Comparisons waiting for the journal; the primary has fewer than that under way.
+const COMPARES_MAX: usize = 4;
 /// Blocks in one CompareReply.
 const BLOCKS_REPORTED_MAX: usize = 1024;
 const BLOCKS_SCANNED: usize = 256;
@@ -69,20 +69,19 @@ impl Group {
         self.learn(call);
     }
 
-    /// A comparison or a unit, which takes its turn.
+    /// A comparison, which takes its turn, or a unit.
     pub(super) fn on_resync(&mut self, call: &mut Call<'_>, from: NodeId, frame: Frame) {
         let acked = self.replica.acked;
         let Some(learning) = self.learning.as_mut().filter(|learning| learning.is_started()) else {
             return refuse(call, from, &frame.header, Code::ReplicaBehind);
         };
-        if learning.waiting.len() >= RESYNC_FRAMES_MAX {
+        if !is_compare(&frame) {
+            return self.on_push(call, from, frame);
+        }
+        if learning.waiting.len() >= COMPARES_MAX {
             return refuse(call, from, &frame.header, Code::Busy);
         }
-        let as_of = match frame.meta {
-            Meta::Push(meta) => meta.as_of,
-            _ => acked,
-        };
-        learning.waiting.push_back((from, as_of, frame));
+        learning.waiting.push_back((from, acked, frame));
         self.learn(call);
     }
 
@@ -90,25 +89,19 @@ impl Group {
     pub(super) fn learn(&mut self, call: &mut Call<'_>) {
         self.maybe_start(call);
         while let Some(learning) = &mut self.learning {
-            let limit =
-                learning.waiting.iter().find(|(_, _, frame)| is_compare(frame)).map(|(_, as_of, _)| *as_of);
-            self.replica.apply_limit = limit;
-            let Some((from, as_of, frame)) = learning.waiting.front() else { break };
-            let (from, as_of, compare) = (*from, *as_of, is_compare(frame));
+            self.replica.apply_limit = learning.waiting.front().map(|(_, as_of, _)| *as_of);
+            let Some((_, as_of, _)) = learning.waiting.front() else { break };
+            let as_of = *as_of;
             if self.replica.durable < as_of || self.replica.is_reset_refused() {
                 break;
             }
             self.replica.on_acked(call, as_of);
-            if compare && !self.replica.is_view_fresh(call.core.turn) {
+            if !self.replica.is_view_fresh(call.core.turn) {
                 call.core.deferred.insert(self.id);
                 return;
             }
-            let Some((_, _, frame)) = learning.waiting.pop_front() else { break };
-            if compare {
-                self.on_compare(call, from, &frame);
-            } else {
-                self.on_push(call, from, frame);
-            }
+            let Some((from, _, frame)) = learning.waiting.pop_front() else { break };
+            self.on_compare(call, from, &frame);
         }
         self.replica.maybe_apply(call);
     }
@@ -147,8 +140,13 @@ impl Group {
         call.send(from, answer);
     }
 
+    /// A unit goes into the journal where it comes among the entries: behind those up to its `as_of`, before every later
+    /// one of the unit, so that replay has them in this order, too.
     fn on_push(&mut self, call: &mut Call<'_>, from: NodeId, mut frame: Frame) {
         let header = frame.header;
+        if self.replica.is_refused() {
+            return refuse(call, from, &header, Code::Busy);
+        }
         let pages = frames::pages_of(&header).filter(|pages| {
             usize::from(pages.count) == PAGES_PER_UNIT && pages.covers_unit(pages.first_unit())
         });
@@ -160,6 +158,10 @@ impl Group {
         if had_data != data.is_some() || (data.is_none() && meta.version != Version::ZERO) {
             return refuse(call, from, &header, Code::FrameInvalid);
         }
+        if meta.as_of > self.replica.last.seq {
+            return refuse(call, from, &header, Code::ReplicaBehind);
+        }
+        self.replica.on_acked(call, meta.as_of);
         let token = call.core.keep(Token::Pushed { group: self.id, to: from, header });
         self.replica.touch(call.core.turn);
         let store: StoreId = self.replica.store;

@@ -307,6 +307,11 @@ impl Replica {
         call.core.ticking.insert(self.group);
     }
 
+    /// Is there anything that the store is to be offered again?
+    pub fn is_refused(&self) -> bool {
+        self.refused.is_some() || self.refused_reset
+    }
+
     /// Is the store still to take the reset? Nothing for a learner may come before it.
     pub fn is_reset_refused(&self) -> bool {
         self.refused_reset
