@@ -193,8 +193,9 @@ fn grant(
         ProposedChange::Demote | ProposedChange::Exclude => {
             // Before the epoch is settled, who does not answer may be the only one that has everything.
             let alone = group.primary.is_some_and(|primary| view.has_everything(group, primary));
-            let spare = acting > usize::from(pool.min_replicas) || wish.change == ProposedChange::Exclude;
-            let spare = spare && (group.is_settled() || alone);
+            let enough = acting > usize::from(pool.min_replicas) && (group.is_settled() || alone);
+            // All journals were compared before a member is excluded: the primary has what any of them has.
+            let spare = enough || wish.change == ProposedChange::Exclude;
             if !member.learner && spare && view.may_leave(group, member) {
                 member.learner = true;
             }

@@ -6,7 +6,7 @@
 //!
 //! Invariants
 //! - Without a member of the last settled epoch nothing is acknowledged before the control plane knows that all who act
-//!   now have answered.
+//!   now have their journals complete.
 //! - The group becomes active only after every acting member answered at this epoch, and once this node's journal holds
 //!   all that any of them holds. A member that answered takes nothing of an older epoch.
 //!
@@ -232,13 +232,18 @@ impl Group {
         }
     }
 
-    /// All have answered at this epoch: that is to be known before anything rests on it alone.
+    /// Once every acting member has in its journal what any had when the epoch began, the control plane is told: nothing may
+    /// rest on this acting set alone before it knows.
     ///
     /// Without it: (1) A restarts, having lost nothing; (2) B has lost its power, which nobody knows yet, and
     /// the acting set becomes B alone; (3) B is back without what it had not flushed, and is all there is. With
     /// it A counts on, because B never answered at that epoch.
-    fn settle(&mut self, call: &mut Call<'_>) {
+    pub(super) fn settle(&mut self, call: &mut Call<'_>) {
         let Some(primary) = &mut self.primary else { return };
+        let everywhere = primary.quorum.as_ref().map(Quorum::durable_everywhere);
+        if everywhere.is_none_or(|everywhere| everywhere < primary.settles_at) {
+            return;
+        }
         if !primary.settled && is_due(primary.settling_ns, SETTLE_AGAIN_NS, call.now_ns) {
             primary.settling_ns = Some(call.now_ns);
             let epoch = primary.epoch;
@@ -251,8 +256,12 @@ impl Group {
     pub(super) fn on_settled(&mut self, call: &mut Call<'_>) {
         let Some(primary) = &mut self.primary else { return };
         primary.settled = true;
-        if std::mem::take(&mut primary.waits_to_settle) {
-            self.maybe_compare_journals(call);
+        if std::mem::take(&mut primary.waits_to_settle)
+            && let Some(quorum) = &primary.quorum
+        {
+            let acked = quorum.acked();
+            self.on_acknowledged(call, acked);
+            self.maybe_activate(call);
         }
     }
 
@@ -263,11 +272,6 @@ impl Group {
         let Some(primary) = &mut self.primary else { return };
         let waits = |member: &Member| member.node != own && member.info.is_none();
         if primary.phase != Phase::Asking || primary.members.iter().any(waits) {
-            return;
-        }
-        self.settle(call);
-        let Some(primary) = &mut self.primary else { return };
-        if primary.waits_to_settle {
             return;
         }
         let longest = primary
@@ -348,9 +352,12 @@ impl Group {
             None => (member.node, Seq(0)),
         };
         let quorum = Quorum::new(primary.members.iter().map(durable).collect(), acked);
-        let acked = quorum.acked();
+        let everywhere = quorum.acked();
         primary.quorum = Some(quorum);
+        primary.settles_at = self.replica.last.seq;
+        let acked = if primary.waits_to_settle { acked } else { everywhere };
         self.on_acknowledged(call, acked);
+        self.settle(call);
         self.maybe_activate(call);
     }
 
@@ -388,7 +395,8 @@ impl Group {
     pub(super) fn maybe_activate(&mut self, call: &mut Call<'_>) {
         let Some(primary) = &mut self.primary else { return };
         let complete = self.replica.vouched() >= self.replica.last.seq;
-        if primary.phase != Phase::Journaling || primary.quorum.is_none() || !complete {
+        let ready = primary.quorum.is_some() && !primary.waits_to_settle && complete;
+        if primary.phase != Phase::Journaling || !ready {
             return;
         }
         primary.phase = Phase::Active;
@@ -452,10 +460,7 @@ impl Group {
 
     pub(super) fn on_primary_tick(&mut self, call: &mut Call<'_>) {
         self.ask(call);
-        self.maybe_compare_journals(call);
-        if self.primary.as_ref().is_some_and(|primary| primary.phase != Phase::Asking) {
-            self.settle(call);
-        }
+        self.settle(call);
         self.propose_out(call);
         self.announce(call);
         if call.has_lease()

@@ -107,6 +107,8 @@ pub(super) struct Primary {
     pub settled: bool,
     /// It counts on members that do not act here: nothing may be acknowledged without them.
     pub waits_to_settle: bool,
+    /// The newest entry that any member had when the epoch began.
+    pub settles_at: Seq,
     /// When the control plane was last asked to settle the epoch.
     pub settling_ns: Option<u64>,
     /// Its journal is newer than this node's and can not be fetched: it should lead.
@@ -138,6 +140,7 @@ impl Primary {
             announced: Seq(0),
             settled: false,
             waits_to_settle: false,
+            settles_at: Seq(0),
             settling_ns: None,
             successor: None,
             yielded_ns: None,
@@ -440,7 +443,16 @@ impl Group {
         if let Some(started_ns) = started_ns {
             call.core.latencies.add_member(node, call.now_ns.saturating_sub(started_ns));
         }
-        if let Some(acked) = quorum.record(node, durable) {
+        let acked = quorum.record(node, durable);
+        if !primary.settled {
+            // What has become durable everywhere waits for that, if it must.
+            let waits = primary.waits_to_settle;
+            self.settle(call);
+            if waits {
+                return;
+            }
+        }
+        if let Some(acked) = acked {
             self.on_acknowledged(call, acked);
         }
     }
