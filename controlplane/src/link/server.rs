@@ -216,8 +216,9 @@ impl LinkServer {
                 }
                 changed = lease.changed() => {
                     if changed.is_err() { return Ok(()) }
-                    let until = lease.borrow_and_update().map_or(0, |until| until.0);
-                    push(Body::Lease(proto::Lease { until_boottime_ns: until }))
+                    // A control process that starts anew knows of none; what the one before passed on holds.
+                    let Some(BootTime(until_boottime_ns)) = *lease.borrow_and_update() else { continue };
+                    push(Body::Lease(proto::Lease { until_boottime_ns }))
                 }
                 message = queued.recv() => match message {
                     Some(message) => message,
