@@ -76,7 +76,7 @@ pub struct Group {
     pub primary: Option<NodeId>,
     pub members: Vec<Member>,
     /// While the present epoch is not settled: the acting set of the last one that was. All that is acknowledged is with
-    /// them; who of the present members has it is not known before all have answered (docs/decisions/0009).
+    /// them; that the present members have it is not known before their journals are complete (docs/decisions/0009).
     pub former: Vec<Member>,
 }
 

@@ -65,8 +65,10 @@ fn go_on_without(view: &View<'_>, group: &Group) -> Option<GroupChange> {
         let given_up = view.state.departure(member.node) == Departure::Lost;
         given_up && view.standing(member) == Standing::Gone
     };
-    let rest: Vec<&Member> = group.acting().filter(|member| !is_lost(member)).collect();
-    if rest.len() == group.acting().count() || rest.iter().any(|m| view.standing(m) != Standing::Back) {
+    let rest: Vec<&Member> = group.holders().filter(|member| !is_lost(member)).collect();
+    let serves = group.acting().any(|member| view.standing(member) == Standing::Live);
+    let waits = rest.iter().any(|member| view.standing(member) != Standing::Back);
+    if serves || waits || rest.len() == group.holders().count() {
         return None;
     }
     let renewed = |member: &&Member| view.member(group.id, member.node, member.store, false);

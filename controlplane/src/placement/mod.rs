@@ -7,7 +7,7 @@
 //! - A member that may still serve as primary, or may not know yet that it is not any more, stays in the
 //!   acting set.
 //! - An acting set below `min_replicas` is made only from members that hold everything acknowledged.
-//! - Who leaves an acting set counts on as a source until all who stay have answered at the new epoch: until then nobody
+//! - A former acting set counts on as the source until the journals of the new one are complete: until then nobody
 //!   knows whether they were still there.
 //!
 //! Source: Lin et al., "PacificA: Replication in Log-Based Distributed Storage Systems", 2008.
@@ -51,7 +51,7 @@ pub enum ProposedChange {
     Exclude,
     /// Its journal holds what the primary's lacks and can not be given: it becomes the primary.
     Lead,
-    /// Every acting member has answered the primary at this epoch: former members are forgotten.
+    /// Every acting member has in its journal what any had when the epoch began: the set before it is forgotten.
     Settle,
 }
 

@@ -648,6 +648,25 @@ fn members_that_are_back_go_on_without_a_lost_one_and_those_that_are_not_are_wai
     assert!(cluster.group().member(c).is_none());
 }
 
+#[test]
+fn a_group_that_went_on_without_a_lost_node_does_so_again_when_that_was_not_settled() {
+    let mut cluster = Cluster::new(3, 3);
+    cluster.settles = false;
+    let [a, b, c] = cluster.others(&[])[..] else { panic!() };
+    cluster.set_health(c, Health::Gone);
+    cluster.leave(c, Departure::Lost);
+    cluster.start(a.0, 2, 8, false);
+    cluster.start(b.0, 2, 8, false);
+    assert!(cluster.follow() > 0);
+    assert!(!cluster.group().is_settled());
+    assert_eq!(cluster.follow(), 0, "it goes on already");
+    cluster.start(a.0, 3, 9, false);
+    cluster.start(b.0, 3, 9, false);
+    cluster.rest();
+    assert!(cluster.follow() > 0);
+    assert_eq!(cluster.acting(), [a, b]);
+}
+
 mod planner {
     //! The planner with its clock and leases: who is left out, and when.
 

@@ -365,7 +365,7 @@ fn evacuate(state: &mut ClusterState, node: u32) {
     };
     let settled = changes.iter().map(settle).collect();
     state.apply(&Command::ReconfigureGroups(changes));
-    assert!(state.has_replicas(NodeId(node)), "it counts until the others have answered");
+    assert!(state.has_replicas(NodeId(node)), "it counts until the others have all of it");
     state.apply(&Command::ReconfigureGroups(settled));
 }
 

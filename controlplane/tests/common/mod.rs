@@ -192,7 +192,11 @@ async fn run(path: std::path::PathBuf, hello: proto::DataHello, told: Arc<Mutex<
         let mut told = told.lock().expect("no task panicked");
         match message.body {
             Some(Body::Map(map)) => told.map = map,
-            Some(Body::Lease(lease)) => told.lease = lease.until_boottime_ns,
+            Some(Body::Lease(lease)) => {
+                // Nothing takes away what was granted: it only runs out.
+                told.lapsed |= lease.until_boottime_ns < told.lease.max(1);
+                told.lease = lease.until_boottime_ns;
+            }
             _ => {}
         }
     }

@@ -43,7 +43,7 @@ pub enum Change {
     Exclude,
     /// Its journal holds what the primary's lacks and can not be given: to be the primary.
     Lead,
-    /// Every acting member has answered this primary at this epoch: who left before does not count any more.
+    /// Every acting member has in its journal what any had when the epoch began: the set before it does not count any more.
     Settle,
 }
 

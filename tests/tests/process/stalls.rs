@@ -7,11 +7,11 @@ use std::time::Duration;
 use xsan_tests::cluster::{Cluster, RESYNC_DEADLINE, SETTLE_DEADLINE};
 use xsan_tests::writer::{Work, Writer};
 
-/// Issue: the bounds for a killed data process, node and leader's control process. A renewal of a lease is
-/// due every heartbeat interval (250 ms); one may be lost and the next one on its way.
+/// Issue: the bounds for a killed data process and node. The death of the leader's control process may cost one renewal of
+/// a lease, which is due every heartbeat interval (250 ms).
 const DATA_STALL_MAX: Duration = Duration::from_millis(500);
 const NODE_STALL_MAX: Duration = Duration::from_secs(3);
-const CONTROL_STALL_MAX: Duration = Duration::from_millis(500);
+const CONTROL_STALL_MAX: Duration = Duration::from_millis(250);
 const VOLUME_PAGES: u64 = (1 << 30) / 4096;
 /// Enough to have touched groups of every primary after the fault.
 const OPERATIONS_AFTER: u64 = 1000;
