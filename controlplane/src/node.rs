@@ -130,7 +130,7 @@ pub struct ControlNode {
     stop: Option<oneshot::Sender<()>>,
     raft_runtime: RaftRuntime,
     context: Context,
-    removed: Arc<Notify>,
+    heartbeats: Heartbeats,
 }
 
 /// Raft's runtime; dropped on another runtime's thread it must not wait for its tasks.
@@ -166,10 +166,9 @@ impl ControlNode {
             .map_err(NodeError::Threads)?;
         let on = raft_runtime.handle().clone();
         let raft_runtime = RaftRuntime(Some(raft_runtime));
-        let removed = Arc::new(Notify::new());
-        let (handle, tasks, stop, context) =
-            Self::start_on(&settings, &on, store, machine, channels, &removed).await?;
-        Ok(Self { handle, tasks, stop: Some(stop), raft_runtime, context, removed })
+        let (handle, tasks, stop, context, heartbeats) =
+            Self::start_on(&settings, &on, store, machine, channels).await?;
+        Ok(Self { handle, tasks, stop: Some(stop), raft_runtime, context, heartbeats })
     }
 
     async fn start_on(
@@ -178,8 +177,7 @@ impl ControlNode {
         store: LogStore,
         machine: StateMachine,
         channels: Channels,
-        removed: &Arc<Notify>,
-    ) -> Result<(RaftHandle, JoinSet<()>, oneshot::Sender<()>, Context), NodeError> {
+    ) -> Result<(RaftHandle, JoinSet<()>, oneshot::Sender<()>, Context, Heartbeats), NodeError> {
         let sockets = bind_sockets(settings, raft_runtime).await?;
         let identity = identify(settings, &store)?;
         let node = NodeId(identity.node);
@@ -206,10 +204,20 @@ impl ControlNode {
         let (stop, stopped) = oneshot::channel();
         serve(settings, raft_runtime, sockets.tcp, &context, stopped);
         let mut tasks = JoinSet::new();
-        spawn_tasks(settings, raft_runtime, &mut tasks, sockets.udp, &context, removed)?;
+        let heartbeats = Heartbeats {
+            socket: Arc::new(sockets.udp),
+            cluster: cluster_hash(&settings.cluster_id),
+            node,
+            interval: settings.heartbeat_interval,
+            state: handle.watch_state(),
+            link: Arc::clone(&context.link),
+            leader: Arc::clone(&context.leader),
+            removed: Arc::new(Notify::new()),
+        };
+        spawn_tasks(settings, raft_runtime, &mut tasks, &heartbeats, &context)?;
         let registered = settings.new_node(identity.instance);
         tasks.spawn(keep_registered(handle.clone(), registered));
-        Ok((handle, tasks, stop, context))
+        Ok((handle, tasks, stop, context, heartbeats))
     }
 
     pub const fn handle(&self) -> &RaftHandle {
@@ -230,18 +238,19 @@ impl ControlNode {
         let node = self.handle.node();
         let mut state = self.handle.watch_state();
         tokio::select! {
-            () = self.removed.notified() => {}
+            () = self.heartbeats.removed.notified() => {}
             Ok(_) = state.wait_for(|state| state.was_removed(node)) => {}
         }
     }
 
-    /// Ends the node in order: no new requests, Raft stopped, stores closed.
+    /// Ends the node in order: no new requests, a last beat, Raft stopped, stores closed.
     pub async fn stop(mut self) {
         if let Some(stop) = self.stop.take()
             && stop.send(()).is_err()
         {
             tracing::warn!("the API had ended already");
         }
+        self.heartbeats.beat().await;
         self.tasks.shutdown().await;
         self.handle.shutdown().await;
         if let Some(runtime) = self.raft_runtime.0.take() {
@@ -321,23 +330,12 @@ fn spawn_tasks(
     settings: &Settings,
     raft_runtime: &Handle,
     tasks: &mut JoinSet<()>,
-    udp: UdpSocket,
+    heartbeats: &Heartbeats,
     context: &Context,
-    removed: &Arc<Notify>,
 ) -> Result<(), NodeError> {
-    let heartbeats = Heartbeats {
-        socket: Arc::new(udp),
-        cluster: cluster_hash(&settings.cluster_id),
-        node: context.handle.node(),
-        interval: settings.heartbeat_interval,
-        state: context.handle.watch_state(),
-        link: Arc::clone(&context.link),
-        leader: Arc::clone(&context.leader),
-        removed: Arc::clone(removed),
-    };
     tasks.spawn_on(heartbeats.clone().send(), raft_runtime);
     tasks.spawn_on(heartbeats.clone().receive(), raft_runtime);
-    tasks.spawn_on(heartbeats.catch_up(), raft_runtime);
+    tasks.spawn_on(heartbeats.clone().catch_up(), raft_runtime);
     let leader = Arc::clone(&context.leader);
     tasks.spawn_on(async move { leader.watch_elections().await }, raft_runtime);
     tasks.spawn(Controller::new(context.handle.clone(), Arc::clone(&context.leader)).run());

@@ -135,10 +135,16 @@ impl Heartbeats {
                 _ = ticks.tick() => {}
                 () = self.link.changed() => {}
             }
-            let bytes = encode_beat(self.cluster, &self.link.beat(self.node, BootTime::now()));
-            for address in self.voters() {
-                self.send_to(&bytes, address).await;
-            }
+            self.beat().await;
+        }
+    }
+
+    /// Tells all voters how the data process is. A stopping node does so a last time: nobody is to wait for the lease of a
+    /// data process that ended just before.
+    pub async fn beat(&self) {
+        let bytes = encode_beat(self.cluster, &self.link.beat(self.node, BootTime::now()));
+        for address in self.voters() {
+            self.send_to(&bytes, address).await;
         }
     }
 
