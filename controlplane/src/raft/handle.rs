@@ -33,6 +33,8 @@ use crate::timing::{LEADER_WAIT, RaftTiming};
 const SNAPSHOT_EVERY: u64 = 1000;
 /// Entries kept behind a snapshot for followers that are a little late.
 const LOG_KEPT: u64 = 200;
+/// Between two looks whether Raft still runs.
+const STOPPED_POLL: Duration = Duration::from_millis(250);
 /// Between two looks for a leader.
 const RETRY_INTERVAL: Duration = Duration::from_millis(50);
 /// One try at one leader: it either commits in this time or has lost its quorum.
@@ -197,11 +199,9 @@ impl RaftHandle {
 
     /// Waits until Raft has stopped with an error.
     pub async fn stopped(&self) {
-        let mut metrics = self.raft.metrics();
-        while metrics.borrow_watched().running_state.is_ok() {
-            if metrics.changed().await.is_err() {
-                return;
-            }
+        // The metrics change with every message of Raft: waiting for them would wake this thread all the time.
+        while self.raft.metrics().borrow_watched().running_state.is_ok() {
+            tokio::time::sleep(STOPPED_POLL).await;
         }
     }
 
