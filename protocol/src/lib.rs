@@ -10,6 +10,7 @@ pub mod health;
 pub mod ids;
 pub mod limits;
 pub mod map;
+pub mod mutation;
 pub mod placement;
 pub mod units;
 pub mod wire;

@@ -91,6 +91,13 @@ impl<'a> Job<'a> {
         Load::start_command(command, output)?.finish(RUN_DEADLINE)
     }
 
+    /// Runs the job with at most so many operations a second in each direction.
+    pub fn run_at_rate(&self, operations_per_second: u32, output: &Path) -> Result<Outcome> {
+        let mut command = self.command(output);
+        command.arg(format!("--rate_iops={operations_per_second},{operations_per_second}"));
+        Load::start_command(command, output)?.finish(RUN_DEADLINE)
+    }
+
     /// Runs the job to its end.
     pub fn run(&self, output: &Path) -> Result<Outcome> {
         Load::start(self, output)?.finish(RUN_DEADLINE)

@@ -15,6 +15,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use xsan_protocol::ids::{Incarnation, MapVersion, NodeId};
+use xsan_protocol::mutation::Mutation;
 
 use crate::clock::BootTime;
 use crate::timing::{LEASE, LEASE_SLACK};
@@ -100,9 +101,11 @@ impl LeaseTable {
         }
         // Beats may overtake each other on their way.
         entry.confirmed = entry.confirmed.max(beat.map_version);
-        let granted = may_grant && entry.stopped != Some(incarnation) && !self.held.contains(&beat.node);
+        let held = self.held.contains(&beat.node) && !Mutation::LeaseGrantedMeanwhile.is_on();
+        let granted = may_grant && entry.stopped != Some(incarnation) && !held;
         if granted {
-            entry.until = entry.until.max(now + LEASE + LEASE_SLACK);
+            let length = if Mutation::DeadBeforeLeaseEnds.is_on() { LEASE / 2 } else { LEASE + LEASE_SLACK };
+            entry.until = entry.until.max(now + length);
         }
         granted
     }
@@ -116,7 +119,11 @@ impl LeaseTable {
         if entry.is_some_and(|entry| entry.incarnation == Some(registered) && now < entry.until) {
             return Health::Up;
         }
-        if now < self.grace_until { Health::Assumed } else { Health::Gone }
+        if now < self.grace_until && !Mutation::LeasesOfOldLeaderIgnored.is_on() {
+            Health::Assumed
+        } else {
+            Health::Gone
+        }
     }
 
     /// The newest map that the data process `incarnation` of `node` acts on, as far as it has said.

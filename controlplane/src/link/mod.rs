@@ -20,6 +20,7 @@ use tokio::sync::{Notify, mpsc, oneshot, watch};
 use xsan_protocol::error::Code;
 use xsan_protocol::ids::{Incarnation, MapVersion, NodeId, StoreId, VolumeId};
 use xsan_protocol::map::{DamagedStore, DataProcess};
+use xsan_protocol::mutation::Mutation;
 use xsan_protocol::proto;
 use xsan_protocol::proto::link_message::Body;
 
@@ -129,14 +130,16 @@ impl Link {
         if linked.grants.len() == GRANTS_MAX {
             linked.grants.remove(0);
         }
-        linked.grants.push((grant.sent + grant.length, grant.map_version));
+        let since = if Mutation::LeaseFromArrival.is_on() { now } else { grant.sent };
+        linked.grants.push((since + grant.length, grant.map_version));
         self.pass_on(linked);
     }
 
     /// Passes the longest lease on that counts by now.
     fn pass_on(&self, linked: &mut Linked) {
         let confirmed = linked.confirmed;
-        let counting = linked.grants.iter().filter(|(_, version)| *version <= confirmed);
+        let counts = |version| version <= confirmed || Mutation::LeaseWithoutMap.is_on();
+        let counting = linked.grants.iter().filter(|(_, version)| counts(*version));
         let until = counting.map(|(until, _)| *until).max();
         linked.grants.retain(|(_, version)| *version > confirmed);
         if let Some(until) = until {

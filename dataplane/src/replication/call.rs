@@ -8,10 +8,12 @@ use std::sync::Arc;
 use xsan_protocol::error::Code;
 use xsan_protocol::ids::{BlockKey, GroupId, Incarnation, NodeId, Seq, StoreId, Version};
 use xsan_protocol::map::Durability;
+use xsan_protocol::mutation::Mutation;
 use xsan_protocol::units::PageRange;
 
 use super::action::{Action, Change, Reply, RequestId};
 use super::flush::{FlushWaiter, Flushes};
+use super::pace::Pace;
 use super::reclaim::Lineages;
 use super::status::{Counters, Latencies, Stage};
 use crate::disk::buffers::{Buffer, BufferMut, BufferPool, Claim};
@@ -116,6 +118,7 @@ pub(super) struct Core {
     pub early: Vec<(NodeId, Frame)>,
     /// Units being pushed to learners, over all groups.
     pub pushes: usize,
+    pub pace: Pace,
     /// Of the newest map.
     pub lineages: Lineages,
     pub counters: Counters,
@@ -138,6 +141,7 @@ impl Core {
             deferred: BTreeSet::new(),
             early: Vec::new(),
             pushes: 0,
+            pace: Pace::default(),
             lineages: Lineages::default(),
             counters: Counters::default(),
             latencies: Latencies::default(),
@@ -230,7 +234,7 @@ impl Call<'_> {
     }
 
     pub fn has_lease(&self) -> bool {
-        self.now_ns < self.core.lease_until_ns
+        self.now_ns < self.core.lease_until_ns || Mutation::LeaseIgnored.is_on()
     }
 
     pub fn flush(&mut self, store: StoreId, waiter: FlushWaiter) {

@@ -9,6 +9,7 @@
 use std::collections::BTreeMap;
 
 use xsan_protocol::ids::{Epoch, GroupId, NodeId, StoreId};
+use xsan_protocol::mutation::Mutation;
 
 use super::action::Action;
 
@@ -41,7 +42,9 @@ impl Flushes {
     pub fn request(&mut self, store: StoreId, waiter: FlushWaiter, token: u64, out: &mut Vec<Action>) {
         let flush = self.stores.entry(store).or_default();
         if flush.token.is_some() {
-            flush.next.push(waiter);
+            let late =
+                if Mutation::FlushServesLateComers.is_on() { &mut flush.current } else { &mut flush.next };
+            late.push(waiter);
             return;
         }
         flush.token = Some(token);

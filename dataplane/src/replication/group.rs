@@ -11,6 +11,7 @@
 use xsan_protocol::error::Code;
 use xsan_protocol::ids::{Epoch, GroupId, NodeId, Seq};
 use xsan_protocol::map;
+use xsan_protocol::mutation::Mutation;
 use xsan_protocol::wire::header::{Header, Opcode, flags};
 use xsan_protocol::wire::replication::PeerInfo;
 
@@ -21,7 +22,7 @@ use super::learner::Learning;
 use super::primary::Primary;
 use super::replica::Replica;
 use crate::net::frame::{Frame, Meta};
-use crate::store::{ReadError, ReadPages};
+use crate::store::{ReadError, ReadPages, StoreError};
 
 /// Frames of a newer epoch kept until the map arrives; a primary sends few before it is answered.
 const EARLY_FRAMES_MAX: usize = 4096;
@@ -136,6 +137,9 @@ impl Group {
     /// A frame from the primary to this member.
     fn on_command(&mut self, call: &mut Call<'_>, from: NodeId, frame: Frame) {
         let header = frame.header;
+        if Mutation::OldEpochFollowed.is_on() && self.fence.is_some() {
+            self.fence = Some(Fence { epoch: header.epoch, primary: from });
+        }
         let follows = self.fence.is_some_and(|fence| fence.epoch == header.epoch && fence.primary == from);
         if !follows {
             if header.epoch > self.epoch {
@@ -219,6 +223,7 @@ impl Group {
         self.broken = false;
         self.reported = self.replica.vouched();
         let mut answer = frames::numbered(Opcode::PeerInfo, self.id, header.epoch, header.request_id);
+        answer.header.flags = self.room(call);
         answer.meta = Meta::PeerInfo(PeerInfo {
             last: self.replica.last,
             durable: self.reported,
@@ -295,8 +300,16 @@ impl Group {
         let vouched = self.replica.vouched();
         if vouched > self.reported || again {
             self.reported = vouched;
-            call.send(fence.primary, frames::numbered(Opcode::AppendOk, self.id, fence.epoch, vouched.0));
+            let mut answer = frames::numbered(Opcode::AppendOk, self.id, fence.epoch, vouched.0);
+            answer.header.flags = self.room(call);
+            call.send(fence.primary, answer);
         }
+    }
+
+    /// Tells the primary whether the store here has room for new places.
+    fn room(&self, call: &Call<'_>) -> u16 {
+        let full = call.stores.view(self.replica.store).admit(1) == Err(StoreError::Full);
+        if full { flags::STORE_FULL } else { 0 }
     }
 
     /// This node starts anew as a learner: nothing was reported yet.

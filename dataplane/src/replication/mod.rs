@@ -27,6 +27,7 @@ mod flush;
 mod frames;
 mod group;
 mod learner;
+mod pace;
 mod peering;
 mod primary;
 mod quorum;

@@ -16,7 +16,8 @@
 use xsan_protocol::error::Code;
 use xsan_protocol::ids::{Epoch, NodeId, Seq};
 use xsan_protocol::map;
-use xsan_protocol::wire::header::Opcode;
+use xsan_protocol::mutation::Mutation;
+use xsan_protocol::wire::header::{Opcode, flags};
 use xsan_protocol::wire::replication::{FetchMeta, PeerInfo};
 
 use super::action::Change;
@@ -66,6 +67,8 @@ pub(super) struct Member {
     pub silent_since_ns: u64,
     pub progress_ns: u64,
     proposed_ns: Option<u64>,
+    /// Its store had no room for new places when it last answered.
+    pub full: bool,
     /// Its journal is no prefix of the group's, or ends before what can still be sent.
     outcast: bool,
 }
@@ -81,6 +84,7 @@ impl Member {
             silent_since_ns: now_ns,
             progress_ns: now_ns,
             proposed_ns: None,
+            full: false,
             outcast: false,
         }
     }
@@ -117,7 +121,8 @@ impl Group {
         primary.flushed = None;
         primary.announced = Seq(0);
         primary.settled = group.is_settled();
-        primary.waits_to_settle = !group.former.iter().all(|former| group.acts(former));
+        primary.waits_to_settle =
+            !Mutation::SettledAtOnce.is_on() && !group.former.iter().all(|former| group.acts(former));
         primary.settling_ns = None;
         primary.successor = None;
         for waiting in &mut primary.waiting {
@@ -144,11 +149,31 @@ impl Group {
         }
     }
 
+    /// Has a member's store no room for new places, as far as is known? It is asked again whether that is still so.
+    pub(super) fn is_member_full(&mut self, call: &mut Call<'_>) -> bool {
+        let Some(primary) = &mut self.primary else { return false };
+        let mut full = false;
+        for member in primary.members.iter_mut().filter(|member| member.full) {
+            full = true;
+            if is_due(member.asked_ns, ASK_AGAIN_NS, call.now_ns) {
+                member.asked_ns = Some(call.now_ns);
+                call.send(member.node, frames::frame(Opcode::Peer, self.id, primary.epoch));
+            }
+        }
+        full
+    }
+
     /// A frame of a member or learner to its primary.
     pub(super) fn on_answer(&mut self, call: &mut Call<'_>, from: NodeId, frame: Frame) {
         let header = frame.header;
         if self.primary.as_ref().is_none_or(|primary| primary.epoch != header.epoch) {
             return;
+        }
+        if matches!(header.opcode, Opcode::AppendOk | Opcode::PeerInfo)
+            && let Some(primary) = &mut self.primary
+            && let Some(member) = primary.members.iter_mut().find(|member| member.node == from)
+        {
+            member.full = header.flags & flags::STORE_FULL != 0;
         }
         match header.opcode {
             Opcode::AppendOk => self.on_append_answer(call, from, header.status, Seq(header.request_id)),
@@ -279,7 +304,7 @@ impl Group {
             .iter()
             .filter_map(|member| member.info.map(|info| (info.last, member.node)))
             .max()
-            .filter(|(longest, _)| *longest > last);
+            .filter(|(longest, _)| *longest > last && !Mutation::LongestJournalIgnored.is_on());
         let Some((longest, from)) = longest else { return self.all_known(call) };
         if longest.seq <= last.seq {
             tracing::error!(group = %self.id, own = %last, %from, longest = %longest, "this node's journal is no prefix of a newer one");

@@ -14,6 +14,7 @@ use xsan_protocol::error::Code;
 use xsan_protocol::ids::{BlockKey, Epoch, NodeId, Seq, Version};
 use xsan_protocol::limits::{GROUP_WRITES_MAX, PAGES_PER_WRITE_MAX};
 use xsan_protocol::map::Durability;
+use xsan_protocol::mutation::Mutation;
 use xsan_protocol::units::{BLOCK_SIZE, PAGE_SIZE, PageRange};
 use xsan_protocol::wire::header::Opcode;
 
@@ -22,6 +23,7 @@ use super::call::{Call, Merge};
 use super::flush::FlushWaiter;
 use super::frames;
 use super::group::{Group, Role};
+use super::pace::Work;
 use super::peering::{Member, Phase};
 use super::quorum::Quorum;
 use super::reclaim::Search;
@@ -183,9 +185,11 @@ impl Primary {
 
     /// Does a request of these pages have to wait behind one that came before?
     fn is_blocked(&self, key: BlockKey, pages: PageRange, writes: bool) -> bool {
-        let merging = self.merges.iter().any(|lock| lock.key == key && lock.pages.overlaps(pages));
-        let pushing =
-            writes && self.pushes.iter().any(|lock| lock.key == key && pages.units().contains(&lock.unit));
+        let merging = !Mutation::MergeUnlocked.is_on()
+            && self.merges.iter().any(|lock| lock.key == key && lock.pages.overlaps(pages));
+        let pushing = writes
+            && !Mutation::PushUnlocked.is_on()
+            && self.pushes.iter().any(|lock| lock.key == key && pages.units().contains(&lock.unit));
         merging || pushing || self.waiting.iter().any(|waiting| waiting.blocks(key, pages))
     }
 }
@@ -299,7 +303,7 @@ impl Group {
         }
         // What is read must be acknowledged: a read never shows what a fail-over could take back.
         let reads = !target.writes || matches!(waiting.request.operation, Operation::WriteSectors { .. });
-        if reads {
+        if reads && !Mutation::UnackedRead.is_on() {
             if waiting.after == Seq(0) {
                 waiting.after = self.replica.newest_unacked(target.key, target.pages).unwrap_or(Seq(0));
             }
@@ -341,9 +345,13 @@ impl Group {
         fua: bool,
         durability: Durability,
     ) {
-        let needed = if data.is_some() { usize::from(pages.count) } else { 0 };
-        if let Err(error) = call.stores.view(self.replica.store).admit(needed) {
+        let view = call.stores.view(self.replica.store);
+        let admitted = if data.is_some() { view.admit_write(self.id, key, pages) } else { view.admit(0) };
+        if let Err(error) = admitted {
             return call.complete(request, Err(refused(error)));
+        }
+        if data.is_some() && view.wants_room(self.id, key, pages) && self.is_member_full(call) {
+            return call.complete(request, Err(Code::StorageFull));
         }
         self.sequence(call, Some(request), key, pages, data, fua, durability);
     }
@@ -466,9 +474,13 @@ impl Group {
         {
             if !std::mem::replace(&mut sampled, true) {
                 call.sample(Stage::Acknowledge, flight.started_ns);
+                if flight.request.is_some() {
+                    let took_ns = call.now_ns.saturating_sub(flight.started_ns);
+                    call.core.pace.add(call.now_ns, Work::Write, took_ns);
+                }
             }
             let Some(request) = flight.request else { continue };
-            if flight.fua {
+            if flight.fua && !Mutation::FuaForgotten.is_on() {
                 primary.flushes.push(FlushWait { request, through: Some(flight.seq) });
             } else {
                 self.answer(call, request, Reply::Done);
@@ -537,6 +549,9 @@ impl Group {
 
     /// A session is fenced: what of it has no place in the order yet is dropped, the rest is not answered.
     pub(super) fn on_origin_gone(&mut self, origin: Origin) -> bool {
+        if Mutation::FencedRequestKept.is_on() {
+            return false;
+        }
         let Some(primary) = &mut self.primary else { return false };
         let gone = |request: &RequestId| request.origin == origin;
         for flight in &mut primary.in_flight {
@@ -585,7 +600,7 @@ impl Group {
         if primary.flushes.is_empty() {
             return;
         }
-        let flushed = primary.flushed;
+        let flushed = if Mutation::FlushAnsweredAtOnce.is_on() { Some(acked) } else { primary.flushed };
         let stable = |wait: &FlushWait| wait.through.is_some() && wait.through <= flushed;
         let done: Vec<RequestId> =
             primary.flushes.extract_if(.., |wait| stable(wait)).map(|wait| wait.request).collect();
@@ -602,7 +617,10 @@ impl Group {
             return;
         }
         let number = call.core.fresh_token();
-        let awaiting: Vec<NodeId> = primary.members.iter().map(|member| member.node).collect();
+        let mut awaiting: Vec<NodeId> = primary.members.iter().map(|member| member.node).collect();
+        if Mutation::FlushOfPrimaryOnly.is_on() {
+            awaiting.retain(|node| *node == call.node());
+        }
         primary.round = Some(FlushRound { number, covers: acked, awaiting: awaiting.clone(), failed: false });
         let epoch = primary.epoch;
         for node in awaiting {
@@ -623,7 +641,10 @@ impl Group {
         if !round.awaiting.is_empty() {
             return;
         }
-        let FlushRound { covers, failed, .. } = *round;
+        let FlushRound { mut covers, failed, .. } = *round;
+        if Mutation::FlushCoversLaterWrites.is_on() {
+            covers = self.replica.acked;
+        }
         primary.round = None;
         if failed {
             // The next tick tries again, or the next epoch without the member that can not.

@@ -9,6 +9,7 @@
 //! Source: Lin et al., "PacificA: Replication in Log-Based Distributed Storage Systems", 2008.
 
 use xsan_protocol::ids::{NodeId, Seq};
+use xsan_protocol::mutation::Mutation;
 
 #[derive(Debug)]
 pub(super) struct Quorum {
@@ -54,6 +55,14 @@ impl Quorum {
     }
 
     pub fn durable_everywhere(&self) -> Seq {
+        if Mutation::AckedByFastest.is_on() {
+            return self
+                .members
+                .iter()
+                .map(|(_, durable)| *durable)
+                .max()
+                .expect("the acting set is not empty");
+        }
         self.members.iter().map(|(_, durable)| *durable).min().expect("the acting set is not empty")
     }
 }

@@ -19,6 +19,7 @@ use super::action::{Action, Operation, Reply, Request, RequestId};
 use super::call::{Call, MendJob, Merge, ReadJob, ReadPurpose, Token};
 use super::frames;
 use super::group::Group;
+use super::pace::Work;
 use super::primary::{MergeLock, Waiting};
 use super::status::Stage;
 use crate::disk::buffers::BufferMut;
@@ -159,6 +160,7 @@ impl Group {
         match job.purpose {
             ReadPurpose::Client { request, started_ns } => {
                 call.sample(Stage::Read, started_ns);
+                call.core.pace.add(call.now_ns, Work::Read, call.now_ns.saturating_sub(started_ns));
                 let data = PageData { bytes: read.buffer.freeze(), checksums: read.checksums };
                 self.answer_read(call, request, Reply::Data(Some(data)));
             }

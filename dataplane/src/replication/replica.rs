@@ -12,12 +12,13 @@
 use std::collections::VecDeque;
 
 use xsan_protocol::ids::{BlockKey, GroupId, Seq, StoreId, Version};
+use xsan_protocol::mutation::Mutation;
 use xsan_protocol::units::PageRange;
 
 use super::action::Action;
 use super::call::Call;
 use super::flush::FlushWaiter;
-use crate::store::{Entry, GroupTail, Record};
+use crate::store::{self, Entry, GroupTail, Record};
 
 #[derive(Debug)]
 pub(super) struct Replica {
@@ -81,7 +82,7 @@ impl Replica {
             }
             replica.keep(entry);
         }
-        if let Some(newest) = replica.pending.back() {
+        if let Some(newest) = replica.pending.back().filter(|_| !Mutation::RecoveredIsStable.is_on()) {
             assert!(newest.version == tail.last);
             // How stable these must be was forgotten: the strictest is right for all.
             replica.must_sync.push_back(tail.last.seq);
@@ -338,9 +339,7 @@ impl Replica {
 /// Version of `unit` after `entry`, when it was `before`. An entry that covers the unit in part keeps the chain only when it
 /// was written over the same content.
 pub(super) fn version_after(entry: &Entry, unit: u8, before: Version) -> Version {
-    if entry.pages.covers_unit(unit) {
-        return if entry.data.is_some() { entry.version } else { Version::ZERO };
-    }
     let previous = if unit == entry.pages.first_unit() { entry.previous_first } else { entry.previous_last };
-    if before == previous { entry.version } else { Version::UNKNOWN }
+    let covers = entry.pages.covers_unit(unit);
+    store::version_after(entry.version, entry.data.is_some(), covers, previous, before)
 }

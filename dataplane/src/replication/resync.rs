@@ -18,6 +18,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use xsan_protocol::error::Code;
 use xsan_protocol::ids::{BlockKey, Epoch, GroupId, NodeId, Seq, Version};
+use xsan_protocol::mutation::Mutation;
 use xsan_protocol::units::{PageRange, UNIT_SIZE, UNITS_PER_BLOCK};
 use xsan_protocol::wire::header::{Header, Opcode};
 use xsan_protocol::wire::replication::{BlockDigest, BlockVersions, PeerInfo, PushMeta, block_digest};
@@ -285,6 +286,8 @@ impl Group {
         }
         while learner.pushing < LEARNER_PUSHES_MAX
             && call.core.pushes < PUSHES_MAX
+            && !learner.to_push.is_empty()
+            && call.core.pace.grant(call.now_ns, UNIT_SIZE)
             && let Some((key, unit)) = learner.to_push.pop_front()
         {
             learner.pushing += 1;
@@ -297,7 +300,7 @@ impl Group {
         if let Pass::From(key) = learner.pass {
             return self.compare(call, index, key);
         }
-        if learner.pushing > 0 {
+        if learner.pushing > 0 && !Mutation::PromotedEarly.is_on() {
             return;
         }
         if learner.differences > 0 {
@@ -307,7 +310,7 @@ impl Group {
             learner.differences = 0;
             learner.pass = Pass::From(BlockKey::default());
             self.compare(call, index, BlockKey::default());
-        } else if learner.complete {
+        } else if learner.complete || Mutation::PushesNotFlushed.is_on() {
             learner.propose(call, self.id, epoch);
         } else if learner.flush.is_none() {
             // Pushed units have no place in the order: after a loss of power their absence could not be told from the

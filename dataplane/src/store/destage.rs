@@ -26,6 +26,7 @@ use xsan_protocol::disk::block_record::{RECORD_SIZE, SLOT_SIZE};
 use xsan_protocol::disk::checkpoint::{Checkpoint, GroupRow};
 use xsan_protocol::ids::Version;
 use xsan_protocol::limits::PAGES_PER_WRITE_MAX;
+use xsan_protocol::mutation::Mutation;
 use xsan_protocol::units::{PAGE_SIZE, PAGES_PER_UNIT, PageRange};
 
 use super::StoreEvent;
@@ -399,6 +400,13 @@ impl Store {
     /// Flushes what the phase is about; where the journal is meant too, it covers what is durable now.
     fn enter_flush(&mut self, phase: Phase) {
         assert!(self.destage.left == 0);
+        if phase == Phase::FlushCapacity && Mutation::RecordBeforeData.is_on() {
+            self.destage.phase = Phase::Records;
+            return;
+        }
+        if phase == Phase::FlushRecords && Mutation::UnitsFreedEarly.is_on() {
+            self.retire_blocks();
+        }
         self.destage.phase = phase;
         let capacity = phase != Phase::FlushJournal;
         let journal = matches!(phase, Phase::FlushJournal | Phase::FlushRecords | Phase::FlushZeroes);
@@ -507,7 +515,14 @@ impl Store {
                 checkpoint.slots_mark = goal;
                 self.destage.phase = Phase::Checkpoint;
             }
-            Phase::Checkpoint => self.enter_flush(Phase::FlushCheckpoint),
+            Phase::Checkpoint => {
+                if let Some(checkpoint) = &self.destage.checkpoint
+                    && Mutation::JournalFreedEarly.is_on()
+                {
+                    self.journal.release(checkpoint.tail);
+                }
+                self.enter_flush(Phase::FlushCheckpoint);
+            }
             Phase::FlushCheckpoint => {
                 let checkpoint = self.destage.checkpoint.take().expect("it has just been written");
                 self.destage.checkpoint_number = checkpoint.number;

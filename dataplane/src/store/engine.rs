@@ -15,6 +15,7 @@ use std::sync::Arc;
 
 use xsan_protocol::checksum::crc32c;
 use xsan_protocol::ids::{BlockKey, GroupId, Seq, StoreId, Version};
+use xsan_protocol::mutation::Mutation;
 use xsan_protocol::units::{PAGE_SIZE, PAGES_PER_UNIT, PageRange, UNIT_SIZE, UNITS_PER_BLOCK};
 use xsan_protocol::wire::replication::block_digest;
 
@@ -174,9 +175,9 @@ impl Store {
                     assert!(data.bytes.len() == pages * PAGE_SIZE);
                     wanted = self.index.wanted(entry.group, entry.key, entry.pages);
                 }
-                // Zeroes free space: they may use the last of the journal.
+                // Zeroes free space: they may use the last of the journal. Capacity is what the primary looks at: an entry has its
+                // place in the group's order, and what does not fit waits in the journal until something is freed.
                 self.check_journal(pages, if entry.data.is_some() { 16 } else { 0 })?;
-                self.check_capacity(wanted, 2)?;
                 Ok(wanted)
             }
             Record::Push { group, key, unit, data, .. } => {
@@ -184,7 +185,7 @@ impl Store {
                 if let Some(data) = data {
                     assert!(data.checksums.len() == PAGES_PER_UNIT);
                     assert!(data.bytes.len() == UNIT_SIZE);
-                    self.check_capacity(self.index.wanted(*group, *key, PageRange::of_unit(*unit)), 0)?;
+                    self.check_capacity(self.index.wanted(*group, *key, PageRange::of_unit(*unit)), 1)?;
                 }
                 Ok((0, 0))
             }
@@ -202,10 +203,10 @@ impl Store {
         if self.journal.has_room(pages, reserve) { Ok(()) } else { Err(StoreError::JournalFull) }
     }
 
-    /// Is there room for new units and blocks, leaving `halves` of the reserve?
-    fn check_capacity(&self, (units, blocks): (u32, u32), halves: u32) -> Result<(), StoreError> {
-        let unit_reserve = (self.units.count() / 64).clamp(16, 4096) * halves / 4;
-        let slot_reserve = (self.slots.count() / 64).clamp(4, 1024) * halves / 4;
+    /// Is there room for new units and blocks, leaving so many quarters of the reserve?
+    fn check_capacity(&self, (units, blocks): (u32, u32), quarters: u32) -> Result<(), StoreError> {
+        let unit_reserve = (self.units.count() / 64).clamp(16, 4096) * quarters / 4;
+        let slot_reserve = (self.slots.count() / 64).clamp(4, 1024) * quarters / 4;
         let units_used = self.index.promised_units() + self.reserved.0;
         let slots_used = self.index.slotless() + self.reserved.1;
         let units_fit = units == 0 || units_used + units + unit_reserve <= self.units.free();
@@ -302,7 +303,10 @@ impl Store {
             (_, Err(error)) => self.fail(error),
             (_, Ok(_)) if self.failed => {}
             (Operation::Batch { position }, Ok(_)) => self.on_batch(position),
-            (Operation::ClientFlush { covered }, Ok(_)) => {
+            (Operation::ClientFlush { mut covered }, Ok(_)) => {
+                if Mutation::StoreFlushCoversLater.is_on() {
+                    covered = self.journal.durable;
+                }
                 self.journal.on_flushed(covered);
                 let tokens = self.flushes.in_flight.take().expect("one flush is in flight");
                 self.events.extend(tokens.into_iter().map(|token| StoreEvent::Flushed { token }));
@@ -504,6 +508,10 @@ impl StoreView for Store {
         }
         self.check_journal(usize::from(pages.count), 8)?;
         self.check_capacity(self.index.wanted(group, key, pages), 4)
+    }
+
+    fn wants_room(&self, group: GroupId, key: BlockKey, pages: PageRange) -> bool {
+        self.index.wanted(group, key, pages) != (0, 0)
     }
 }
 

@@ -17,6 +17,7 @@ use std::hash::{BuildHasherDefault, Hasher};
 
 use xsan_protocol::disk::block_record::{BlockRecord, NO_CAPACITY, UnitRecord};
 use xsan_protocol::ids::{BlockKey, Epoch, GroupId, Seq, StoreId, Version};
+use xsan_protocol::mutation::Mutation;
 use xsan_protocol::units::{PAGE_SIZE, PAGES_PER_UNIT, PageRange, UNITS_PER_BLOCK};
 
 /// A slot number that is none.
@@ -200,16 +201,14 @@ pub struct Change<'a> {
 }
 
 impl Change<'_> {
-    /// The version `unit` has afterwards. A version is kept only if the content before was right, too.
+    /// The version `unit` has afterwards.
     fn version_of(&self, unit: u8, before: Version) -> Version {
         if self.push {
             return self.version;
         }
-        if self.pages.covers_unit(unit) {
-            return if self.data.is_some() { self.version } else { Version::ZERO };
-        }
         let previous = if unit == self.pages.first_unit() { self.previous_first } else { self.previous_last };
-        if before == previous && before != Version::UNKNOWN { self.version } else { Version::UNKNOWN }
+        let covers = self.pages.covers_unit(unit);
+        version_after(self.version, self.data.is_some(), covers, previous, before)
     }
 }
 
@@ -601,6 +600,26 @@ fn unit_bits(pages: PageRange, unit: u8) -> u16 {
     let first = pages.first.max(start) - start;
     let end = pages.end().min(start + PAGES_PER_UNIT as u16) - start;
     (((1u32 << end) - 1) & !((1u32 << first) - 1)) as u16
+}
+
+/// The version a unit has after a write of `version`, when it was `before`. `covers`: all of it; `has_data`: more than zeroes;
+/// `previous`: what the primary's had been. A version is kept only if the content before was right, too; a unit that never held
+/// anything still does not after zeroes.
+pub fn version_after(
+    version: Version,
+    has_data: bool,
+    covers: bool,
+    previous: Version,
+    before: Version,
+) -> Version {
+    let continues = before == previous && before != Version::UNKNOWN;
+    if covers {
+        if has_data { version } else { Version::ZERO }
+    } else if continues || Mutation::PreviousVersionIgnored.is_on() {
+        if has_data || before != Version::ZERO { version } else { Version::ZERO }
+    } else {
+        Version::UNKNOWN
+    }
 }
 
 /// Does a change without data leave anything behind in a block that was empty?

@@ -14,6 +14,7 @@ use std::sync::Arc;
 
 use xsan_protocol::disk::journal::{BatchHeader, DESCRIPTORS_MAX, Descriptor, HeadWriter, Kind, head_bytes};
 use xsan_protocol::ids::{BlockKey, GroupId, Seq, StoreId, Version};
+use xsan_protocol::mutation::Mutation;
 use xsan_protocol::units::{PAGE_SIZE, PageRange};
 
 use super::{PageData, Record};
@@ -291,7 +292,11 @@ impl Journal {
     /// The device has written the batch at `position`. Hands out what became durable, in order.
     pub fn on_written(&mut self, position: u64, mut durable: impl FnMut(Placed)) {
         let batch = self.in_flight.iter_mut().find(|batch| batch.position == position);
-        batch.expect("only batches in flight complete").done = true;
+        let batch = batch.expect("only batches in flight complete");
+        batch.done = true;
+        if Mutation::JournalOutOfOrder.is_on() {
+            std::mem::take(&mut batch.placed).into_iter().for_each(&mut durable);
+        }
         while self.in_flight.front().is_some_and(|batch| batch.done) {
             let batch = self.in_flight.pop_front().expect("looked at above");
             assert!(self.durable < batch.end);

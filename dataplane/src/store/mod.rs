@@ -27,6 +27,7 @@ use crate::disk::buffers::{Buffer, BufferMut};
 
 pub use engine::{Options, Store};
 pub use format::{Content, Foreign, FormatError, FormatParameters};
+pub use index::version_after;
 pub use recover::{OpenError, Recovered, RecoveredGroup};
 pub use status::{Counters, StoreStatus, UnitLocation};
 
@@ -185,5 +186,9 @@ pub trait StoreView {
     /// As `admit`, for known pages: a write to what holds capacity already is let in when the store is full.
     fn admit_write(&self, _group: GroupId, _key: BlockKey, pages: PageRange) -> Result<(), StoreError> {
         self.admit(usize::from(pages.count))
+    }
+    /// Does a write of these pages take capacity that they do not have yet?
+    fn wants_room(&self, _group: GroupId, _key: BlockKey, _pages: PageRange) -> bool {
+        true
     }
 }

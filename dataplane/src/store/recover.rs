@@ -25,6 +25,7 @@ use xsan_protocol::disk::journal::{self, BatchHead, BatchHeader, Descriptor, HEA
 use xsan_protocol::disk::superblock::Superblock;
 use xsan_protocol::error::Code;
 use xsan_protocol::ids::{GroupId, Seq, Version};
+use xsan_protocol::mutation::Mutation;
 use xsan_protocol::units::PAGE_SIZE;
 
 use super::allocator::{Slots, Units};
@@ -375,7 +376,8 @@ impl<'a> Recovery<'a> {
             let follows = previous_end == chain.end || chain.first && position == chain.end;
             let newest = self.checkpoint.session;
             let in_order = session >= chain.session && session <= newest;
-            if follows && in_order && (position < self.checkpoint.session_start || session == newest) {
+            let of_session = position < self.checkpoint.session_start || session == newest;
+            if follows && in_order && of_session || Mutation::StaleBatchReplayed.is_on() {
                 *chain = Chain { end: position + batch.header.batch_bytes() as u64, session, first: false };
                 return Some(batch);
             }
@@ -415,7 +417,8 @@ impl<'a> Recovery<'a> {
             if device.read_at(offset, &mut buffer).is_err() {
                 return None;
             }
-            if !super::engine::mismatches(&buffer, checksums(batch, descriptor)).is_empty() {
+            let torn = !super::engine::mismatches(&buffer, checksums(batch, descriptor)).is_empty();
+            if torn && !Mutation::TornBatchReplayed.is_on() {
                 return None;
             }
             records.push(Some(buffer.freeze()));

@@ -26,7 +26,12 @@ struct Inner {
     written: u64,
     /// Page writes that end well and change nothing.
     to_lose: u64,
+    /// Page writes that land so many pages further on.
+    to_misdirect: u64,
+    misdirected_by: u64,
     fails: bool,
+    /// The next flush fails, and what it was to cover may be gone.
+    flush_fails: bool,
 }
 
 /// Handles share the device.
@@ -52,6 +57,11 @@ impl SimDevice {
             inner.to_lose -= 1;
             return;
         }
+        let mut page = page;
+        if inner.to_misdirect > 0 {
+            inner.to_misdirect -= 1;
+            page = (page + inner.misdirected_by) % (self.bytes / PAGE_SIZE as u64);
+        }
         let bytes: Page = bytes.into();
         inner.unreadable.remove(&page);
         inner.current.insert(page, Arc::clone(&bytes));
@@ -71,6 +81,20 @@ impl SimDevice {
         while let Some((_, page, bytes)) = inner.volatile.pop_front_if(|(number, ..)| *number < mark) {
             inner.stable.insert(page, bytes);
         }
+    }
+
+    /// A flush fails: any subset of what was not flushed is lost at once, the rest is stable.
+    fn lose_at_flush(&self) {
+        let mut inner = self.inner.borrow_mut();
+        inner.flush_fails = false;
+        let mut random = Random::new(inner.written);
+        let kept = random.below(101);
+        for (_, page, bytes) in std::mem::take(&mut inner.volatile) {
+            if random.chance(kept) {
+                inner.stable.insert(page, bytes);
+            }
+        }
+        inner.current = inner.stable.clone();
     }
 
     /// The power goes: any subset of what was not flushed is lost.
@@ -104,9 +128,28 @@ impl SimDevice {
         self.inner.borrow_mut().to_lose += pages;
     }
 
-    /// From now on (or no longer) writes and flushes fail.
-    pub fn set_failing(&self, fails: bool) {
-        self.inner.borrow_mut().fails = fails;
+    /// The next `pages` page writes end well and land `by` pages further on.
+    pub fn misdirect_writes(&self, pages: u64, by: u64) {
+        let mut inner = self.inner.borrow_mut();
+        inner.to_misdirect += pages;
+        inner.misdirected_by = by;
+    }
+
+    /// The next flush fails, and no later one: what it was to cover may be gone.
+    pub fn fail_next_flush(&self) {
+        self.inner.borrow_mut().flush_fails = true;
+    }
+
+    /// From now on writes and flushes fail.
+    pub fn fail(&self) {
+        self.inner.borrow_mut().fails = true;
+    }
+
+    /// No failure is to come any more.
+    pub fn end_failures(&self) {
+        let mut inner = self.inner.borrow_mut();
+        (inner.fails, inner.flush_fails) = (false, false);
+        (inner.to_lose, inner.to_misdirect) = (0, 0);
     }
 
     /// A page that was written, chosen at random; its offset.
@@ -131,6 +174,10 @@ impl SimDevice {
                     self.write_page(page, bytes);
                 }
                 (id, Ok(DiskOk::Written))
+            }
+            DiskAction::Flush { id, .. } if self.inner.borrow().flush_fails => {
+                self.lose_at_flush();
+                (id, refused)
             }
             DiskAction::Flush { id, .. } => {
                 self.flush_to(mark);

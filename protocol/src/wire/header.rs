@@ -104,7 +104,9 @@ pub mod flags {
     pub const SUB_PAGE: u16 = 4;
     /// The volume's durability is `every-write`.
     pub const EVERY_WRITE: u16 = 8;
-    pub const ALL: u16 = FUA | NO_HOLE | SUB_PAGE | EVERY_WRITE;
+    /// The sender's store has no room for new places (AppendOk, PeerInfo).
+    pub const STORE_FULL: u16 = 16;
+    pub const ALL: u16 = FUA | NO_HOLE | SUB_PAGE | EVERY_WRITE | STORE_FULL;
 }
 
 /// Offsets in bytes; all little-endian.

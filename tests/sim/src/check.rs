@@ -131,6 +131,10 @@ impl Ledger {
 
     fn wrote(&mut self, range: SectorRange, written: Written) {
         for sector in range.sectors() {
+            // Written before anybody read what the loss of power had left.
+            if let Some(possible) = self.possible.get_mut(&sector) {
+                possible.push(written.value);
+            }
             if written.repeated {
                 self.history.wrote_repeatedly(in_history(sector), written.value, written.span);
             } else {

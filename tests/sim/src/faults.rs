@@ -29,7 +29,7 @@ impl World {
         let host = self.random.index(self.hosts.len());
         let other = (host + 1 + self.random.index(self.hosts.len() - 1)) % self.hosts.len();
         let weights = self.plan.weights;
-        let kinds: [(u64, Kind); 13] = [
+        let kinds: [(u64, Kind); 14] = [
             (weights.kill_data, Self::fault_kill_data),
             (weights.kill_control, Self::fault_kill_control),
             (weights.kill_host, Self::fault_kill_host),
@@ -41,6 +41,7 @@ impl World {
             (weights.heal, Self::fault_heal),
             (weights.slow, Self::fault_slow),
             (weights.fail_device, Self::fault_fail_device),
+            (weights.fail_flush, Self::fault_fail_flush),
             (weights.damage, Self::fault_damage),
             (weights.add_node, Self::fault_add_node),
         ];
@@ -125,6 +126,7 @@ impl World {
         if which != 0 {
             self.hosts[host].control_paused_until = until;
         }
+        self.maybe_let_be();
     }
 
     fn fault_reset(&mut self, host: usize, other: usize) {
@@ -153,11 +155,20 @@ impl World {
             self.block(host, other);
             self.block(other, host);
         }
+        self.maybe_let_be();
+    }
+
+    /// Sometimes nothing else happens until leases have ended and others have taken over.
+    fn maybe_let_be(&mut self) {
+        if self.random.one_in(3) {
+            self.quiet_until = self.now + 1500 * MS + self.random.below(2500 * MS);
+        }
     }
 
     fn fault_one_way(&mut self, host: usize, other: usize) {
         self.log(|| format!("host {other} does not hear host {host}"));
         self.block(host, other);
+        self.maybe_let_be();
     }
 
     fn fault_heal(&mut self, _: usize, _: usize) {
@@ -186,10 +197,19 @@ impl World {
             return;
         }
         self.log(|| format!("host {host}: its device fails"));
-        self.hosts[host].capacity.set_failing(true);
+        self.hosts[host].capacity.fail();
     }
 
-    /// A page of the one host that may rot: a flipped bit, an unreadable page, or writes that do nothing.
+    /// A flush fails and takes with it what it was to cover; the next one ends well.
+    fn fault_fail_flush(&mut self, host: usize, _: usize) {
+        if self.hosts[host].process.is_none() || !self.bears_loss_of(host) {
+            return;
+        }
+        self.log(|| format!("host {host}: a flush fails"));
+        self.hosts[host].capacity.fail_next_flush();
+    }
+
+    /// A page of the one host that may rot: a flipped bit, an unreadable page, writes that do nothing or land elsewhere.
     fn fault_damage(&mut self, _: usize, _: usize) {
         let host = (self.plan.seed % self.plan.nodes as u64) as usize;
         // With fewer replicas it could be the only copy.
@@ -202,7 +222,7 @@ impl World {
         self.hosts[host].damage_allowed = true;
         let device = self.hosts[host].capacity.clone();
         let Some(offset) = device.some_page(&mut self.random) else { return };
-        match self.random.below(4) {
+        match self.random.below(5) {
             0 => {
                 self.log(|| format!("host {host}: page at {offset} can not be read"));
                 device.make_unreadable(offset);
@@ -211,6 +231,11 @@ impl World {
                 self.log(|| format!("host {host}: its device loses writes"));
                 let pages = 1 + self.random.below(4);
                 device.lose_writes(pages);
+            }
+            2 => {
+                self.log(|| format!("host {host}: its device misdirects writes"));
+                let pages = 1 + self.random.below(4);
+                device.misdirect_writes(pages, 1 + self.random.below(1000));
             }
             _ => {
                 let bit = self.random.below(8 * PAGE_SIZE as u64);
@@ -241,7 +266,7 @@ impl World {
             this.data_paused_until = this.data_paused_until.min(self.now);
             this.control_paused_until = this.control_paused_until.min(self.now);
             this.slow_until = 0;
-            this.capacity.set_failing(false);
+            this.capacity.end_failures();
             let failed = this
                 .process
                 .as_ref()

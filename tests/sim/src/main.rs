@@ -1,11 +1,12 @@
 //! `xsan-sim`: runs seeds of the simulator, and says how to run the failing one again.
 
 use std::process::ExitCode;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use clap::Parser;
+use xsan_protocol::mutation::Mutation;
 use xsan_sim::{Plan, Summary, Violation};
 
 /// Simulates whole clusters under faults, a seed at a time, and checks that nothing acknowledged is lost.
@@ -29,79 +30,161 @@ struct Options {
     /// Lines of a failing seed's log that are printed.
     #[arg(long, default_value_t = 60)]
     log_lines: usize,
+    /// Sows each known bug in turn: every one of them must be found within --seeds seeds.
+    #[arg(long)]
+    mutations: bool,
+    /// Sows this bug.
+    #[arg(long, value_parser = mutation)]
+    mutation: Option<Mutation>,
+}
+
+fn mutation(name: &str) -> Result<Mutation, String> {
+    let known = Mutation::ALL.iter().find(|known| format!("{known:?}") == name);
+    known.copied().ok_or_else(|| format!("no such mutation; there are {:?}", Mutation::ALL))
+}
+
+/// What a number of seeds came to.
+struct Outcome {
+    seeds: u64,
+    summary: Summary,
+    /// The first seed that failed.
+    failure: Option<(u64, Violation)>,
+}
+
+/// Seeds to run, and how.
+struct Campaign {
+    first: u64,
+    seeds: u64,
+    deadline: Option<Instant>,
+    jobs: usize,
+    mutation: Option<Mutation>,
+    progress: bool,
+}
+
+impl Campaign {
+    fn run(&self) -> Outcome {
+        let next = AtomicU64::new(self.first);
+        let stop = AtomicBool::new(false);
+        let started = Instant::now();
+        let outcome = Mutex::new(Outcome { seeds: 0, summary: Summary::default(), failure: None });
+        std::thread::scope(|scope| {
+            for _ in 0..self.jobs.max(1) {
+                scope.spawn(|| {
+                    sow(self.mutation);
+                    loop {
+                        let seed = next.fetch_add(1, Ordering::Relaxed);
+                        let late = self.deadline.is_some_and(|deadline| Instant::now() >= deadline);
+                        if seed >= self.first + self.seeds || late || stop.load(Ordering::Relaxed) {
+                            return;
+                        }
+                        let result = xsan_sim::run(&Plan::of(seed));
+                        let mut outcome = outcome.lock().unwrap_or_else(PoisonError::into_inner);
+                        outcome.seeds += 1;
+                        match result {
+                            Ok(summary) => outcome.summary.add(&summary),
+                            Err(violation) => {
+                                stop.store(true, Ordering::Relaxed);
+                                if outcome.failure.as_ref().is_none_or(|(other, _)| seed < *other) {
+                                    outcome.failure = Some((seed, violation));
+                                }
+                            }
+                        }
+                        if self.progress && outcome.seeds % 100 == 0 {
+                            print_progress(&outcome, started);
+                        }
+                    }
+                });
+            }
+        });
+        let outcome = outcome.into_inner().unwrap_or_else(PoisonError::into_inner);
+        if self.progress {
+            print_progress(&outcome, started);
+        }
+        outcome
+    }
+}
+
+#[cfg(feature = "mutations")]
+fn sow(mutation: Option<Mutation>) {
+    Mutation::sow(mutation);
+}
+
+#[cfg(not(feature = "mutations"))]
+fn sow(mutation: Option<Mutation>) {
+    assert!(mutation.is_none(), "built without bugs: tools/sim --mutations builds them in");
 }
 
 fn main() -> ExitCode {
     let options = Options::parse();
-    let (first, count) = options.seed.map_or((options.first, options.seeds), |seed| (seed, 1));
-    let deadline = options.minutes.map(|minutes| Instant::now() + Duration::from_secs_f64(minutes * 60.0));
+    if let Ok(filter) = std::env::var("XSAN_LOG") {
+        tracing_subscriber::fmt().with_env_filter(filter).without_time().with_writer(std::io::stderr).init();
+    }
+    let minutes = |minutes: f64| Instant::now() + Duration::from_secs_f64(minutes * 60.0);
+    let (first, seeds) = options.seed.map_or((options.first, options.seeds), |seed| (seed, 1));
+    let campaign = Campaign {
+        first,
+        seeds,
+        deadline: options.minutes.map(minutes),
+        jobs: options.jobs,
+        mutation: options.mutation,
+        progress: true,
+    };
+    if options.mutations {
+        return find_mutations(&campaign);
+    }
     // A panic is reported with its seed, by the thread that ran it.
     std::panic::set_hook(Box::new(|panic| {
         if let Some(location) = panic.location() {
             eprintln!("panic at {location}");
         }
     }));
-    if let Ok(filter) = std::env::var("XSAN_LOG") {
-        tracing_subscriber::fmt().with_env_filter(filter).without_time().with_writer(std::io::stderr).init();
-    }
-    let next = AtomicU64::new(first);
-    let stop = AtomicBool::new(false);
-    let total = Mutex::new((0_u64, Summary::default()));
-    let failure: Mutex<Option<(u64, Violation)>> = Mutex::new(None);
-    let started = Instant::now();
-    std::thread::scope(|scope| {
-        for _ in 0..options.jobs.max(1) {
-            scope.spawn(|| {
-                loop {
-                    let seed = next.fetch_add(1, Ordering::Relaxed);
-                    let late = deadline.is_some_and(|deadline| Instant::now() >= deadline);
-                    if seed >= first + count || late || stop.load(Ordering::Relaxed) {
-                        return;
-                    }
-                    match xsan_sim::run(&Plan::of(seed)) {
-                        Ok(summary) => {
-                            let mut total = total.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-                            total.0 += 1;
-                            total.1.add(&summary);
-                            if total.0 % 100 == 0 {
-                                print_progress(total.0, &total.1, started);
-                            }
-                        }
-                        Err(violation) => {
-                            stop.store(true, Ordering::Relaxed);
-                            let mut failure =
-                                failure.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-                            if failure.as_ref().is_none_or(|(other, _)| seed < *other) {
-                                *failure = Some((seed, violation));
-                            }
-                        }
-                    }
-                }
-            });
-        }
-    });
-    let total = total.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
-    print_progress(total.0, &total.1, started);
-    match failure.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner) {
-        None => ExitCode::SUCCESS,
-        Some((seed, violation)) => {
-            println!("seed {seed}: {}", violation.what);
-            let skip = violation.log.len().saturating_sub(options.log_lines);
-            violation.log.iter().skip(skip).for_each(|line| println!("  {line}"));
-            println!("replay: tools/sim --seed {seed}");
-            ExitCode::FAILURE
-        }
-    }
+    let Some((seed, violation)) = campaign.run().failure else { return ExitCode::SUCCESS };
+    println!("seed {seed}: {}", violation.what);
+    let skip = violation.log.len().saturating_sub(options.log_lines);
+    violation.log.iter().skip(skip).for_each(|line| println!("  {line}"));
+    let mutation = options.mutation.map(|mutation| format!(" --mutation {mutation:?}")).unwrap_or_default();
+    println!("replay: tools/sim --seed {seed}{mutation}");
+    ExitCode::FAILURE
 }
 
-fn print_progress(seeds: u64, total: &Summary, started: Instant) {
+/// Sows every bug in turn, and prints after how many seeds it was found, as a table of Markdown.
+fn find_mutations(campaign: &Campaign) -> ExitCode {
+    std::panic::set_hook(Box::new(|_| {}));
+    println!("| bug | what goes wrong | found after seeds | as |");
+    println!("| --- | --- | ---: | --- |");
+    let mut missed = 0;
+    for &mutation in Mutation::ALL {
+        let outcome = Campaign { mutation: Some(mutation), progress: false, ..*campaign }.run();
+        let found = match outcome.failure {
+            Some((seed, violation)) => {
+                format!("{} | {}", seed - campaign.first + 1, in_short(&violation.what))
+            }
+            None => {
+                missed += 1;
+                format!("not after {} | ", outcome.seeds)
+            }
+        };
+        println!("| {mutation:?} | {} | {found} |", mutation.what());
+    }
+    println!("\n{} of {} found", Mutation::ALL.len() - missed, Mutation::ALL.len());
+    if missed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// The first words of what was violated.
+fn in_short(what: &str) -> String {
+    let line = what.lines().next().unwrap_or_default().replace('|', "/");
+    if line.chars().count() > 80 { line.chars().take(80).chain(['…']).collect() } else { line }
+}
+
+fn print_progress(outcome: &Outcome, started: Instant) {
+    let Outcome { seeds, summary, .. } = outcome;
     println!(
         "{seeds} seeds, {} operations answered, {} lost, {} faults, {:.1} h of virtual time in {:.0} s, longest {:.1} s",
-        total.answered,
-        total.failed,
-        total.faults,
-        total.virtual_ns as f64 / 3.6e12,
+        summary.answered,
+        summary.failed,
+        summary.faults,
+        summary.virtual_ns as f64 / 3.6e12,
         started.elapsed().as_secs_f64(),
-        total.longest_ns as f64 / 1e9,
+        summary.longest_ns as f64 / 1e9,
     );
 }

@@ -6,6 +6,10 @@ pub const US: u64 = 1_000;
 pub const MS: u64 = 1_000_000;
 pub const SECOND: u64 = 1_000_000_000;
 
+const DEVICE_BYTES: u64 = 64 << 20;
+/// A device with slots for 32 blocks beside its journal.
+const DEVICE_BYTES_FULL: u64 = 34 << 20;
+
 #[derive(Clone, Debug)]
 pub struct Plan {
     pub seed: u64,
@@ -18,6 +22,8 @@ pub struct Plan {
     /// Blocks of the volume; few, so that operations meet.
     pub blocks: u32,
     pub cached: bool,
+    /// Of each host's capacity; so few in some runs that writes are refused.
+    pub device_bytes: u64,
     pub every_write: bool,
     /// Virtual time with faults, in each of the run's parts.
     pub part_ns: u64,
@@ -47,11 +53,17 @@ pub struct Weights {
     pub heal: u64,
     pub slow: u64,
     pub fail_device: u64,
+    pub fail_flush: u64,
     pub damage: u64,
     pub add_node: u64,
 }
 
 impl Plan {
+    /// Do its hosts run out of space?
+    pub fn is_full(&self) -> bool {
+        self.device_bytes == DEVICE_BYTES_FULL
+    }
+
     pub fn of(seed: u64) -> Self {
         let mut random = Random::new(seed);
         let mut sometimes =
@@ -70,9 +82,11 @@ impl Plan {
             heal: 6,
             slow: sometimes(40, 4),
             fail_device: if rot == 0 { sometimes(20, 2) } else { 0 },
+            fail_flush: if rot == 0 { sometimes(20, 2) } else { 0 },
             damage: rot,
             add_node: sometimes(20, 2),
         };
+        let full = random.chance(8);
         let nodes = [3, 3, 3, 4, 5][random.index(5)];
         Self {
             seed,
@@ -81,8 +95,9 @@ impl Plan {
             group_count: 1 << random.below(4),
             clients: 1 + random.index(4),
             depth: 1 + random.index(8),
-            blocks: 1 + random.below(6) as u32,
-            cached: random.chance(25),
+            blocks: if full { 30 + random.below(20) as u32 } else { 1 + random.below(6) as u32 },
+            cached: !full && random.chance(25),
+            device_bytes: if full { DEVICE_BYTES_FULL } else { DEVICE_BYTES },
             every_write: random.chance(15),
             part_ns: (1 + random.below(5)) * SECOND,
             parts: 1 + random.below(3) as u32,

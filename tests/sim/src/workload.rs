@@ -12,7 +12,7 @@ use xsan_protocol::checksum::page_checksums;
 use xsan_protocol::error::{Code, Retry};
 use xsan_protocol::ids::{BlockIndex, BlockKey, GroupId, Layer, Lineage, PoolId};
 use xsan_protocol::map::{Durability, Pool};
-use xsan_protocol::units::{PAGE_SIZE, PageRange, SECTOR_SIZE};
+use xsan_protocol::units::{PAGE_SIZE, PAGES_PER_UNIT, PageRange, SECTOR_SIZE};
 
 use crate::check::{Access, SectorRange};
 use crate::plan::{MS, Plan, SECOND};
@@ -26,6 +26,8 @@ pub const POOL: PoolId = PoolId(1);
 const SECTORS_PER_PAGE: u16 = (PAGE_SIZE / SECTOR_SIZE as usize) as u16;
 /// Pages of each block that clients use: two units and a bit, so that ranges cross units.
 pub const PAGES_USED: u16 = 36;
+/// Whole units, so that zeroes free them.
+const PAGES_ZEROED: u16 = PAGES_USED.next_multiple_of(PAGES_PER_UNIT as u16);
 
 pub struct Workload {
     /// Do clients begin new operations?
@@ -294,13 +296,22 @@ impl World {
         }
     }
 
+    /// Zeroes every other block.
+    pub fn free_half(&mut self) {
+        for block in (0..self.plan.blocks).step_by(2) {
+            let host = self.random.index(self.hosts.len());
+            let pages = PageRange::new(0, PAGES_ZEROED);
+            self.submit_operation(None, host, Operation::Zero { key: key(block), pages, fua: false });
+        }
+    }
+
     /// Reads every page that clients use, without anything else going on.
     pub fn read_everything(&mut self) -> Result<(), String> {
         let answered = self.ledger.answered;
         let mut reads = 0;
         for block in 0..self.plan.blocks {
             let host = self.random.index(self.hosts.len());
-            for first in (0..PAGES_USED).step_by(12) {
+            for first in (0..PAGES_ZEROED).step_by(12) {
                 reads += 1;
                 let pages = PageRange::new(first, 12);
                 self.submit_operation(None, host, Operation::Read { key: key(block), pages });

@@ -26,13 +26,14 @@ use crate::plan::{MS, Plan, SECOND};
 use crate::process::{Input, Process};
 use crate::workload::Workload;
 
-const DEVICE_BYTES: u64 = 64 << 20;
 const JOURNAL_BYTES: u64 = 16 << 20;
 const TICK: u64 = 20 * MS;
 /// Lines of the log that are kept.
 const LOG_MAX: usize = 4000;
 /// For a cluster without faults to be whole and quiet.
 const SETTLE_MAX: u64 = 120 * SECOND;
+/// A run that is not over after so many events goes round in circles.
+const EVENTS_MAX: u64 = 20_000_000;
 
 /// What happens at some moment. A `life` or `term` that has passed makes it void.
 pub enum Event {
@@ -224,6 +225,10 @@ impl World {
         self.quiet_until = u64::MAX;
         self.workload.running = false;
         self.end_faults();
+        if self.plan.is_full() {
+            // A learner may find no room: the operator frees some.
+            self.free_half();
+        }
         self.run_until(SETTLE_MAX, Self::is_quiet)
     }
 
@@ -259,6 +264,9 @@ impl World {
         self.now = at;
         self.events += 1;
         self.on_event(event);
+        if self.events > EVENTS_MAX {
+            return Err(format!("not over after {EVENTS_MAX} events"));
+        }
         match self.ledger.violation.take() {
             Some(violation) => Err(violation),
             None => Ok(()),
@@ -445,7 +453,7 @@ impl World {
 
     pub fn replace_devices(&mut self, host: usize) {
         let this = &mut self.hosts[host];
-        this.capacity = SimDevice::new(DEVICE_BYTES);
+        this.capacity = SimDevice::new(self.plan.device_bytes);
         this.cache = this.cache.is_some().then(|| SimDevice::new(JOURNAL_BYTES + (1 << 20)));
         self.format(host);
     }
@@ -598,7 +606,7 @@ impl World {
             }
             if let Some(group) = process.driver.replication.busy_group() {
                 let state = process.driver.replication.describe(group);
-                return format!("node {} has something to do: {state}", host.node);
+                return format!("node {} has something to do for group {group}: {state}", host.node);
             }
         }
         if active != map.groups.len() {
@@ -635,7 +643,7 @@ fn new_host(index: usize, plan: &Plan, random: &mut Random) -> Host {
         store: StoreId(0),
         damaged_stores: Vec::new(),
         damage_allowed: false,
-        capacity: SimDevice::new(DEVICE_BYTES),
+        capacity: SimDevice::new(plan.device_bytes),
         cache: plan.cached.then(|| SimDevice::new(JOURNAL_BYTES + (1 << 20))),
         in_flight: BTreeMap::new(),
         slow_until: 0,

@@ -73,6 +73,9 @@ fn zeroes_free_what_they_cover() {
     let status = rig.store.status();
     assert_eq!((status.used_bytes, status.blocks), (0, 0));
     assert!(rig.store.blocks_after(GROUP, None, 10).is_empty());
+    // Zeroes where nothing is take nothing, a record neither.
+    rig.write_through(GROUP, key(2), PageRange::new(3, 2), 0);
+    assert_eq!(rig.store.status().blocks, 0);
 }
 
 #[test]

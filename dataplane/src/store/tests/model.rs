@@ -79,6 +79,8 @@ impl State {
                     let after = match (pages.covers_unit(unit), *content) {
                         (true, 0) => Version::ZERO,
                         (true, _) => *version,
+                        // Zeroes where nothing is.
+                        (false, 0) if before == expected && before == Version::ZERO => Version::ZERO,
                         (false, _) if before == expected && before != Version::UNKNOWN => *version,
                         (false, _) => Version::UNKNOWN,
                     };

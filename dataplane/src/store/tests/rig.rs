@@ -146,11 +146,12 @@ impl Rig {
         let index = self.random.below(self.in_flight.len() as u64) as usize;
         let InFlight { action, mark } = self.in_flight.swap_remove(index);
         self.operations += 1;
-        let failing = matches!(action, DiskAction::Flush { .. }) && std::mem::take(&mut self.fail_next_flush);
+        let fails = matches!(action, DiskAction::Flush { .. }) && std::mem::take(&mut self.fail_next_flush);
         let device = self.device(action.device());
-        device.set_failing(failing);
+        if fails {
+            device.fail_next_flush();
+        }
         let completion = device.carry_out(action, mark);
-        device.set_failing(false);
         self.store.on_disk(completion);
         self.store.take_events(&mut self.events);
         true

@@ -1,0 +1,88 @@
+//! Bugs sown on purpose, one at a time, to see that the simulator finds them (`tools/sim --mutations`).
+//!
+//! Each is asked for at the line that it spoils. Without the feature `mutations` the answer is a constant, and no build but
+//! the simulator's has the feature: see docs/testing.md.
+
+macro_rules! mutations {
+    ($($name:ident: $what:literal,)+) => {
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub enum Mutation {
+            $(#[doc = $what] $name,)+
+        }
+
+        impl Mutation {
+            pub const ALL: &[Self] = &[$(Self::$name,)+];
+
+            /// What goes wrong.
+            pub const fn what(self) -> &'static str {
+                match self {
+                    $(Self::$name => $what,)+
+                }
+            }
+        }
+    };
+}
+
+mutations! {
+    AckedByFastest: "a write is acknowledged once the fastest member has it",
+    UnackedRead: "a read does not wait for the write that it shows to be acknowledged",
+    OldEpochFollowed: "a member follows whoever sends, whatever the epoch",
+    LongestJournalIgnored: "a new primary does not fetch what a member's longer journal has",
+    SettledAtOnce: "an epoch counts on its members before their journals are complete",
+    LeaseIgnored: "a primary serves after its lease",
+    LeaseFromArrival: "a lease counts from the grant's arrival, not from when it was asked for",
+    LeaseWithoutMap: "a lease counts before the data process acts on the map it was granted under",
+    LeasesOfOldLeaderIgnored: "a new leader does not wait for the leases of the one before",
+    LeaseGrantedMeanwhile: "a lease is granted while the decision that its holder is gone is on its way",
+    DeadBeforeLeaseEnds: "a node counts as gone while its lease may run",
+    FlushAnsweredAtOnce: "a flush is answered once its writes are acknowledged",
+    FlushOfPrimaryOnly: "a flush leaves the other members out",
+    FlushCoversLaterWrites: "a flush counts for what was acknowledged while it was under way",
+    FlushServesLateComers: "who asks for a flush while one is under way is answered with it",
+    StoreFlushCoversLater: "a device's flush counts for what was written while it was under way",
+    FuaForgotten: "a write with FUA is answered without a flush",
+    RecoveredIsStable: "what a restarted process found in its journal counts as on stable media",
+    FencedRequestKept: "requests of a fenced session go on",
+    MergeUnlocked: "other writes go on while a page is read to put sectors into it",
+    PushUnlocked: "writes to a unit go on while it is read for a learner",
+    PromotedEarly: "a learner is proposed while units are on their way to it",
+    PushesNotFlushed: "a learner is proposed before what was pushed to it is on stable media",
+    PreviousVersionIgnored: "a part of a unit is written over another content and gets the version nevertheless",
+    ChecksumIgnored: "what a read brings is not compared with its checksum",
+    JournalOutOfOrder: "a journal batch counts as durable before those ahead of it",
+    TornBatchReplayed: "replay takes a batch whose data does not match its checksums",
+    StaleBatchReplayed: "replay takes batches whatever session and position they follow",
+    RecordBeforeData: "a block record is written before its data is on stable media",
+    JournalFreedEarly: "journal space is reused before the checkpoint that gives it up is on stable media",
+    UnitsFreedEarly: "units are reused before the record that gives them up is on stable media",
+}
+
+#[cfg(feature = "mutations")]
+mod active {
+    use std::cell::Cell;
+
+    use super::Mutation;
+
+    thread_local! {
+        static ACTIVE: Cell<Option<Mutation>> = const { Cell::new(None) };
+    }
+
+    impl Mutation {
+        /// Spoils what this thread runs from now on; `None`: nothing.
+        pub fn sow(mutation: Option<Self>) {
+            ACTIVE.set(mutation);
+        }
+
+        pub fn is_on(self) -> bool {
+            ACTIVE.get() == Some(self)
+        }
+    }
+}
+
+#[cfg(not(feature = "mutations"))]
+impl Mutation {
+    /// Is this bug sown? Never, in this build.
+    pub const fn is_on(self) -> bool {
+        false
+    }
+}

@@ -1,0 +1,369 @@
+//! What moving data costs: a node's return, rebuild, join, maintenance and removal, each under a foreground load.
+//!
+//! Started by `benches/moves`. Writes docs/moving-data.md: bytes moved beside what had to be moved, the time it took, and the
+//! p99 of foreground writes meanwhile beside that of the quiet cluster. Nothing in that page is written by hand.
+
+use std::fmt::Write as _;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use clap::Parser;
+use xsan_protocol::proto::ClusterStatusReply;
+use xsan_tests::cluster::{Cluster, SETTLE_DEADLINE};
+use xsan_tests::control::is_healthy;
+use xsan_tests::fio::{Job, Target};
+use xsan_tests::machine;
+use xsan_tests::node::NodeOptions;
+
+const GIB: u64 = 1 << 30;
+const VOLUME: &str = "vm";
+/// The foreground works on the first of these bytes; the rest was written before.
+const FOREGROUND_BYTES: u64 = GIB / 4;
+const REPLICAS: usize = 3;
+/// Foreground operations a second, half of them writes: a load that leaves the machine room.
+const FOREGROUND_RATE: u32 = 1000;
+/// One measurement of the foreground; a phase is as many as it takes.
+const SLICE: Duration = Duration::from_secs(2);
+const PHASE_DEADLINE: Duration = Duration::from_secs(900);
+/// Promised: bytes moved beside what had to be moved, and the foreground's p99 beside the quiet cluster's.
+const MOVED_RATIO_MAX: f64 = 1.1;
+const P99_RATIO_MAX: f64 = 2.0;
+
+#[derive(Debug, Parser)]
+struct Arguments {
+    /// GiB that are written before anything moves
+    #[arg(long, default_value_t = 2)]
+    gib: u64,
+    /// The page that is written
+    #[arg(long, default_value = "docs/moving-data.md", overrides_with = "output")]
+    output: PathBuf,
+}
+
+/// One way of moving data, measured.
+struct Phase {
+    name: &'static str,
+    ideal_bytes: u64,
+    moved_bytes: u64,
+    time: Duration,
+    /// Medians over the slices of the quiet cluster just before, and of the phase.
+    p99_quiet_us: f64,
+    p99_us: f64,
+    p99_worst_us: f64,
+}
+
+fn main() -> ExitCode {
+    match moves(&Arguments::parse()) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("the measurement failed: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn moves(arguments: &Arguments) -> Result<bool> {
+    let options =
+        NodeOptions { file_size: "8GiB".to_owned(), memory: "128MiB".to_owned(), ..NodeOptions::default() };
+    let mut cluster = Cluster::start_with(4, options)?;
+    cluster.create_volume(VOLUME, &format!("{}GiB", arguments.gib + 1), REPLICAS)?;
+    cluster.cli(&["cluster", "set", "down-out-interval", "5s"])?.succeeded()?;
+    println!("writing {} GiB", arguments.gib);
+    fill(&cluster, arguments.gib * GIB)?;
+    let phases = vec![
+        maintenance(&mut cluster)?,
+        rebuild(&mut cluster)?,
+        back(&mut cluster)?,
+        join(&mut cluster)?,
+        remove(&mut cluster)?,
+    ];
+    let base = cluster.directory().to_owned();
+    let page = page(arguments, &base, &phases)?;
+    cluster.stop()?;
+    print!("\n{page}");
+    fs::write(&arguments.output, page)?;
+    let kept = |phase: &Phase| phase.moved_ratio() <= MOVED_RATIO_MAX && phase.p99_ratio() <= P99_RATIO_MAX;
+    Ok(phases.iter().all(kept))
+}
+
+impl Phase {
+    fn moved_ratio(&self) -> f64 {
+        self.moved_bytes as f64 / self.ideal_bytes.max(1) as f64
+    }
+
+    fn p99_ratio(&self) -> f64 {
+        self.p99_us / self.p99_quiet_us
+    }
+}
+
+/// A node away in order for a while, without a rebuild: it is sent the units that were written meanwhile.
+fn maintenance(cluster: &mut Cluster) -> Result<Phase> {
+    let quiet = quiet(cluster)?;
+    cluster.cli(&["node", "maintenance", "node-004", "on"])?.succeeded()?;
+    cluster.stop_node(3)?;
+    wait(cluster, "node-004 to be away", |status| {
+        groups(status).degraded > 0 && groups(status).resyncing == 0
+    })?;
+    // What it misses: every write of another unit, on three of four groups.
+    let missed = slices(cluster, || Ok(true))?;
+    let before = moved(cluster)?;
+    cluster.restart(3)?;
+    let away = cluster.nodes().len();
+    let measured = measure(cluster, move |status| is_healthy(status, away))?;
+    cluster.cli(&["node", "maintenance", "node-004", "off"])?.succeeded()?;
+    // Each write dirties one unit, and so may each of those that came while it was away.
+    let writes: u64 = missed.iter().map(|slice| slice.writes).sum();
+    phase(cluster, "maintenance", quiet, writes * UNIT_BYTES * 3 / 4, before, measured)
+}
+
+const UNIT_BYTES: u64 = 64 << 10;
+
+/// A node dies for good: its replicas are made anew on the others.
+fn rebuild(cluster: &mut Cluster) -> Result<Phase> {
+    let quiet = quiet(cluster)?;
+    let ideal = used(&cluster.status()?, "node-004");
+    cluster.kill_node(3)?;
+    wait(cluster, "node-004 to be missed", |status| groups(status).degraded > 0)?;
+    let before = moved(cluster)?;
+    let measured = measure(cluster, |status| all_whole(status))?;
+    phase(cluster, "rebuild after a death", quiet, ideal, before, measured)
+}
+
+/// It comes back, with a store that is out of date, and takes its share again.
+fn back(cluster: &mut Cluster) -> Result<Phase> {
+    let quiet = quiet(cluster)?;
+    let before = moved(cluster)?;
+    cluster.restart(3)?;
+    let measured = measure(cluster, |status| all_whole(status) && is_balanced(status))?;
+    let ideal = share(&cluster.status()?);
+    phase(cluster, "return after the rebuild", quiet, ideal, before, measured)
+}
+
+fn join(cluster: &mut Cluster) -> Result<Phase> {
+    let quiet = quiet(cluster)?;
+    let before = moved(cluster)?;
+    cluster.add_node()?;
+    let measured = measure(cluster, |status| all_whole(status) && is_balanced(status))?;
+    let ideal = used(&cluster.status()?, "node-005");
+    phase(cluster, "join of a fifth node", quiet, ideal, before, measured)
+}
+
+fn remove(cluster: &mut Cluster) -> Result<Phase> {
+    let quiet = quiet(cluster)?;
+    let ideal = used(&cluster.status()?, "node-005");
+    let before = moved(cluster)?;
+    cluster.cli(&["node", "remove", "node-005", "--yes"])?.succeeded()?;
+    let measured = measure(cluster, |status| status.nodes.len() == 4 && all_whole(status))?;
+    phase(cluster, "removal of a node", quiet, ideal, before, measured)
+}
+
+fn phase(
+    cluster: &Cluster,
+    name: &'static str,
+    p99_quiet_us: f64,
+    ideal_bytes: u64,
+    moved_before: u64,
+    (time, slices): (Duration, Vec<Slice>),
+) -> Result<Phase> {
+    let moved_bytes = moved(cluster)?.saturating_sub(moved_before);
+    let p99_worst_us = slices.iter().map(|slice| slice.p99_us).fold(0.0, f64::max);
+    let phase =
+        Phase { name, ideal_bytes, moved_bytes, time, p99_quiet_us, p99_us: median(slices), p99_worst_us };
+    println!(
+        "{name}: {} MiB moved, {:.2} of what had to be, in {:.1} s; p99 {:.0} µs, {:.2} of quiet, worst slice {:.0} µs",
+        moved_bytes >> 20,
+        phase.moved_ratio(),
+        time.as_secs_f64(),
+        phase.p99_us,
+        phase.p99_ratio(),
+        p99_worst_us,
+    );
+    Ok(phase)
+}
+
+// The foreground.
+
+/// What one slice of the foreground saw.
+struct Slice {
+    writes: u64,
+    p99_us: f64,
+}
+
+fn slices(cluster: &Cluster, mut done: impl FnMut() -> Result<bool>) -> Result<Vec<Slice>> {
+    let uri = cluster.uri(0, VOLUME);
+    let report = cluster.directory().join("foreground.json");
+    let mut slices = Vec::new();
+    loop {
+        let job = Job {
+            target: Target::Nbd(&uri),
+            pattern: "randrw",
+            block_size: "4k",
+            depth: 4,
+            offset: 0,
+            size: FOREGROUND_BYTES,
+            runtime: Some(SLICE),
+            verify: false,
+            seed: slices.len() as u64 + 1,
+        };
+        let outcome = job.run_at_rate(FOREGROUND_RATE / 2, &report)?;
+        slices.push(Slice { writes: outcome.write.operations, p99_us: outcome.write.latency_us_p99 });
+        if done()? {
+            return Ok(slices);
+        }
+    }
+}
+
+/// The p99 of foreground writes while nothing moves.
+fn quiet(cluster: &Cluster) -> Result<f64> {
+    let mut left = 5;
+    let slices = slices(cluster, || {
+        left -= 1;
+        Ok(left == 0)
+    })?;
+    Ok(median(slices))
+}
+
+fn median(mut slices: Vec<Slice>) -> f64 {
+    slices.sort_by(|a, b| a.p99_us.total_cmp(&b.p99_us));
+    slices.get(slices.len() / 2).map_or(0.0, |slice| slice.p99_us)
+}
+
+/// Runs the foreground until the cluster is as `reached` wants it: how long that took, and what the foreground saw.
+fn measure(
+    cluster: &Cluster,
+    reached: impl Fn(&ClusterStatusReply) -> bool + Send,
+) -> Result<(Duration, Vec<Slice>)> {
+    let started = Instant::now();
+    let over = AtomicBool::new(false);
+    let control = cluster.control();
+    thread::scope(|scope| {
+        let watch = scope.spawn(|| {
+            let mut since = None;
+            while started.elapsed() < PHASE_DEADLINE {
+                thread::sleep(Duration::from_millis(100));
+                match control.status() {
+                    Ok(status) if reached(&status) => {
+                        // Between two steps of a plan all may look well for a moment.
+                        let since = *since.get_or_insert_with(Instant::now);
+                        if since.elapsed() > Duration::from_secs(4) {
+                            over.store(true, Ordering::Relaxed);
+                            return Some(since - started);
+                        }
+                    }
+                    _ => since = None,
+                }
+            }
+            over.store(true, Ordering::Relaxed);
+            None
+        });
+        let mut slices = slices(cluster, || Ok(over.load(Ordering::Relaxed)))?;
+        let time = watch.join().expect("it does not panic");
+        let Some(time) = time else { anyhow::bail!("not over after {} s", PHASE_DEADLINE.as_secs()) };
+        // Those of the time that it took to be sure saw nothing move.
+        slices.truncate((time.as_secs_f64() / SLICE.as_secs_f64()).ceil().max(1.0) as usize);
+        Ok((time, slices))
+    })
+}
+
+// The cluster.
+
+fn fill(cluster: &Cluster, bytes: u64) -> Result<()> {
+    let uri = cluster.uri(0, VOLUME);
+    let job = Job {
+        target: Target::Nbd(&uri),
+        pattern: "write",
+        block_size: "1m",
+        depth: 4,
+        offset: 0,
+        size: bytes,
+        runtime: None,
+        verify: false,
+        seed: 1,
+    };
+    let outcome = job.run(&cluster.directory().join("fill.json"))?;
+    ensure!(outcome.write.bytes == bytes, "fio wrote {} bytes", outcome.write.bytes);
+    Ok(())
+}
+
+fn wait(cluster: &Cluster, what: &str, holds: impl Fn(&ClusterStatusReply) -> bool) -> Result<()> {
+    cluster.wait_status(what, SETTLE_DEADLINE, holds).map(drop)
+}
+
+fn groups(status: &ClusterStatusReply) -> xsan_protocol::proto::GroupCounts {
+    status.groups.unwrap_or_default()
+}
+
+/// Has every group all its replicas, on whatever nodes?
+fn all_whole(status: &ClusterStatusReply) -> bool {
+    let groups = groups(status);
+    groups.total > 0 && groups.healthy == groups.total && groups.resyncing == 0
+}
+
+/// Does every node hold about as much as the others?
+fn is_balanced(status: &ClusterStatusReply) -> bool {
+    let used = || status.nodes.iter().map(|node| node.used_bytes);
+    let mean = used().sum::<u64>() / status.nodes.len().max(1) as u64;
+    used().min().unwrap_or(0) * 10 >= mean * 7
+}
+
+fn used(status: &ClusterStatusReply, name: &str) -> u64 {
+    let of_name =
+        |node: &&xsan_protocol::proto::NodeStatus| node.node.as_ref().is_some_and(|n| n.name == name);
+    status.nodes.iter().find(of_name).map_or(0, |node| node.used_bytes)
+}
+
+/// What a node of this cluster holds on average.
+fn share(status: &ClusterStatusReply) -> u64 {
+    status.used_bytes / status.nodes.len().max(1) as u64
+}
+
+fn moved(cluster: &Cluster) -> Result<u64> {
+    Ok(groups(&cluster.status()?).resync_bytes_moved)
+}
+
+fn page(arguments: &Arguments, base: &Path, phases: &[Phase]) -> Result<String> {
+    let mut page = String::from("# Moving data\n\n");
+    writeln!(
+        page,
+        "Written by `benches/moves --gib {}`; not edited by hand. Four nodes on the loopback of one host, {} GiB of data \
+         with {REPLICAS} replicas, and a foreground of {FOREGROUND_RATE} random 4 KiB operations a second, half of them \
+         writes. \"Ideal\" is what the nodes in question hold, or what was written while one was away, by whole units of \
+         64 KiB. p99 is that of foreground writes: the median of slices of {} s, while data moves and on the quiet cluster \
+         just before.\n",
+        arguments.gib,
+        arguments.gib,
+        SLICE.as_secs()
+    )?;
+    page.push_str(
+        "| what | ideal | moved | moved ÷ ideal | time | p99 quiet | p99 moving | ratio | worst slice |\n",
+    );
+    page.push_str("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n");
+    for phase in phases {
+        writeln!(
+            page,
+            "| {} | {} MiB | {} MiB | {:.2} | {:.1} s | {:.0} µs | {:.0} µs | {:.2} | {:.0} µs |",
+            phase.name,
+            phase.ideal_bytes >> 20,
+            phase.moved_bytes >> 20,
+            phase.moved_ratio(),
+            phase.time.as_secs_f64(),
+            phase.p99_quiet_us,
+            phase.p99_us,
+            phase.p99_ratio(),
+            phase.p99_worst_us
+        )?;
+    }
+    writeln!(
+        page,
+        "\nPromised: moved ÷ ideal ≤ {MOVED_RATIO_MAX}, p99 ratio ≤ {P99_RATIO_MAX}.\n\nThe machine:\n"
+    )?;
+    for (name, value) in machine::describe(base)? {
+        writeln!(page, "- {name}: {value}")?;
+    }
+    Ok(page)
+}
