@@ -99,12 +99,11 @@ impl Leader {
         let grace = self.handle.timing().leader_grace();
         let leases = inner.leases(now, leadership.term, grace);
         let before = leases.health(now, beat.node, registered);
-        let granted = leases.on_beat(now, beat, registered, leadership.may_grant);
+        let length = leases.on_beat(now, beat, registered, leadership.may_grant);
         if before != leases.health(now, beat.node, registered) {
             self.wake.notify_one();
         }
-        let incarnation = beat.incarnation.filter(|_| granted)?;
-        Some(Grant::answer(beat, incarnation, state.version()))
+        Some(Grant::answer(beat, beat.incarnation?, length?, state.version()))
     }
 
     /// Grants for the latest beats, as if they had just arrived.

@@ -24,6 +24,9 @@ pub const LEASE_SLACK: Duration = Duration::from_millis(50);
 pub const BEAT_INTERVAL: Duration = Duration::from_millis(250);
 /// A data process that has not told its status for this long is taken to hang: no lease is asked for it.
 pub const STATUS_AGE_MAX: Duration = Duration::from_millis(1000);
+/// A node that is heard, and that no answer of the leader has reached for this long, is deaf: it is granted no lease that it
+/// would not know of.
+pub const DEAF_AFTER: Duration = Duration::from_millis(1000);
 /// A control process not heard of for this long is shown as down.
 pub const BEAT_AGE_MAX: Duration = Duration::from_millis(2000);
 /// Groups that can not reach `min_replicas` wait this long for their members before they go on below it.
@@ -52,6 +55,8 @@ const _: () = assert!(DOWN_OUT_MIN.as_millis() <= OUT_AFTER.as_millis());
 const _: () = assert!(OUT_AFTER.as_millis() <= DOWN_OUT_MAX.as_millis());
 const _: () = assert!(LEASE_SLACK.as_micros() > LEASE.as_micros() / 1000);
 const _: () = assert!(STATUS_AGE_MAX.as_millis() < LEASE.as_millis());
+const _: () = assert!(DEAF_AFTER.as_millis() >= 4 * BEAT_INTERVAL.as_millis());
+const _: () = assert!(DEAF_AFTER.as_millis() < LEASE.as_millis());
 
 /// Raft's times, from the configured election timeout T: the longest a cluster should be without a leader.
 ///

@@ -1,8 +1,9 @@
-//! A cluster of real nodes on loopback: start, faults, waiting, stop.
+//! A cluster of real nodes, on loopback or behind a switch: start, faults, waiting, stop.
 //!
 //! One cluster runs at a time in a process: what is timed is not disturbed by another test. The directory
 //! is kept, and named, when its owner panics or asks for it, and is gone otherwise.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -16,10 +17,12 @@ use xsan_protocol::error::Code;
 use xsan_protocol::proto::ClusterStatusReply;
 
 use crate::control::{self, Control};
-use crate::loopback::Network;
+use crate::device::LoopDevice;
 use crate::nbd::Client;
-use crate::node::{FirstStart, Node, NodeOptions, binary_directory, node_name, program};
+use crate::network::Network;
+use crate::node::{FirstStart, Node, NodeOptions, Part, Paused, binary_directory, node_name, program};
 use crate::process::Usage;
+use crate::switch::{Link, Switch};
 use crate::wait::{Look, until};
 
 pub const CLUSTER_ID: &str = "xsan-test";
@@ -38,6 +41,9 @@ pub struct Cluster {
     nodes: Vec<Node>,
     network: Network,
     options: NodeOptions,
+    /// Asked nothing: they would answer late, or from the past.
+    avoided: BTreeSet<usize>,
+    devices: Vec<(usize, LoopDevice)>,
     // Dropped after the nodes: fields are dropped in order.
     directory: WorkDirectory,
     _turn: MutexGuard<'static, ()>,
@@ -51,15 +57,23 @@ impl Cluster {
     /// Founds a cluster with node 0 and joins the others; all of them serve when this returns.
     pub fn start_with(node_count: usize, options: NodeOptions) -> Result<Self> {
         let mut cluster = Self::prepare(options)?;
-        for _ in 0..node_count {
-            cluster.add_node()?;
-        }
-        cluster.wait_healthy(SETTLE_DEADLINE)?;
+        cluster.add_nodes(node_count)?;
+        Ok(cluster)
+    }
+
+    /// As `start_with`, each node in a network namespace of its own: see `switch`.
+    pub fn start_switched(node_count: usize, options: NodeOptions, seed: u64) -> Result<Self> {
+        let mut cluster = Self::prepare_on(|| Network::switched(node_count, seed), options)?;
+        cluster.add_nodes(node_count)?;
         Ok(cluster)
     }
 
     /// A cluster without nodes, for what goes wrong before there is one.
     pub fn prepare(options: NodeOptions) -> Result<Self> {
+        Self::prepare_on(Network::take, options)
+    }
+
+    fn prepare_on(network: impl FnOnce() -> Result<Network>, options: NodeOptions) -> Result<Self> {
         let turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
         ensure!(
             program("xsan-node").exists(),
@@ -67,7 +81,29 @@ impl Cluster {
             binary_directory().display()
         );
         let directory = WorkDirectory::create()?;
-        Ok(Self { nodes: Vec::new(), network: Network::take()?, options, directory, _turn: turn })
+        let (nodes, avoided, devices) = (Vec::new(), BTreeSet::new(), Vec::new());
+        Ok(Self { nodes, network: network()?, options, avoided, devices, directory, _turn: turn })
+    }
+
+    pub fn add_nodes(&mut self, count: usize) -> Result<()> {
+        for _ in 0..count {
+            self.add_node()?;
+        }
+        self.wait_healthy(SETTLE_DEADLINE)?;
+        Ok(())
+    }
+
+    /// Gives a node that is still to be added a block device instead of a file.
+    pub fn use_device(&mut self, index: usize, device: LoopDevice) {
+        assert!(index >= self.nodes.len(), "node {index} has its store already");
+        self.options.devices.insert(index, device.path().to_owned());
+        self.devices.push((index, device));
+    }
+
+    /// The device that `use_device` gave to a node.
+    pub fn device(&self, index: usize) -> &LoopDevice {
+        let (_, device) = self.devices.iter().find(|(node, _)| *node == index).expect("it has a device");
+        device
     }
 
     /// Adds a node, founding the cluster when it is the first, and waits until it serves.
@@ -105,7 +141,38 @@ impl Cluster {
         &self.network
     }
 
+    /// What is between the nodes of `start_switched`.
+    pub fn switch(&self) -> &Switch {
+        self.network.switch().expect("the cluster was started behind a switch")
+    }
+
     // Faults.
+
+    /// Sets all links of a node, both ways. A node that is cut off is asked nothing until `heal`.
+    pub fn set_links(&mut self, index: usize, link: Link) {
+        self.switch().set_all(index, link);
+        if link.cut {
+            self.avoid(index);
+        }
+    }
+
+    /// Makes all links whole, and asks every node again.
+    pub fn heal(&mut self) {
+        if let Some(switch) = self.network.switch() {
+            switch.heal();
+        }
+        self.avoided.clear();
+    }
+
+    /// Asks this node nothing until `heal`; it is cut off or stands still.
+    pub fn avoid(&mut self, index: usize) {
+        self.avoided.insert(index);
+    }
+
+    /// Stops processes of a node until the result is dropped.
+    pub fn pause(&self, index: usize, part: Part) -> Result<Paused> {
+        self.nodes[index].pause(part)
+    }
 
     pub fn kill_data(&self, index: usize) -> Result<u32> {
         self.nodes[index].kill_data()
@@ -152,9 +219,13 @@ impl Cluster {
 
     // State.
 
-    /// Of the nodes that run.
+    /// Of the nodes that run and are not avoided.
     pub fn control(&self) -> Control {
-        Control::new(self.nodes.iter().filter(|node| node.is_running()).map(|node| node.control).collect())
+        Control::new(self.asked().map(|node| node.control).collect())
+    }
+
+    fn asked(&self) -> impl Iterator<Item = &Node> {
+        self.nodes.iter().filter(|node| node.is_running() && !self.avoided.contains(&node.index))
     }
 
     pub fn status(&self) -> Result<ClusterStatusReply> {
@@ -178,6 +249,11 @@ impl Cluster {
     pub fn wait_healthy(&self, deadline: Duration) -> Result<ClusterStatusReply> {
         let count = self.nodes.len();
         self.wait_status("every replica to act", deadline, |status| control::is_healthy(status, count))
+    }
+
+    /// The sum of all groups' epochs: it grows by one with every change of a group.
+    pub fn epochs(&self) -> Result<u64> {
+        Ok(self.control().map()?.groups.iter().map(|group| u64::from(group.epoch)).sum())
     }
 
     /// The node whose control process leads.
@@ -214,7 +290,7 @@ impl Cluster {
     }
 
     fn command(&self, name: &str, arguments: &[&str]) -> Result<Answer> {
-        let node = self.nodes.iter().find(|node| node.is_running()).context("no node runs")?;
+        let node = self.asked().next().context("no node runs")?;
         let mut command = Command::new(program(name));
         command.arg("--address").arg(node.control.to_string()).args(arguments);
         Answer::of(&mut command)

@@ -71,6 +71,11 @@ impl History {
         self.pages.values().map(Vec::len).sum()
     }
 
+    pub fn read_count(&self) -> usize {
+        let operations = self.pages.values().flatten();
+        operations.filter(|operation| matches!(operation, Operation::Read { .. })).count()
+    }
+
     /// # Errors
     /// The first read, page by page, that breaks a rule.
     pub fn check(&self) -> Result<(), Violation> {

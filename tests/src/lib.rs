@@ -1,4 +1,4 @@
-//! Harness for whole clusters of real processes on this host's loopback addresses.
+//! Harness for whole clusters of real processes, on this host's loopback addresses or in network namespaces.
 //!
 //! Used by the process-level tests (`tests/tests/process`) and by the demo, the soak and the benchmark
 //! (`tests/src/bin`). It knows XSAN only from outside: its commands, its gRPC API, NBD and `/proc`. It never
@@ -11,16 +11,20 @@
 
 pub mod cluster;
 pub mod control;
+pub mod crowd;
+pub mod device;
 pub mod fio;
 pub mod history;
 pub mod image;
-pub mod loopback;
 pub mod machine;
+pub mod namespace;
 pub mod nbd;
+pub mod network;
 pub mod node;
 pub mod process;
 pub mod random;
 pub mod stamp;
+pub mod switch;
 pub mod tools;
 pub mod wait;
 pub mod writer;

@@ -1,5 +1,6 @@
 //! One node: its configuration, its three processes, its log.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -9,7 +10,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use serde_json::json;
 
-use crate::loopback::Network;
+use crate::namespace::Namespace;
+use crate::network::Network;
 use crate::process::{self, Handle, Running, Usage};
 use crate::wait::{Look, until};
 
@@ -28,6 +30,8 @@ pub struct NodeOptions {
     /// Cores of each node's data process, as its configuration has it; the nodes take them in turn.
     pub cores: Vec<String>,
     pub log_level: String,
+    /// Block devices of the nodes that do not keep their store in a file, by the nodes' indexes.
+    pub devices: BTreeMap<usize, PathBuf>,
 }
 
 impl Default for NodeOptions {
@@ -38,6 +42,7 @@ impl Default for NodeOptions {
             memory: "64MiB".to_owned(),
             cores: (0..core_count).map(|core| core.to_string()).collect(),
             log_level: "info".to_owned(),
+            devices: BTreeMap::new(),
         }
     }
 }
@@ -52,7 +57,16 @@ pub struct Node {
     pub data: SocketAddr,
     config: PathBuf,
     log: PathBuf,
+    namespace: Option<Namespace>,
     running: Option<Running>,
+}
+
+/// Which of a node's processes a fault concerns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    Data,
+    Control,
+    All,
 }
 
 /// How a node's first start goes.
@@ -67,6 +81,8 @@ impl Node {
     pub fn prepare(directory: &Path, network: &Network, index: usize, options: &NodeOptions) -> Result<Self> {
         let name = node_name(index);
         let ports = network.ports();
+        let device = |path: &PathBuf| json!({ "path": path, "type": "ssd", "role": "capacity" });
+        let devices: Vec<_> = options.devices.get(&index).map(device).into_iter().collect();
         let config = json!({
             "cluster": { "bind_port": ports.control },
             "dataplane": {
@@ -76,6 +92,7 @@ impl Node {
                 "nbd_port": ports.nbd,
                 "file_size": options.file_size,
             },
+            "storage": { "devices": devices },
             "logging": { "level": options.log_level },
         });
         let path = directory.join(format!("{name}.conf"));
@@ -88,6 +105,7 @@ impl Node {
             data: network.data(index),
             config: path,
             log: directory.join(format!("{name}.log")),
+            namespace: network.namespace(index),
             running: None,
             name,
         })
@@ -123,6 +141,9 @@ impl Node {
         assert!(self.running.is_none(), "{} runs already", self.name);
         let log = File::options().create(true).append(true).open(&self.log)?;
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+        if let Some(namespace) = &self.namespace {
+            namespace.confine(&mut command);
+        }
         self.running = Some(Running::start(&mut command)?);
         Ok(())
     }
@@ -178,6 +199,22 @@ impl Node {
         })
     }
 
+    /// Stops processes with SIGSTOP, the supervisor first: they stand still until `Paused` is resumed or dropped.
+    pub fn pause(&self, part: Part) -> Result<Paused> {
+        let mut handles = Vec::new();
+        if part == Part::All {
+            handles.push(Handle::open(self.running()?.pid())?);
+        }
+        for (child, name) in [(Part::Control, "xsan-control"), (Part::Data, "xsan-data")] {
+            if part == child || part == Part::All {
+                handles.push(self.child(name)?);
+            }
+        }
+        let paused = Paused { handles };
+        paused.handles.iter().try_for_each(|handle| handle.signal(libc::SIGSTOP))?;
+        Ok(paused)
+    }
+
     /// SIGKILL to all three processes, as a power cut would; the supervisor first, so that it starts nothing.
     pub fn kill(&mut self) -> Result<()> {
         let Some(mut running) = self.running.take() else { return Ok(()) };
@@ -226,6 +263,28 @@ impl Node {
 
     fn running(&self) -> Result<&Running> {
         self.running.as_ref().with_context(|| format!("{} does not run", self.name))
+    }
+}
+
+/// Processes that were stopped; they go on when it is dropped.
+#[derive(Debug)]
+pub struct Paused {
+    handles: Vec<Handle>,
+}
+
+impl Paused {
+    pub fn resume(self) {
+        drop(self);
+    }
+}
+
+impl Drop for Paused {
+    fn drop(&mut self) {
+        for handle in self.handles.iter().rev() {
+            if let Err(error) = handle.signal(libc::SIGCONT) {
+                eprintln!("process {} does not go on: {error}", handle.pid);
+            }
+        }
     }
 }
 

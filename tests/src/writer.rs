@@ -7,8 +7,8 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -24,13 +24,36 @@ use crate::wait::{Look, until};
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(40);
 const RECONNECT_PAUSE: Duration = Duration::from_millis(10);
 
+/// Pages `step` apart, from `first` on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pages {
+    pub first: u64,
+    pub step: u64,
+    pub count: u64,
+}
+
+impl Pages {
+    fn choose(self, random: &mut Random) -> u64 {
+        self.first + random.within(0..self.count) * self.step
+    }
+}
+
+impl From<Range<u64>> for Pages {
+    fn from(range: Range<u64>) -> Self {
+        Self { first: range.start, step: 1, count: range.end - range.start }
+    }
+}
+
 /// What the writer works on.
 #[derive(Clone, Debug)]
 pub struct Work {
     /// Tried in order, from the one that worked last.
     pub gateways: Vec<SocketAddr>,
     pub export: String,
-    pub pages: Range<u64>,
+    /// Written by this writer alone.
+    pub pages: Pages,
+    /// Read: its own, and those of others with the same seed.
+    pub read_pages: Vec<Pages>,
     /// A flush after so many writes; 0: never.
     pub flush_interval: u64,
     /// In hundred: how many of the operations read a page back instead of writing one.
@@ -39,8 +62,11 @@ pub struct Work {
 }
 
 impl Work {
-    pub fn new(gateways: Vec<SocketAddr>, export: &str, pages: Range<u64>, seed: u64) -> Self {
-        Self { gateways, export: export.to_owned(), pages, flush_interval: 0, read_percent: 0, seed }
+    /// Writes `pages`, and reads nothing but them.
+    pub fn new(gateways: Vec<SocketAddr>, export: &str, pages: impl Into<Pages>, seed: u64) -> Self {
+        let pages = pages.into();
+        let (export, read_pages) = (export.to_owned(), vec![pages]);
+        Self { gateways, export, pages, read_pages, flush_interval: 0, read_percent: 0, seed }
     }
 }
 
@@ -66,6 +92,8 @@ pub struct Report {
 pub struct Writer {
     stop: Arc<AtomicBool>,
     operations: Arc<AtomicU64>,
+    /// Why its thread ended, when it was not told to.
+    failure: Arc<Mutex<Option<String>>>,
     thread: Option<JoinHandle<Result<Report>>>,
     seed: u64,
 }
@@ -80,36 +108,49 @@ impl Writer {
     pub fn start_at(work: Work, origin: Instant) -> Result<Self> {
         let stop = Arc::new(AtomicBool::new(false));
         let operations = Arc::new(AtomicU64::new(0));
+        let failure = Arc::new(Mutex::new(None));
         let seed = work.seed;
         let mut task = Task::connect(work, origin)?;
         let thread = {
-            let (stop, operations) = (Arc::clone(&stop), Arc::clone(&operations));
+            let (stop, operations, failure) =
+                (Arc::clone(&stop), Arc::clone(&operations), Arc::clone(&failure));
             thread::Builder::new().name("writer".to_owned()).spawn(move || {
                 while !stop.load(Ordering::Relaxed) {
-                    task.step()?;
+                    if let Err(error) = task.step() {
+                        let gateway = task.work.gateways[task.gateway];
+                        let message = format!("{error:#}, through {gateway}");
+                        *failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(message);
+                        return Err(error);
+                    }
                     operations.store(task.report.operations, Ordering::Relaxed);
                 }
                 Ok(task.report)
             })?
         };
-        let writer = Self { stop, operations, thread: Some(thread), seed };
+        let writer = Self { stop, operations, failure, thread: Some(thread), seed };
         writer.wait_operations(10, REQUEST_TIMEOUT)?;
         Ok(writer)
     }
 
     /// Waits until so many more operations were answered.
     pub fn wait_operations(&self, more: u64, deadline: Duration) -> Result<()> {
-        let goal = self.operations.load(Ordering::Relaxed) + more;
+        let goal = self.operations() + more;
         until("the writer's answers", deadline, || {
-            let answered = self.operations.load(Ordering::Relaxed);
+            let answered = self.operations();
             if answered >= goal {
                 return Ok(Look::Done(()));
             }
             if self.thread.as_ref().is_none_or(JoinHandle::is_finished) {
-                bail!("the writer of seed {} has failed", self.seed);
+                let failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner).take();
+                bail!("the writer of seed {} has failed: {}", self.seed, failure.unwrap_or_default());
             }
             Ok(Look::NotYet(format!("{answered} of {goal}")))
         })
+    }
+
+    /// The answers so far.
+    pub fn operations(&self) -> u64 {
+        self.operations.load(Ordering::Relaxed)
     }
 
     pub fn stop(mut self) -> Result<Report> {
@@ -141,7 +182,8 @@ impl Task {
     fn connect(work: Work, origin: Instant) -> Result<Self> {
         ensure!(!work.gateways.is_empty(), "a writer needs a gateway");
         let client = Client::connect(work.gateways[0], &work.export, REQUEST_TIMEOUT)?;
-        let random = Random::new(work.seed);
+        // Writers of one seed do not do the same at the same time.
+        let random = Random::new(work.seed ^ work.pages.first.rotate_left(32));
         let (last_answer, buffer) = (Instant::now(), vec![0; PAGE_SIZE]);
         let (client, report) = (Some(client), Report::default());
         Ok(Self { work, client, gateway: 0, random, origin, last_answer, buffer, report })
@@ -149,12 +191,14 @@ impl Task {
 
     fn step(&mut self) -> Result<()> {
         let Some(mut client) = self.client.take() else { return self.reconnect() };
-        let page = self.random.within(self.work.pages.clone());
-        let result = if self.random.within(0..100) < self.work.read_percent {
-            self.read(&mut client, page)
+        let reads = self.random.within(0..100) < self.work.read_percent;
+        let pages = if reads {
+            self.work.read_pages[self.random.index(self.work.read_pages.len())]
         } else {
-            self.write(&mut client, page)
+            self.work.pages
         };
+        let page = pages.choose(&mut self.random);
+        let result = if reads { self.read(&mut client, page) } else { self.write(&mut client, page) };
         match result {
             Ok(()) => {
                 self.answered();

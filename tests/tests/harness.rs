@@ -4,14 +4,17 @@
 #![expect(clippy::unwrap_used, reason = "a test's unwrap is its assertion")]
 
 use std::fs::File;
+use std::net::{SocketAddr, UdpSocket};
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use xsan_tests::fio::{Job, Load};
 use xsan_tests::image::Image;
-use xsan_tests::loopback::Network;
 use xsan_tests::nbd::{Client, NbdError};
+use xsan_tests::network::Network;
+use xsan_tests::process::Running;
 use xsan_tests::stamp::{PAGE_SIZE, Stamp};
+use xsan_tests::switch::Link;
 use xsan_tests::tools::{Export, raw_export, run};
 use xsan_tests::writer::{Work, Writer};
 
@@ -110,6 +113,83 @@ fn an_image_is_a_file_system_and_a_changed_byte_is_found() {
     std::os::unix::fs::FileExt::write_all_at(&file, &[0xa5], offset).unwrap();
     let message = image.compare(&copy).unwrap_err().to_string();
     assert!(message.ends_with(&format!("byte {offset}")), "{message}");
+}
+
+/// How many of `count` datagrams arrive, in their order, and how long the first took.
+fn arrivals(from: &UdpSocket, to: &UdpSocket, address: SocketAddr, count: u32) -> (u32, Duration) {
+    let (began, mut first, mut last, mut arrived) = (Instant::now(), Duration::ZERO, None, 0);
+    for number in 0..count {
+        from.send_to(&number.to_le_bytes(), address).unwrap();
+    }
+    let mut bytes = [0; 4];
+    while to.recv_from(&mut bytes).is_ok() {
+        first = if arrived == 0 { began.elapsed() } else { first };
+        let number = u32::from_le_bytes(bytes);
+        assert!(last.is_none_or(|last| last < number), "{number} came after {last:?}");
+        (last, arrived) = (Some(number), arrived + 1);
+        if arrived == count {
+            break;
+        }
+    }
+    (arrived, first)
+}
+
+#[test]
+fn the_switch_does_to_packets_what_its_links_say() {
+    let network = Network::switched(2, 1).unwrap();
+    let switch = network.switch().unwrap();
+    let address = |index| SocketAddr::new(network.address(index), 4000);
+    let sockets = [0, 1].map(|index| {
+        let bind = || {
+            let socket = UdpSocket::bind(address(index))?;
+            socket.set_read_timeout(Some(PAUSE))?;
+            Ok(socket)
+        };
+        network.namespace(index).unwrap().enter(bind).unwrap()
+    });
+    let there = |count| arrivals(&sockets[0], &sockets[1], address(1), count);
+    let back = |count| arrivals(&sockets[1], &sockets[0], address(0), count);
+    assert_eq!((there(100).0, back(100).0), (100, 100));
+    // One way.
+    switch.set(0, 1, Link::CUT);
+    assert_eq!((there(100).0, back(100).0), (0, 100));
+    switch.set(0, 1, Link::lossy(10));
+    // As many at once as a socket's buffer holds.
+    let arrived: u32 = (0..4).map(|_| there(200).0).sum();
+    assert!((685..=755).contains(&arrived), "{arrived} of 800 arrived");
+    assert_eq!(switch.counts().lost, 100 + u64::from(800 - arrived));
+    let delay = Duration::from_millis(50);
+    switch.set(0, 1, Link::slow(delay));
+    let (arrived, took) = there(100);
+    assert!(
+        arrived == 100 && took >= delay && took < delay * 3,
+        "{arrived} arrived, the first after {took:?}"
+    );
+    // The harness is not disturbed, and a healed link is whole.
+    switch.set_all(1, Link::CUT);
+    let host = UdpSocket::bind("0.0.0.0:0").unwrap();
+    assert_eq!(arrivals(&host, &sockets[1], address(1), 10).0, 10);
+    assert_eq!((there(10).0, back(10).0), (0, 0));
+    switch.heal();
+    assert_eq!((there(10).0, back(10).0), (10, 10));
+    assert_eq!(switch.counts().overflowed, 0);
+}
+
+#[test]
+fn a_namespace_is_gone_with_its_last_user() {
+    let network = Network::switched(1, 1).unwrap();
+    let address = SocketAddr::new(network.address(0), 4000);
+    let mut command = std::process::Command::new("sleep");
+    network.namespace(0).unwrap().confine(command.arg("1000"));
+    let running = Running::start(&mut command).unwrap();
+    let inside = std::fs::read_link(format!("/proc/{}/ns/net", running.pid())).unwrap();
+    assert_ne!(inside, std::fs::read_link("/proc/self/ns/net").unwrap(), "it runs where the harness does");
+    drop((running, network));
+    // No device of the harness is left that leads to its network.
+    let routes = std::fs::read_to_string("/proc/net/route").unwrap();
+    let std::net::IpAddr::V4(ip) = address.ip() else { unreachable!("networks are of IPv4") };
+    let network = format!("\t{:08X}\t", u32::from_le_bytes(ip.octets()) & 0x00ff_ffff);
+    assert!(!routes.contains(&network), "{network} is in\n{routes}");
 }
 
 /// On the disk that holds the build: direct I/O does not work in every temporary directory.

@@ -1,4 +1,4 @@
-//! Process-level tests: real nodes on loopback, clients that nobody here wrote, and faults.
+//! Process-level tests: real nodes, on loopback or behind a switch, clients that nobody here wrote, and faults.
 //!
 //! One cluster runs at a time. A test that fails keeps its nodes' logs and names their directory.
 
@@ -10,6 +10,8 @@ mod basics;
 mod clients;
 #[path = "process/corruption.rs"]
 mod corruption;
+#[path = "process/devices.rs"]
+mod devices;
 #[path = "process/errors.rs"]
 mod errors;
 #[path = "process/faults.rs"]
@@ -18,6 +20,10 @@ mod faults;
 mod hostile;
 #[path = "process/life.rs"]
 mod life;
+#[path = "process/network.rs"]
+mod network;
+#[path = "process/pauses.rs"]
+mod pauses;
 #[path = "process/resync.rs"]
 mod resync;
 #[path = "process/stalls.rs"]

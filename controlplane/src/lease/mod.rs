@@ -18,7 +18,7 @@ use xsan_protocol::ids::{Incarnation, MapVersion, NodeId};
 use xsan_protocol::mutation::Mutation;
 
 use crate::clock::BootTime;
-use crate::timing::{LEASE, LEASE_SLACK};
+use crate::timing::{DEAF_AFTER, LEASE, LEASE_SLACK};
 
 /// What a node says of itself in a beat.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,6 +32,8 @@ pub struct Beat {
     pub sent: BootTime,
     /// The map that every shard of the data process acts on.
     pub map_version: MapVersion,
+    /// When the newest beat was sent whose answer arrived, on the sender's clock; 0: it does not say.
+    pub heard: BootTime,
 }
 
 /// Whether a node's data process may be serving.
@@ -53,6 +55,10 @@ struct Entry {
     confirmed: MapVersion,
     stopped: Option<Incarnation>,
     heard: BootTime,
+    /// As the newest beat had it: a change says that an answer arrived.
+    answer_heard: BootTime,
+    /// When the oldest lease was granted of those that no beat says have arrived.
+    unheard_since: Option<BootTime>,
 }
 
 #[derive(Debug)]
@@ -69,7 +75,9 @@ impl LeaseTable {
         Self { grace_until: since + grace, nodes: BTreeMap::new(), held: BTreeSet::new() }
     }
 
-    /// Takes a beat in. Returns whether the lease that it asks for is granted.
+    /// Takes a beat in. Returns the length of the lease to answer with; `None`: no answer. A node that is heard and
+    /// hears nothing is granted none, or its groups would stand still with it for as long as it is deaf: an answer of
+    /// length zero is to find out when it hears again.
     ///
     /// - `registered`: the incarnation of the node's data process in the cluster's state.
     /// - `may_grant`: a quorum acknowledged this leader lately, and all that was committed before it is applied.
@@ -79,21 +87,25 @@ impl LeaseTable {
         beat: &Beat,
         registered: Option<Incarnation>,
         may_grant: bool,
-    ) -> bool {
+    ) -> Option<Duration> {
         let fresh = Entry {
             incarnation: None,
             until: BootTime(0),
             confirmed: MapVersion(0),
             stopped: None,
             heard: now,
+            answer_heard: beat.heard,
+            unheard_since: None,
         };
         let entry = self.nodes.entry(beat.node).or_insert(fresh);
+        // Not "newer": the clock of a host that was started again begins anew. Who was silent need not be deaf.
+        let hears = beat.heard != entry.answer_heard || now.since(entry.heard) >= DEAF_AFTER;
+        if hears || beat.heard == BootTime(0) {
+            (entry.answer_heard, entry.unheard_since) = (beat.heard, None);
+        }
         entry.heard = now;
         entry.stopped = beat.stopped.or(entry.stopped);
-        let Some(incarnation) = beat.incarnation.filter(|incarnation| Some(*incarnation) == registered)
-        else {
-            return false;
-        };
+        let incarnation = beat.incarnation.filter(|incarnation| Some(*incarnation) == registered)?;
         if entry.incarnation != Some(incarnation) {
             // The earlier life is over: a data process holds its devices locked as long as it lives.
             entry.incarnation = Some(incarnation);
@@ -102,12 +114,16 @@ impl LeaseTable {
         // Beats may overtake each other on their way.
         entry.confirmed = entry.confirmed.max(beat.map_version);
         let held = self.held.contains(&beat.node) && !Mutation::LeaseGrantedMeanwhile.is_on();
-        let granted = may_grant && entry.stopped != Some(incarnation) && !held;
-        if granted {
-            let length = if Mutation::DeadBeforeLeaseEnds.is_on() { LEASE / 2 } else { LEASE + LEASE_SLACK };
-            entry.until = entry.until.max(now + length);
+        if !may_grant || entry.stopped == Some(incarnation) || held {
+            return None;
         }
-        granted
+        let unheard_since = *entry.unheard_since.get_or_insert(now);
+        if now.since(unheard_since) >= DEAF_AFTER {
+            return Some(Duration::ZERO);
+        }
+        let length = if Mutation::DeadBeforeLeaseEnds.is_on() { LEASE / 2 } else { LEASE + LEASE_SLACK };
+        entry.until = entry.until.max(now + length);
+        Some(LEASE)
     }
 
     pub fn health(&self, now: BootTime, node: NodeId, registered: Option<Incarnation>) -> Health {

@@ -46,6 +46,8 @@ pub struct Link {
 #[derive(Default)]
 struct Inner {
     linked: Option<Linked>,
+    /// When the newest beat was sent whose answer arrived.
+    answered: BootTime,
     stopped: Option<Incarnation>,
     next_request: u64,
     next_connection: u64,
@@ -116,15 +118,22 @@ impl Link {
             stopped: inner.stopped,
             sent: now,
             map_version: answering.map_or(MapVersion(0), |linked| linked.confirmed),
+            // 0 would say that this release does not tell.
+            heard: inner.answered.max(BootTime(1)),
         }
     }
 
     /// A lease arrived.
     pub fn on_grant(&self, now: BootTime, grant: &Grant) {
         let mut inner = self.lock();
-        let Some(linked) = &mut inner.linked else { return };
         // A beat of the future was not sent by this boot of the host.
-        if linked.process.incarnation != grant.incarnation || grant.sent > now {
+        if grant.sent > now {
+            return;
+        }
+        inner.answered = inner.answered.max(grant.sent);
+        let Some(linked) = &mut inner.linked else { return };
+        // One of length zero only wants to be heard.
+        if linked.process.incarnation != grant.incarnation || grant.length.is_zero() {
             return;
         }
         if linked.grants.len() == GRANTS_MAX {

@@ -63,6 +63,24 @@ fn a_grant_for_another_life_is_dropped() {
 }
 
 #[test]
+fn a_beat_tells_which_answer_arrived_last() {
+    let (link, _queued) = linked();
+    assert_eq!(
+        link.beat(NodeId(1), at(10)).heard,
+        BootTime(1),
+        "none yet, which is not the same as not saying"
+    );
+    link.on_status(at(20), status(9));
+    link.on_grant(at(40), &grant(30, 5));
+    link.on_grant(at(50), &grant(20, 5));
+    assert_eq!(link.beat(NodeId(1), at(60)).heard, at(30));
+    // One of length zero is heard, and takes no lease away.
+    link.on_grant(at(2000), &Grant { length: Duration::ZERO, ..grant(1900, 5) });
+    assert_eq!(link.beat(NodeId(1), at(2010)).heard, at(1900));
+    assert_eq!(*link.watch_lease().borrow(), Some(at(30 + LEASE_MS)));
+}
+
+#[test]
 fn a_silent_data_process_asks_for_no_lease() {
     let (link, _queued) = linked();
     assert_eq!(link.beat(NodeId(1), at(10)).incarnation, Some(Incarnation(11)));

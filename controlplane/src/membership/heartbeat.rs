@@ -45,8 +45,13 @@ pub struct Grant {
 
 impl Grant {
     /// The answer to `beat` of a leader whose applied state is at `map_version`.
-    pub fn answer(beat: &Beat, incarnation: Incarnation, map_version: MapVersion) -> Self {
-        Self { node: beat.node, incarnation, sent: beat.sent, length: LEASE, map_version }
+    pub const fn answer(
+        beat: &Beat,
+        incarnation: Incarnation,
+        length: Duration,
+        map_version: MapVersion,
+    ) -> Self {
+        Self { node: beat.node, incarnation, sent: beat.sent, length, map_version }
     }
 }
 
@@ -57,6 +62,7 @@ pub fn encode_beat(cluster: u64, beat: &Beat) -> Vec<u8> {
         stopped: beat.stopped.map_or(0, |incarnation| incarnation.0),
         sent_boottime_ns: beat.sent.0,
         map_version: beat.map_version.0,
+        heard_boottime_ns: beat.heard.0,
     };
     proto::Heartbeat { cluster, body: Some(Body::Beat(beat)) }.encode_to_vec()
 }
@@ -98,6 +104,7 @@ pub fn decode(cluster: u64, bytes: &[u8]) -> Option<Datagram> {
             stopped: incarnation(beat.stopped),
             sent: BootTime(beat.sent_boottime_ns),
             map_version: MapVersion(beat.map_version),
+            heard: BootTime(beat.heard_boottime_ns),
         }),
         Body::Grant(grant) => Datagram::Grant(Grant {
             node: NodeId(grant.node),
@@ -211,13 +218,14 @@ mod tests {
             stopped: None,
             sent: BootTime(5),
             map_version: MapVersion(6),
+            heard: BootTime(4),
         };
         let bytes = encode_beat(7, &beat);
         assert_eq!(decode(7, &bytes), Some(Datagram::Beat(beat)));
         assert_eq!(decode(8, &bytes), None);
         assert_eq!(decode(7, &bytes[1..]), None);
         assert_eq!(decode(7, &encode_removed(7, NodeId(3))), Some(Datagram::Removed(NodeId(3))));
-        let grant = Grant::answer(&beat, Incarnation(4), MapVersion(9));
+        let grant = Grant::answer(&beat, Incarnation(4), LEASE, MapVersion(9));
         assert_eq!(decode(7, &encode_grant(7, &grant)), Some(Datagram::Grant(grant)));
     }
 }

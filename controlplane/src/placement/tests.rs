@@ -698,8 +698,14 @@ mod planner {
                     let data = self.cluster.state.map().nodes[&NodeId(node)].data.as_ref();
                     let incarnation = data.map(|data| data.incarnation);
                     let map_version = self.cluster.state.version();
-                    let beat =
-                        Beat { node: NodeId(node), incarnation, stopped: None, sent: now, map_version };
+                    let beat = Beat {
+                        node: NodeId(node),
+                        incarnation,
+                        stopped: None,
+                        sent: now,
+                        map_version,
+                        heard: now,
+                    };
                     self.leases.on_beat(now, &beat, incarnation, true);
                 }
                 let changes = self.planner.plan(now, &self.cluster.state, &mut self.leases, &[]);

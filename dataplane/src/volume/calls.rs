@@ -111,10 +111,11 @@ impl<D, A> Calls<D, A> {
 }
 
 impl Calls {
-    /// Ends the calls whose group has another primary by `map` than the one they were sent to.
+    /// Ends the calls whose group has another primary by `map` than the one they were sent to, and flushes of a pool
+    /// at nodes that are primary of nothing any more.
     ///
     /// The old primary can not answer any more, or only with an error: its lease has ended or it has taken the new
-    /// epoch. A call to a primary that stays is never given up: sent twice, its first copy could land late.
+    /// epoch. A call to a primary that stays is never given up: sent twice, its first copy could land late. A flush may.
     pub fn on_map(&self, map: &ClusterMap) {
         self.fail_where(Code::StaleEpoch, |destination| match destination.group {
             Some(group) => map.route(group).is_none_or(|(node, ..)| {
@@ -123,8 +124,9 @@ impl Calls {
             }),
             None => {
                 let node = map.nodes.get(&destination.node);
-                node.and_then(|node| node.data.as_ref())
-                    .is_none_or(|data| data.incarnation != destination.incarnation)
+                let data = node.and_then(|node| node.data.as_ref());
+                data.is_none_or(|data| data.incarnation != destination.incarnation)
+                    || map.groups.values().all(|group| group.primary != Some(destination.node))
             }
         });
     }
@@ -168,6 +170,9 @@ impl<D, A> Drop for Call<D, A> {
 mod tests {
     use std::task::Waker;
 
+    use xsan_protocol::ids::{BootId, Epoch};
+    use xsan_protocol::map::{DataProcess, Group, Node};
+
     use super::*;
 
     const DESTINATION: Destination =
@@ -197,6 +202,45 @@ mod tests {
         calls.complete(old, Ok(Answer::Reply(Reply::Done)));
         assert!(poll(&mut call).is_pending());
         assert_eq!(calls.count(), 1);
+    }
+
+    fn map(primary: NodeId) -> ClusterMap {
+        let data = DataProcess {
+            incarnation: Incarnation(7),
+            boot_id: BootId(1),
+            shard_ports: vec![9100],
+            nbd_port: 10809,
+            stores: Vec::new(),
+        };
+        let node = Node {
+            id: NodeId(1),
+            name: "node-001".to_owned(),
+            address: std::net::IpAddr::from([127, 0, 0, 1]),
+            control_port: 8080,
+            failure_domain: String::new(),
+            voter: true,
+            data: Some(data),
+        };
+        let id = GroupId(3);
+        let (members, former) = (Vec::new(), Vec::new());
+        let group = Group { id, epoch: Epoch(1), primary: Some(primary), members, former };
+        ClusterMap {
+            nodes: [(NodeId(1), node)].into(),
+            groups: [(id, group)].into(),
+            ..ClusterMap::default()
+        }
+    }
+
+    /// A flush under way to a node that was cut off waited until the connection broke, 10 s, though the map had
+    /// moved on at once. Found by the process-level test of one-way cuts.
+    #[test]
+    fn a_flush_at_a_node_that_leads_nothing_any_more_is_given_up() {
+        let calls = Calls::default();
+        let (_, mut flush) = calls.start(Destination { group: None, ..DESTINATION });
+        calls.on_map(&map(NodeId(1)));
+        assert!(poll(&mut flush).is_pending());
+        calls.on_map(&map(NodeId(2)));
+        assert!(matches!(poll(&mut flush), Poll::Ready(Err(Code::StaleEpoch))));
     }
 
     #[test]

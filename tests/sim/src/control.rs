@@ -278,20 +278,21 @@ impl World {
         let registered = registered(&leader.known, beat.node);
         let may_grant = now - leader.quorum_at < timing().quorum_ack_age_max().as_nanos() as u64;
         let before = leader.leases.health(clock, beat.node, registered);
-        let granted = leader.leases.on_beat(clock, &beat, registered, may_grant);
+        let length = leader.leases.on_beat(clock, &beat, registered, may_grant);
         let changed = before != leader.leases.health(clock, beat.node, registered);
         let version = leader.known.version();
         if changed {
             self.after(1, Event::PlanNow);
         }
-        if let Some(incarnation) = beat.incarnation.filter(|_| granted)
+        if let Some(incarnation) = beat.incarnation
+            && let Some(length) = length
             && self.net.hears(to, from)
             && !self.random.one_in(100)
         {
             let latency = self.latency();
             self.after(
                 latency,
-                Event::Grant { host: from, grant: Grant::answer(&beat, incarnation, version) },
+                Event::Grant { host: from, grant: Grant::answer(&beat, incarnation, length, version) },
             );
         }
     }

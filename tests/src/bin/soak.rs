@@ -1,29 +1,37 @@
-//! The soak: random deaths under a verifying load, for as many minutes as wanted. Started by `tools/soak`.
+//! The soak: random faults under a verifying load, for as many minutes as wanted. Started by `tools/soak`.
 //!
-//! fio works through a bridge that reconnects, so that its own gateway's process may die as well. A second,
-//! depth-1 writer with the addresses of all gateways measures the longest stall and keeps a history of its
-//! own. Between two faults the cluster must become whole again: never are two nodes away at once.
+//! fio works through a bridge that reconnects, so that its own gateway's process may die as well. Beside it a crowd
+//! of depth-1 clients, one through each gateway, reads and writes the same pages; a new one for each fault, so that its
+//! stalls are the fault's. Between two faults the cluster must become whole again: never are two nodes away at once, but
+//! when all are killed.
 
+use std::collections::BTreeMap;
 use std::process::ExitCode;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Result, ensure};
 use clap::Parser;
-use xsan_tests::cluster::{Cluster, RESYNC_DEADLINE};
+use xsan_tests::cluster::{Cluster, RESYNC_DEADLINE, SETTLE_DEADLINE};
+use xsan_tests::crowd::{Crowd, Field, Summary};
 use xsan_tests::fio::{Job, Load};
+use xsan_tests::node::{NodeOptions, Part};
 use xsan_tests::random::Random;
+use xsan_tests::switch::Link;
 use xsan_tests::tools::Export;
-use xsan_tests::writer::{Work, Writer};
 
 const MIB: u64 = 1 << 20;
+const NODES: usize = 3;
 const VOLUME: &str = "soak";
 const FIO_BYTES: u64 = 512 * MIB;
-const WRITER_FIRST_PAGE: u64 = 600 * MIB / 4096;
-const WRITER_PAGES: u64 = 256;
+/// Where the crowds work, behind what fio writes: enough for a fault every 8 seconds for a day.
+const FIELD_FIRST_PAGE: u64 = 600 * MIB / 4096;
+const FIELD_PAGES: u64 = (2048 - 600) * MIB / 4096;
 const RECONNECT: Duration = Duration::from_secs(30);
+/// Answers that every client must have had before a fault, and after it.
+const OPERATIONS: u64 = 100;
 
-/// Kills processes at random under a verifying load.
+/// Strikes at random under a verifying load.
 #[derive(Debug, Parser)]
 struct Arguments {
     /// How long the load runs
@@ -35,6 +43,66 @@ struct Arguments {
     /// Seconds between two faults
     #[arg(long, default_value_t = 8.0)]
     interval: f64,
+    /// Not only kills: pauses, cut, lossy and slow links, and all nodes killed at once (needs root)
+    #[arg(long)]
+    all: bool,
+}
+
+/// What is done to one node, or to all.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Fault {
+    KillData,
+    KillControl,
+    KillNode,
+    PauseData,
+    PauseControl,
+    PauseNode,
+    /// From all others, both ways.
+    CutOff,
+    /// It hears nobody.
+    Deaf,
+    /// Nobody hears it.
+    Mute,
+    /// From one other, both ways; the third hears both.
+    CutPair,
+    Lossy,
+    Slow,
+    KillAll,
+}
+
+const KILLS: &[Fault] = &[Fault::KillData, Fault::KillControl, Fault::KillNode];
+const ALL: &[Fault] = &[
+    Fault::KillData,
+    Fault::KillControl,
+    Fault::KillNode,
+    Fault::PauseData,
+    Fault::PauseControl,
+    Fault::PauseNode,
+    Fault::CutOff,
+    Fault::Deaf,
+    Fault::Mute,
+    Fault::CutPair,
+    Fault::Lossy,
+    Fault::Slow,
+    Fault::KillAll,
+];
+
+/// Of all the faults of one kind.
+#[derive(Clone, Copy, Debug, Default)]
+struct Tally {
+    faults: u64,
+    operations: usize,
+    stall: Duration,
+    stall_elsewhere: Duration,
+}
+
+impl Tally {
+    fn add(&mut self, summary: &Summary) {
+        self.faults += 1;
+        self.operations += summary.operations;
+        self.stall = self.stall.max(summary.stall);
+        self.stall_elsewhere = self.stall_elsewhere.max(summary.stall_elsewhere);
+    }
 }
 
 fn main() -> ExitCode {
@@ -46,8 +114,10 @@ fn main() -> ExitCode {
         Err(error) => {
             eprintln!("the soak failed: {error:#}");
             eprintln!(
-                "again: tools/soak --minutes {} --interval {} --seed {seed}",
-                arguments.minutes, arguments.interval
+                "again: tools/soak --minutes {} --interval {} --seed {seed}{}",
+                arguments.minutes,
+                arguments.interval,
+                if arguments.all { " --all" } else { "" }
             );
             ExitCode::FAILURE
         }
@@ -55,77 +125,137 @@ fn main() -> ExitCode {
 }
 
 fn soak(arguments: &Arguments, seed: u64) -> Result<()> {
-    let mut cluster = Cluster::start(3)?;
-    cluster.create_volume(VOLUME, "1GiB", 3)?;
+    let options = NodeOptions::default();
+    let (mut cluster, kinds) = if arguments.all {
+        (Cluster::start_switched(NODES, options, seed)?, ALL)
+    } else {
+        (Cluster::start_with(NODES, options)?, KILLS)
+    };
+    cluster.create_volume(VOLUME, "2GiB", NODES)?;
     let bridge = Export::bridge(cluster.directory(), cluster.node(0).nbd, VOLUME, RECONNECT)?;
     let uri = bridge.uri();
     let runtime = Duration::from_secs_f64(arguments.minutes * 60.0);
     let job = Job { runtime: Some(runtime), ..Job::verified(&uri, 0, FIO_BYTES, seed) };
     let mut load = Load::start(&job, &cluster.directory().join("fio.json"))?;
-    let gateways = cluster.nodes().iter().map(|node| node.nbd).collect();
-    let pages = WRITER_FIRST_PAGE..WRITER_FIRST_PAGE + WRITER_PAGES;
-    let work = Work { read_percent: 30, ..Work::new(gateways, VOLUME, pages, seed) };
-    let writer = Writer::start(work)?;
 
     let mut random = Random::new(seed);
     let interval = Duration::from_secs_f64(arguments.interval);
-    let (started, mut next, mut fault_count) = (Instant::now(), Instant::now() + interval, 0);
+    let mut tallies: BTreeMap<Fault, Tally> = BTreeMap::new();
+    let (started, mut next, mut round) = (Instant::now(), Instant::now() + interval, 0);
     while load.exit_status()?.is_none() {
         if Instant::now() < next || started.elapsed() + interval > runtime {
             thread::sleep(Duration::from_millis(50));
             continue;
         }
-        let what = strike(&mut cluster, &mut random)?;
-        fault_count += 1;
-        let healthy = cluster.wait_healthy(RESYNC_DEADLINE)?;
-        let moved = healthy.groups.unwrap_or_default().resync_bytes_moved / MIB;
+        let fault = kinds[random.index(kinds.len())];
+        let at = started.elapsed().as_secs_f64();
+        let (what, summary) = strike(&mut cluster, &mut random, fault, round, seed)?;
+        tallies.entry(fault).or_default().add(&summary);
         println!(
-            "{:6.1} s  {what}; whole again, {moved} MiB resynced so far",
-            started.elapsed().as_secs_f64()
+            "{at:6.1} s  {what}; whole and linearizable, {} operations, stalls {} ms, elsewhere {} ms",
+            summary.operations,
+            summary.stall.as_millis(),
+            summary.stall_elsewhere.as_millis()
         );
+        round += 1;
         next = (next + interval).max(Instant::now());
-        writer.wait_operations(10, RECONNECT)?;
     }
 
     let outcome = load.finish(Duration::from_secs(1))?;
     ensure!(outcome.read.bytes > 0, "fio verified nothing; run for longer");
-    let report = writer.stop()?;
-    report.verify(&mut cluster.connect(1, VOLUME)?, seed)?;
-    if let Err(violation) = report.history.check() {
-        bail!(violation);
-    }
+    print(&tallies);
     println!(
-        "{fault_count} faults; fio wrote {} MiB and verified {} MiB without an error; the writer made {} operations, \
-         reconnected {} times and stalled {} ms at most; its history of {} operations is linearizable",
+        "{round} faults, no violation; fio wrote {} MiB and verified {} MiB without an error",
         outcome.write.bytes / MIB,
-        outcome.read.bytes / MIB,
-        report.operations,
-        report.reconnects,
-        report.stall.as_millis(),
-        report.history.operation_count(),
+        outcome.read.bytes / MIB
     );
     cluster.stop()
 }
 
-/// One fault at a random node, and its repair where the node does not do that itself.
-fn strike(cluster: &mut Cluster, random: &mut Random) -> Result<String> {
-    let victim = random.index(cluster.nodes().len());
-    let name = cluster.node(victim).name.clone();
-    Ok(match random.index(3) {
-        0 => {
+fn print(tallies: &BTreeMap<Fault, Tally>) {
+    println!(
+        "{:<14}{:>8}{:>14}{:>18}{:>24}",
+        "fault", "times", "operations", "longest stall", "stall of other clients"
+    );
+    for (fault, tally) in tallies {
+        println!(
+            "{:<14}{:>8}{:>14}{:>15} ms{:>21} ms",
+            format!("{fault:?}"),
+            tally.faults,
+            tally.operations,
+            tally.stall.as_millis(),
+            tally.stall_elsewhere.as_millis()
+        );
+    }
+}
+
+/// One fault under a crowd, its end, and what the crowd saw.
+fn strike(
+    cluster: &mut Cluster,
+    random: &mut Random,
+    fault: Fault,
+    round: u64,
+    seed: u64,
+) -> Result<(String, Summary)> {
+    let crowd =
+        Crowd::start(cluster, VOLUME, Field { first: FIELD_FIRST_PAGE, pages: FIELD_PAGES, round }, seed)?;
+    crowd.wait_operations(OPERATIONS, SETTLE_DEADLINE, &[])?;
+    let victim = random.index(NODES);
+    let mut touched = vec![victim];
+    // Sometimes shorter than a lease, sometimes longer.
+    let held = Duration::from_millis(random.within(200..6000));
+    let switched = |cluster: &mut Cluster, cuts: &[(usize, usize)], link: Link| {
+        cuts.iter().for_each(|(from, to)| cluster.switch().set(*from, *to, link));
+        cluster.avoid(victim);
+        thread::sleep(held);
+        cluster.heal();
+    };
+    let others = [(victim + 1) % NODES, (victim + 2) % NODES];
+    let to_victim = others.map(|other| (other, victim));
+    let from_victim = others.map(|other| (victim, other));
+    let both = [to_victim, from_victim].concat();
+    match fault {
+        Fault::KillData => {
             cluster.kill_data(victim)?;
-            format!("{name}: data process killed")
         }
-        1 => {
+        Fault::KillControl => {
             cluster.kill_control(victim)?;
-            format!("{name}: control process killed")
         }
-        _ => {
+        Fault::KillNode => {
             cluster.kill_node(victim)?;
-            // Away for a random while: sometimes shorter than its lease, sometimes longer.
-            thread::sleep(Duration::from_millis(random.within(0..4000)));
+            thread::sleep(held);
             cluster.restart(victim)?;
-            format!("{name}: killed whole and started again")
         }
-    })
+        Fault::PauseData => pause(cluster, victim, Part::Data, held)?,
+        Fault::PauseControl => pause(cluster, victim, Part::Control, held)?,
+        Fault::PauseNode => pause(cluster, victim, Part::All, held)?,
+        Fault::CutOff => switched(cluster, &both, Link::CUT),
+        Fault::Deaf => switched(cluster, &to_victim, Link::CUT),
+        Fault::Mute => switched(cluster, &from_victim, Link::CUT),
+        Fault::CutPair => {
+            touched.push(others[0]);
+            switched(cluster, &[to_victim[0], from_victim[0]], Link::CUT);
+        }
+        Fault::Lossy => switched(cluster, &both, Link::lossy(10)),
+        Fault::Slow => switched(cluster, &both, Link::slow(Duration::from_millis(50))),
+        Fault::KillAll => {
+            touched = (0..NODES).collect();
+            cluster.kill_all()?;
+            cluster.start_again(&touched)?;
+        }
+    }
+    cluster.wait_healthy(RESYNC_DEADLINE)?;
+    crowd.wait_operations(OPERATIONS, SETTLE_DEADLINE, &[])?;
+    let summary = crowd.finish(cluster, &touched)?;
+    let name = if fault == Fault::KillAll { "all nodes" } else { &cluster.node(victim).name };
+    Ok((format!("{name}: {fault:?}, {} ms", held.as_millis()), summary))
+}
+
+fn pause(cluster: &mut Cluster, victim: usize, part: Part, held: Duration) -> Result<()> {
+    cluster.avoid(victim);
+    let paused = cluster.pause(victim, part)?;
+    thread::sleep(held);
+    paused.resume();
+    cluster.heal();
+    Ok(())
 }

@@ -70,9 +70,10 @@ fn heartbeat_seeds() -> Vec<Vec<u8>> {
         stopped: Some(Incarnation(2)),
         sent: BootTime(5_000_000_000),
         map_version: MapVersion(6),
+        heard: BootTime(4_750_000_000),
     };
     let silent = Beat { incarnation: None, stopped: None, ..beat };
-    let grant = Grant::answer(&beat, Incarnation(4), MapVersion(9));
+    let grant = Grant::answer(&beat, Incarnation(4), LEASE, MapVersion(9));
     vec![
         heartbeat::encode_beat(CLUSTER, &beat),
         heartbeat::encode_beat(CLUSTER, &silent),

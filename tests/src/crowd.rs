@@ -1,0 +1,120 @@
+//! Several clients of one volume, each through a gateway of its own, and one history of them all.
+//!
+//! Each client writes pages of its own and reads everybody's, all over the groups: a gateway, a primary or a
+//! replica that lives in the past shows as a read that no order explains. Used by the tests of network faults and the soak.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail, ensure};
+
+use crate::cluster::Cluster;
+use crate::history::History;
+use crate::writer::{Pages, Work, Writer};
+
+/// Of the volume, so that pages far apart are in groups of their own.
+const PAGES_PER_CLIENT: u64 = 16;
+/// Issue: a client that reads as much as it writes sees a stale value soon.
+const READ_PERCENT: u64 = 60;
+const FLUSH_INTERVAL: u64 = 50;
+
+/// The pages of a round: others' rounds use others.
+#[derive(Clone, Copy, Debug)]
+pub struct Field {
+    /// Of the volume, for all rounds.
+    pub first: u64,
+    pub pages: u64,
+    pub round: u64,
+}
+
+impl Field {
+    /// Rounds that a field of so many pages has room for.
+    pub const fn rounds(&self, clients: u64) -> u64 {
+        self.pages / (clients * PAGES_PER_CLIENT)
+    }
+
+    const fn pages_of(&self, client: u64, clients: u64) -> Pages {
+        let step = self.rounds(clients);
+        let first = self.first + client * PAGES_PER_CLIENT * step + self.round;
+        Pages { first, step, count: PAGES_PER_CLIENT }
+    }
+}
+
+pub struct Crowd {
+    writers: Vec<Writer>,
+    volume: String,
+    seed: u64,
+}
+
+/// What came of it, when nothing was wrong.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Summary {
+    pub operations: usize,
+    pub reads: usize,
+    pub reconnects: u64,
+    /// The longest that any client waited for an answer.
+    pub stall: Duration,
+    /// The longest that the clients of gateways that were not touched waited.
+    pub stall_elsewhere: Duration,
+}
+
+impl Crowd {
+    /// One client for each node; client n begins at gateway n, and goes to others when it loses its connection.
+    pub fn start(cluster: &Cluster, volume: &str, field: Field, seed: u64) -> Result<Self> {
+        let count = cluster.nodes().len();
+        assert!(field.round < field.rounds(count as u64), "the field has no room for round {}", field.round);
+        let origin = Instant::now();
+        let pages: Vec<Pages> =
+            (0..count as u64).map(|client| field.pages_of(client, count as u64)).collect();
+        let writers: Result<Vec<Writer>> = (0..count)
+            .map(|index| {
+                let gateways = (0..count).map(|step| cluster.node((index + step) % count).nbd).collect();
+                let work = Work {
+                    read_percent: READ_PERCENT,
+                    read_pages: pages.clone(),
+                    flush_interval: FLUSH_INTERVAL,
+                    ..Work::new(gateways, volume, pages[index], seed)
+                };
+                Writer::start_at(work, origin)
+            })
+            .collect();
+        Ok(Self { writers: writers?, volume: volume.to_owned(), seed })
+    }
+
+    /// Waits until every client but those of `but` has so many more answers.
+    pub fn wait_operations(&self, more: u64, deadline: Duration, but: &[usize]) -> Result<()> {
+        let waited = self.writers.iter().enumerate().filter(|(index, _)| !but.contains(index));
+        waited.into_iter().try_for_each(|(_, writer)| writer.wait_operations(more, deadline))
+    }
+
+    /// The answers that one client has had.
+    pub fn operations(&self, client: usize) -> u64 {
+        self.writers[client].operations()
+    }
+
+    /// Stops, reads everything back through other gateways, and checks the history. `touched`: the nodes whose clients'
+    /// stalls are not counted as elsewhere.
+    ///
+    /// # Errors
+    /// A client saw an error or lost data, or the history is not linearizable.
+    pub fn finish(self, cluster: &Cluster, touched: &[usize]) -> Result<Summary> {
+        let (mut history, mut summary) = (History::default(), Summary::default());
+        let count = self.writers.len();
+        for (index, writer) in self.writers.into_iter().enumerate() {
+            let report = writer.stop()?;
+            ensure!(report.flushes > 0, "client {index} flushed nothing; let it run for longer");
+            report.verify(&mut cluster.connect((index + 1) % count, &self.volume)?, self.seed)?;
+            summary.reconnects += report.reconnects;
+            summary.stall = summary.stall.max(report.stall);
+            if !touched.contains(&index) {
+                summary.stall_elsewhere = summary.stall_elsewhere.max(report.stall);
+            }
+            history.merge(report.history);
+        }
+        summary.operations = history.operation_count();
+        summary.reads = history.read_count();
+        if let Err(violation) = history.check() {
+            bail!("seed {}: {violation}", self.seed);
+        }
+        Ok(summary)
+    }
+}

@@ -1,0 +1,78 @@
+//! Devices that fail under load: their replicas are made or led elsewhere, no client sees an error, `health` names
+//! them. The devices are loop devices; needs root.
+
+use serde_json::Value;
+use xsan_tests::cluster::{Cluster, RESYNC_DEADLINE, SETTLE_DEADLINE};
+use xsan_tests::crowd::{Crowd, Field};
+use xsan_tests::device::LoopDevice;
+use xsan_tests::node::NodeOptions;
+use xsan_tests::wait::{Look, until};
+
+const VOLUME: &str = "device";
+const VOLUME_PAGES: u64 = (256 << 20) / 4096;
+const DEVICE_BYTES: u64 = 1 << 30;
+/// Less than the volume, more than a store lays out before it is written to.
+const POOL_BYTES: u64 = 200 << 20;
+const OPERATIONS_AFTER: u64 = 200;
+const VICTIM: usize = 1;
+
+fn start(device: impl FnOnce(&Cluster) -> LoopDevice) -> Cluster {
+    let options = NodeOptions { file_size: "1GiB".to_owned(), ..NodeOptions::default() };
+    let mut cluster = Cluster::prepare(options).unwrap();
+    let device = device(&cluster);
+    cluster.use_device(VICTIM, device);
+    cluster.add_nodes(3).unwrap();
+    cluster.create_volume(VOLUME, "256MiB", 3).unwrap();
+    cluster
+}
+
+/// Waits until `health` says that the node's store failed, with the exit code of an error.
+fn wait_named(cluster: &Cluster) {
+    until("health to name the failed store", SETTLE_DEADLINE, || {
+        let answer = cluster.cli(&["--json", "health"])?;
+        let findings: Value = serde_json::from_str(&answer.stdout)?;
+        let named = findings.as_array().into_iter().flatten().any(|finding| {
+            finding["code"] == "STORE_FAILED" && finding.to_string().contains(&cluster.node(VICTIM).name)
+        });
+        Ok(if named && answer.exit_code == Some(2) { Look::Done(()) } else { Look::NotYet(answer.stdout) })
+    })
+    .unwrap();
+}
+
+#[test]
+fn a_device_that_turns_read_only_is_gone_on_without_until_it_is_mended() {
+    let cluster =
+        start(|cluster| LoopDevice::over_file(&cluster.directory().join("disk.img"), DEVICE_BYTES).unwrap());
+    let field = Field { first: 0, pages: VOLUME_PAGES, round: 0 };
+    let crowd = Crowd::start(&cluster, VOLUME, field, 90).unwrap();
+    crowd.wait_operations(OPERATIONS_AFTER, SETTLE_DEADLINE, &[]).unwrap();
+    cluster.device(VICTIM).set_read_only(true).unwrap();
+    wait_named(&cluster);
+    crowd.wait_operations(OPERATIONS_AFTER, SETTLE_DEADLINE, &[]).unwrap();
+
+    cluster.device(VICTIM).set_read_only(false).unwrap();
+    cluster.kill_data(VICTIM).unwrap();
+    cluster.wait_healthy(RESYNC_DEADLINE).unwrap();
+    crowd.wait_operations(OPERATIONS_AFTER, SETTLE_DEADLINE, &[]).unwrap();
+    let summary = crowd.finish(&cluster, &[VICTIM]).unwrap();
+    println!("a device turned read-only, was mended and its data process started again: {summary:?}");
+    assert_eq!(summary.reconnects, 1, "only the killed process's client lost its connection");
+}
+
+#[test]
+fn a_thin_device_whose_pool_is_full_is_gone_on_without() {
+    // What the store lays out at first fits; the volume's data do not.
+    let cluster = start(|_| LoopDevice::over_memory(DEVICE_BYTES, POOL_BYTES).unwrap());
+    let mut client = cluster.connect(0, VOLUME).unwrap();
+    let bytes: Vec<u8> = (0..1_u32 << 20).map(|index| (index / 7) as u8).collect();
+    for offset in (0..VOLUME_PAGES * 4096).step_by(bytes.len()) {
+        client.write(offset, &bytes).unwrap();
+    }
+    client.flush().unwrap();
+    wait_named(&cluster);
+    let mut read = vec![0; bytes.len()];
+    for offset in (0..VOLUME_PAGES * 4096).step_by(bytes.len()) {
+        client.read(offset, &mut read).unwrap();
+        assert!(read == bytes, "at {offset}");
+    }
+}
