@@ -308,7 +308,9 @@ impl World {
             let incarnation = |node: NodeId| map.nodes.get(&node)?.data.as_ref().map(|data| data.incarnation);
             let same = incarnation(call.node) == Some(call.incarnation);
             let leads = |group| map.route(group).is_some_and(|(node, ..)| node == call.node);
-            !same || call.group.is_some_and(|group| !leads(group))
+            // A flush of all that a node leads has no group.
+            let leads_any = || map.groups.values().any(|group| group.primary == Some(call.node));
+            !same || !call.group.map_or_else(leads_any, leads)
         };
         let gone: Vec<u64> =
             process.calls.iter().filter(|(_, call)| gone(call)).map(|(number, _)| *number).collect();
