@@ -258,7 +258,7 @@ impl World {
         self.start_data(host);
     }
 
-    /// Everything works again, at once or soon.
+    /// Everything works again, at once or soon; a host without power, when it gets it.
     pub fn end_faults(&mut self) {
         self.heal_network();
         for host in 0..self.hosts.len() {
@@ -273,9 +273,6 @@ impl World {
                 .is_some_and(|process| process.driver.stores().any(|store| store.status().failed));
             if failed {
                 self.kill_data(host);
-            }
-            if !self.hosts[host].powered {
-                self.power_on(host);
             }
             self.restart(host, 20 * MS);
         }

@@ -89,7 +89,7 @@ impl Campaign {
                                 }
                             }
                         }
-                        if self.progress && outcome.seeds % 100 == 0 {
+                        if self.progress && outcome.seeds.is_multiple_of(100) {
                             print_progress(&outcome, started);
                         }
                     }

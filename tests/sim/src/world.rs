@@ -535,8 +535,10 @@ impl World {
         if power {
             self.ledger.blackout();
         }
+        // One may stay away for so long that the others go on without it.
+        let late = if self.random.one_in(4) { self.random.index(self.hosts.len()) } else { usize::MAX };
         for host in 0..self.hosts.len() {
-            let wait = self.random.below(3 * SECOND);
+            let wait = self.random.below(3 * SECOND) + if host == late { 15 * SECOND } else { 0 };
             let boot = self.hosts[host].boot;
             if power {
                 self.after(wait, Event::PowerOn { host, boot });

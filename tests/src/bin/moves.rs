@@ -130,7 +130,7 @@ fn rebuild(cluster: &mut Cluster) -> Result<Phase> {
     cluster.kill_node(3)?;
     wait(cluster, "node-004 to be missed", |status| groups(status).degraded > 0)?;
     let before = moved(cluster)?;
-    let measured = measure(cluster, |status| all_whole(status))?;
+    let measured = measure(cluster, all_whole)?;
     phase(cluster, "rebuild after a death", quiet, ideal, before, measured)
 }
 
@@ -236,7 +236,7 @@ fn median(mut slices: Vec<Slice>) -> f64 {
 /// Runs the foreground until the cluster is as `reached` wants it: how long that took, and what the foreground saw.
 fn measure(
     cluster: &Cluster,
-    reached: impl Fn(&ClusterStatusReply) -> bool + Send,
+    reached: impl Fn(&ClusterStatusReply) -> bool + Sync,
 ) -> Result<(Duration, Vec<Slice>)> {
     let started = Instant::now();
     let over = AtomicBool::new(false);
