@@ -214,6 +214,36 @@ impl ControlClient {
         .await
     }
 
+    /// Has groups scrubbed.
+    pub async fn start_scrub(
+        &self,
+        request: proto::StartScrubRequest,
+    ) -> Result<proto::StartScrubReply, ClientError> {
+        self.call(Effect::Repeatable, request, |channel, request| async move {
+            cluster(channel).start_scrub(request).await
+        })
+        .await
+    }
+
+    /// Takes back what `start_scrub` asked for.
+    pub async fn stop_scrub(
+        &self,
+        request: proto::StopScrubRequest,
+    ) -> Result<proto::StopScrubReply, ClientError> {
+        self.call(Effect::Repeatable, request, |channel, request| async move {
+            cluster(channel).stop_scrub(request).await
+        })
+        .await
+    }
+
+    pub async fn scrub_status(&self) -> Result<proto::ScrubStatusReply, ClientError> {
+        let request = proto::ScrubStatusRequest {};
+        self.call(Effect::Read, request, |channel, request| async move {
+            cluster(channel).scrub_status(request).await
+        })
+        .await
+    }
+
     /// What an operator should know or mend, the worst first.
     pub async fn health(&self) -> Result<Vec<proto::Finding>, ClientError> {
         let request = proto::HealthRequest {};

@@ -8,8 +8,9 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use xsan_protocol::ids::{NodeId, StoreId};
+use xsan_protocol::ids::{GroupId, NodeId, StoreId};
 use xsan_protocol::proto;
+use xsan_protocol::proto::ScrubFindings;
 
 use crate::lease::Health;
 use crate::state::{ClusterState, Departure};
@@ -76,6 +77,19 @@ struct Seen {
 pub struct Observer {
     nodes: Option<BTreeMap<NodeId, Seen>>,
     learners: usize,
+    scrubs: Option<ScrubsSeen>,
+}
+
+/// The scrubs when they were last looked at.
+#[derive(Debug, Default)]
+struct ScrubsSeen {
+    /// When the last scrub of each group ended.
+    ended: BTreeMap<GroupId, u64>,
+    /// Groups that somebody wants scrubbed.
+    wished: usize,
+    /// What was found since somebody wanted that.
+    sum: ScrubFindings,
+    groups: usize,
 }
 
 impl Observer {
@@ -121,7 +135,51 @@ impl Observer {
             log.add(unix_ms, "resync-finished", "groups".to_owned(), message);
         }
         (self.nodes, self.learners) = (Some(nodes), learners);
+        self.look_at_scrubs(unix_ms, state, log);
     }
+
+    fn look_at_scrubs(&mut self, unix_ms: u64, state: &ClusterState, log: &mut EventLog) {
+        let wished = state.groups().filter(|(_, group)| state.scrubs(group.id).wish.is_some()).count();
+        let first = self.scrubs.is_none();
+        let seen = self.scrubs.get_or_insert_default();
+        if !first && seen.wished == 0 && wished > 0 {
+            let message = format!("{wished} groups are to be scrubbed");
+            log.add(unix_ms, "scrub-started", "groups".to_owned(), message);
+            (seen.sum, seen.groups) = (ScrubFindings::default(), 0);
+        }
+        for (_, group) in state.groups() {
+            let Some(last) = state.scrubs(group.id).last else { continue };
+            let news = seen.ended.insert(group.id, last.unix_ms) != Some(last.unix_ms);
+            let found = last.findings.unwrap_or_default();
+            if first || !news {
+                continue;
+            }
+            seen.groups += 1;
+            seen.sum.damaged_pages += found.damaged_pages;
+            seen.sum.mended_pages += found.mended_pages;
+            seen.sum.lost_pages += found.lost_pages;
+            seen.sum.differences += found.differences;
+            let kind = match found {
+                found if found.lost_pages > 0 || found.differences > 0 => "scrub-errors",
+                found if found.damaged_pages > 0 => "scrub-repaired",
+                _ => continue,
+            };
+            log.add(unix_ms, kind, format!("group {}", group.id), scrub_findings(&found));
+        }
+        if !first && seen.wished > 0 && wished == 0 {
+            let message = format!("{} groups were scrubbed: {}", seen.groups, scrub_findings(&seen.sum));
+            log.add(unix_ms, "scrub-ended", "groups".to_owned(), message);
+        }
+        seen.wished = wished;
+    }
+}
+
+/// `2 pages damaged, 2 mended, 0 lost, 0 units differ`.
+fn scrub_findings(found: &ScrubFindings) -> String {
+    let ScrubFindings { damaged_pages, mended_pages, lost_pages, differences, .. } = found;
+    format!(
+        "{damaged_pages} pages damaged, {mended_pages} mended, {lost_pages} lost, {differences} units differ"
+    )
 }
 
 fn say(unix_ms: u64, node: &Seen, kind: &str, what: &str, log: &mut EventLog) {

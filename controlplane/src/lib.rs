@@ -14,5 +14,6 @@ pub mod node;
 pub mod placement;
 pub mod raft;
 mod random;
+pub mod scrub;
 pub mod state;
 pub mod timing;

@@ -36,6 +36,7 @@ use crate::raft::log_store::{LogStore, RaftIdentity};
 use crate::raft::network::{Channels, MESSAGE_BYTES_MAX, cluster_hash};
 use crate::raft::service::Receiver;
 use crate::raft::state_machine::StateMachine;
+use crate::scrub::Scrubs;
 use crate::state::command::{Command, NewNode};
 use crate::timing::RaftTiming;
 
@@ -340,6 +341,7 @@ fn spawn_tasks(
     tasks.spawn_on(async move { leader.watch_elections().await }, raft_runtime);
     tasks.spawn(Controller::new(context.handle.clone(), Arc::clone(&context.leader)).run());
     tasks.spawn(Controller::watch_voters(context.handle.clone()));
+    tasks.spawn(Scrubs::new(context.handle.clone(), Arc::clone(&context.link)).run());
     let path = settings.data_dir.join("link.sock");
     let listener = bind(&path).map_err(|source| NodeError::Storage { path, source })?;
     let server = LinkServer {

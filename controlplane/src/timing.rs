@@ -38,6 +38,18 @@ pub const OUT_AFTER: Duration = Duration::from_secs(600);
 pub const DOWN_OUT_MIN: Duration = Duration::from_secs(5);
 /// The most that may be set; a node in maintenance is not left out at all.
 pub const DOWN_OUT_MAX: Duration = Duration::from_secs(30 * 24 * 3600);
+/// Looks at what is to be scrubbed, and commits of what was.
+pub const SCRUB_TICK: Duration = Duration::from_secs(1);
+/// Between two scrubs of a group, and two deep ones, where the cluster has no settings of its own.
+pub const SCRUB_INTERVAL: Duration = Duration::from_secs(24 * 3600);
+pub const DEEP_SCRUB_INTERVAL: Duration = Duration::from_secs(7 * 24 * 3600);
+/// The least and the most that may be set.
+pub const SCRUB_INTERVAL_MIN: Duration = Duration::from_secs(10);
+pub const SCRUB_INTERVAL_MAX: Duration = Duration::from_secs(365 * 24 * 3600);
+/// Bytes a second that a shard's scrubs read of the replicas that it leads: a TiB in six hours.
+pub const SCRUB_RATE: u64 = 50 << 20;
+pub const SCRUB_RATE_MIN: u64 = 64 << 10;
+pub const SCRUB_RATE_MAX: u64 = 100 << 30;
 /// Everything must have been well for this long before primaries are moved for balance.
 pub const BALANCE_AFTER: Duration = Duration::from_secs(5);
 /// Between two steps of moving primaries or replicas for balance.
@@ -53,6 +65,7 @@ const _: () = assert!(LEASE.as_millis() >= 4 * BEAT_INTERVAL.as_millis());
 const _: () = assert!(DOWN_OUT_MIN.as_millis() > 2 * LEASE.as_millis());
 const _: () = assert!(DOWN_OUT_MIN.as_millis() <= OUT_AFTER.as_millis());
 const _: () = assert!(OUT_AFTER.as_millis() <= DOWN_OUT_MAX.as_millis());
+const _: () = assert!(SCRUB_TICK.as_millis() < SCRUB_INTERVAL_MIN.as_millis());
 const _: () = assert!(LEASE_SLACK.as_micros() > LEASE.as_micros() / 1000);
 const _: () = assert!(STATUS_AGE_MAX.as_millis() < LEASE.as_millis());
 const _: () = assert!(DEAF_AFTER.as_millis() >= 4 * BEAT_INTERVAL.as_millis());

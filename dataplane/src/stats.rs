@@ -65,6 +65,15 @@ names! {
         RepairedPages "repaired_pages",
         /// Reads that were answered with another replica's pages.
         MendedPages "mended_pages",
+        Scrubs "scrubs",
+        /// Bytes that scrubs read of the replicas led here.
+        ScrubBytes "scrub_bytes",
+        /// Pages, of any replica, that scrubs found damaged.
+        ScrubDamagedPages "scrub_damaged_pages",
+        /// Those of them that no replica could mend.
+        ScrubLostPages "scrub_lost_pages",
+        /// Units that scrubs found to differ between replicas.
+        ScrubDifferences "scrub_differences",
     }
 }
 

@@ -68,6 +68,7 @@ checks! {
     GroupsUnavailable  "GROUPS_UNAVAILABLE"  Error   "groups have fewer live replicas than I/O needs" "bring back the nodes that are down";
     StoreFailed        "STORE_FAILED"        Error   "a store's device failed; its replicas are made elsewhere" "replace the device and restart the node's data process";
     StoreFull          "STORE_FULL"          Error   "a store is more than 95 % full; writes are refused soon" "delete or trim data, or add devices or nodes";
+    ScrubErrors        "SCRUB_ERRORS"        Error   "the last scrub of a group found replicas that differ, or damage that no replica can mend" "read the primary's log for the blocks; restore them, then scrub the group again: xsan-cli scrub start --group G";
     NodeDown           "NODE_DOWN"           Warning "a node is not heard of" "start it; if it is to stay away, set maintenance or remove it";
     DataDown           "DATA_DOWN"           Warning "a node's control process runs, its data process does not serve" "read the node's log for the reason";
     NoQuorumMargin     "NO_QUORUM_MARGIN"    Warning "one more voter lost stops the control plane" "bring voters back; three nodes bear the loss of one";
@@ -75,12 +76,14 @@ checks! {
     GroupsAtRisk       "GROUPS_AT_RISK"      Warning "one more failure stops the I/O of groups" "let nothing else go down until the resync is done";
     StoreNearfull      "STORE_NEARFULL"      Warning "a store is more than 85 % full" "delete or trim data, or add devices or nodes";
     ChecksumErrors     "CHECKSUM_ERRORS"     Warning "a store returned pages that do not match their checksum" "they are repaired from other replicas; replace the device if the number grows";
+    ScrubOverdue       "SCRUB_OVERDUE"       Warning "groups were not scrubbed for twice the interval that is set" "raise scrub-rate, or find out why their nodes are always busy: xsan-cli scrub status";
     SlowMember         "SLOW_MEMBER"         Warning "a replica answers far later than its peers" "look at the device and the network of the node";
     ClockSkew          "CLOCK_SKEW"          Warning "a node's wall clock is more than a second off" "synchronise it: leases do not need it, logs and events do";
     RemovalWaits       "REMOVAL_WAITS"       Warning "a node that leaves holds nothing any more, but serves clients" "move the clients of the named volumes to another node";
     NodeMaintenance    "NODE_MAINTENANCE"    Info    "a node is in maintenance: it leads no group and is never left out" "when the work is done: xsan-cli node maintenance NODE off";
     NodeLeaving        "NODE_LEAVING"        Info    "a node is being removed" "wait, or take it back: xsan-cli node remove --cancel NODE";
     Resync             "RESYNC"              Info    "replicas are being brought up to date" "wait";
+    ScrubRepaired      "SCRUB_REPAIRED"      Info    "the last scrub of groups met damaged pages and mended them" "nothing now; replace the device if it comes back";
     ReleasesMixed      "RELEASES_MIXED"      Info    "the nodes run different releases" "upgrade the others, one at a time";
 }
 

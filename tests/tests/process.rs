@@ -26,5 +26,7 @@ mod network;
 mod pauses;
 #[path = "process/resync.rs"]
 mod resync;
+#[path = "process/scrub.rs"]
+mod scrub;
 #[path = "process/stalls.rs"]
 mod stalls;

@@ -82,7 +82,12 @@ pub fn cluster_status() -> ClusterStatusReply {
         volume_count: 1,
         capacity_bytes: 24 * GIB,
         used_bytes: 4_500_000_000,
-        settings: Some(ClusterSettings { down_out_interval_ms: 600_000 }),
+        settings: Some(ClusterSettings {
+            down_out_interval_ms: 600_000,
+            scrub_bytes_per_second: 50 << 20,
+            scrub_interval_ms: 86_400_000,
+            deep_scrub_interval_ms: 7 * 86_400_000,
+        }),
     }
 }
 

@@ -73,6 +73,9 @@ service! {
     set_maintenance(SetMaintenanceRequest) -> NodePlan;
     remove_node(RemoveNodeRequest) -> NodePlan;
     change_settings(ChangeSettingsRequest) -> ClusterSettings;
+    start_scrub(StartScrubRequest) -> StartScrubReply;
+    stop_scrub(StopScrubRequest) -> StopScrubReply;
+    scrub_status(ScrubStatusRequest) -> ScrubStatusReply;
     health(HealthRequest) -> HealthReply;
     list_events(ListEventsRequest) -> ListEventsReply;
 }

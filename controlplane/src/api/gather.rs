@@ -26,6 +26,7 @@ pub fn local_status(context: &Context) -> proto::LocalStatusReply {
         health: context.leader.health(BootTime::now()),
         resync_bytes_per_second: context.link.resync_rate(),
         unix_ms: unix_ms(),
+        scrub_bytes_per_second: context.link.scrub_rate(),
     }
 }
 

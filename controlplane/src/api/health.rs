@@ -10,6 +10,7 @@ use xsan_protocol::proto;
 
 use super::status;
 use super::survey::Survey;
+use crate::scrub::is_overdue;
 
 /// From here on a store is nearly full, in percent.
 const NEARFULL_PERCENT: u64 = 85;
@@ -25,6 +26,7 @@ pub fn findings(survey: &Survey) -> proto::HealthReply {
     let mut found = Found::default();
     of_cluster(survey, &status, &mut found);
     of_groups(&status.groups.unwrap_or_default(), &mut found);
+    of_scrubs(survey, &mut found);
     for node in &status.nodes {
         of_node(survey, node, &mut found);
         node.stores.iter().for_each(|store| of_store(node, store, &mut found));
@@ -84,6 +86,31 @@ fn of_groups(groups: &proto::GroupCounts, found: &mut Found) {
     add(Check::GroupsAtRisk, groups.at_risk, "are one failure away from no I/O");
     let left = groups.resync_bytes_left;
     add(Check::Resync, groups.resyncing, &format!("bring a replica up to date, {left} bytes are left"));
+}
+
+fn of_scrubs(survey: &Survey, found: &mut Found) {
+    let (settings, state) = (survey.state.settings(), &survey.state);
+    let (mut total, mut overdue, mut mended) = (0, 0, 0);
+    for (_, group) in state.groups() {
+        let scrubs = state.scrubs(group.id);
+        total += 1;
+        overdue += u64::from(is_overdue(&settings, &scrubs, survey.unix_ms));
+        let findings = scrubs.last.and_then(|last| last.findings).unwrap_or_default();
+        mended += u64::from(findings.mended_pages > 0);
+        let (lost, different) = (findings.lost_pages, findings.differences);
+        if lost > 0 || different > 0 {
+            let message =
+                format!("{lost} pages can not be mended, {different} units differ between replicas");
+            found.add(Check::ScrubErrors, format!("group {}", group.id), message);
+        }
+    }
+    let mut add = |check, count: u64, what: &str| {
+        if count > 0 {
+            found.add(check, "groups".to_owned(), format!("{count} of {total} groups {what}"));
+        }
+    };
+    add(Check::ScrubOverdue, overdue, "are overdue for a scrub");
+    add(Check::ScrubRepaired, mended, "had damaged pages, which were mended");
 }
 
 fn of_node(survey: &Survey, status: &proto::NodeStatus, found: &mut Found) {

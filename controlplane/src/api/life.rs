@@ -25,7 +25,7 @@ const RATE_ASSUMED: u64 = 100 << 20;
 /// A node may be filled so far, in percent, by what another one leaves to it.
 const FILL_PERCENT_MAX: u64 = 90;
 /// Blocks of a volume that are looked at to see whether it has one in a lost group: of so many, every group has one.
-const BLOCKS_LOOKED_AT: u64 = 65_536;
+pub const BLOCKS_LOOKED_AT: u64 = 65_536;
 
 /// # Errors
 /// 111 `MaintenanceStopsIo`, 106 `NodeNotFound`.

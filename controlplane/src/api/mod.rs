@@ -13,7 +13,8 @@ mod health;
 pub mod internal;
 mod life;
 #[cfg(test)]
-mod sample;
+pub mod sample;
+mod scrub;
 mod status;
 mod survey;
 
@@ -35,7 +36,7 @@ use crate::link::Link;
 use crate::raft::handle::RaftHandle;
 use crate::raft::network::Channels;
 use crate::state::ClusterState;
-use crate::state::command::{Command, NewVolume, Reply};
+use crate::state::command::{Command, NewVolume, Reply, SettingsChange};
 use error::ApiError;
 use survey::Survey;
 
@@ -255,11 +256,40 @@ impl Cluster for Context {
         let (context, request) = (self.clone(), request.into_inner());
         self.answer(async move {
             let interval = request.down_out_interval_ms;
-            let down_out_interval = (interval != 0).then(|| Duration::from_millis(interval));
-            context.propose(Command::ChangeSettings { down_out_interval }).await?;
+            let change = SettingsChange {
+                down_out_interval: (interval != 0).then(|| Duration::from_millis(interval)),
+                scrub_bytes_per_second: request.scrub_bytes_per_second,
+                scrub_interval: request.scrub_interval_ms.map(Duration::from_millis),
+                deep_scrub_interval: request.deep_scrub_interval_ms.map(Duration::from_millis),
+            };
+            context.propose(Command::ChangeSettings(change)).await?;
             Ok(status::settings(&context.handle.state()))
         })
         .await
+    }
+
+    async fn start_scrub(
+        &self,
+        request: Request<proto::StartScrubRequest>,
+    ) -> Result<Response<proto::StartScrubReply>, Status> {
+        let (context, request) = (self.clone(), request.into_inner());
+        self.answer(async move { scrub::start(&context, request).await }).await
+    }
+
+    async fn stop_scrub(
+        &self,
+        _: Request<proto::StopScrubRequest>,
+    ) -> Result<Response<proto::StopScrubReply>, Status> {
+        let context = self.clone();
+        self.answer(async move { scrub::stop(&context).await }).await
+    }
+
+    async fn scrub_status(
+        &self,
+        _: Request<proto::ScrubStatusRequest>,
+    ) -> Result<Response<proto::ScrubStatusReply>, Status> {
+        let context = self.clone();
+        self.answer(async move { Ok(scrub::show(&Survey::take(&context).await)) }).await
     }
 
     async fn health(&self, _: Request<proto::HealthRequest>) -> Result<Response<proto::HealthReply>, Status> {

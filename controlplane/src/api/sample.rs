@@ -11,6 +11,8 @@ use super::survey::{Answer, Survey};
 use crate::state::ClusterState;
 use crate::state::command::{Command, NewNode, NewVolume};
 
+/// When surveys are taken; the volume was made then, too.
+pub const NOW_UNIX_MS: u64 = 1_795_000_000_000;
 /// Of each node's one store.
 pub const CAPACITY: u64 = 1000;
 
@@ -50,7 +52,7 @@ pub fn state(node_count: u32, replica_count: u8) -> ClusterState {
         replica_count,
         policy: String::new(),
         durability: Durability::OnFlush,
-        created_unix_ms: 1,
+        created_unix_ms: NOW_UNIX_MS,
         request: 1,
         group_count: 256,
     }));
@@ -85,5 +87,5 @@ pub fn answers(node_count: u32, down: &[u32]) -> HashMap<NodeId, Answer> {
 }
 
 pub fn survey(state: &ClusterState, answers: HashMap<NodeId, Answer>) -> Survey {
-    Survey::new(Arc::new(state.clone()), answers, NodeId(1), 1)
+    Survey::new(Arc::new(state.clone()), answers, NodeId(1), 1, NOW_UNIX_MS)
 }

@@ -51,7 +51,13 @@ pub fn volume(state: &ClusterState, volume: &Volume) -> proto::VolumeStatus {
 }
 
 pub fn settings(state: &ClusterState) -> proto::ClusterSettings {
-    proto::ClusterSettings { down_out_interval_ms: milliseconds(state.settings().down_out_interval) }
+    let settings = state.settings();
+    proto::ClusterSettings {
+        down_out_interval_ms: milliseconds(settings.down_out_interval),
+        scrub_bytes_per_second: settings.scrub_bytes_per_second,
+        scrub_interval_ms: milliseconds(settings.scrub_interval),
+        deep_scrub_interval_ms: milliseconds(settings.deep_scrub_interval),
+    }
 }
 
 /// The whole cluster.

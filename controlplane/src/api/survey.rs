@@ -33,6 +33,8 @@ pub struct Survey {
     /// 0: none.
     pub leader: NodeId,
     pub term: u64,
+    /// When it was taken, by this node's wall clock.
+    pub unix_ms: u64,
 }
 
 impl Survey {
@@ -51,6 +53,7 @@ impl Survey {
             answers.into_iter().flatten().collect(),
             leader,
             context.handle.metrics().current_term,
+            unix_ms(),
         )
     }
 
@@ -59,10 +62,11 @@ impl Survey {
         answers: HashMap<NodeId, Answer>,
         leader: NodeId,
         term: u64,
+        unix_ms: u64,
     ) -> Self {
         let health = answers.values().flat_map(|answer| &answer.status.health);
         let health = health.map(|health| (NodeId(health.node), *health)).collect();
-        Self { state, answers, health, leader, term }
+        Self { state, answers, health, leader, term, unix_ms }
     }
 
     /// Does `node` serve, as far as is known? Without a leader nobody has a reason to think otherwise.

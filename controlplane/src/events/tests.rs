@@ -1,5 +1,6 @@
 use super::*;
 use crate::state::command::{Command, NewNode};
+use crate::state::scrub::ScrubEnd;
 
 fn cluster(count: u32) -> ClusterState {
     let mut state = ClusterState::default();
@@ -70,4 +71,35 @@ fn the_oldest_events_are_dropped() {
     }
     let events = log.list();
     assert_eq!((events.len(), events[0].unix_ms), (EVENTS_MAX, 7));
+}
+
+#[test]
+fn scrubs_are_told_when_somebody_asked_for_them_or_they_found_something() {
+    let mut state = crate::api::sample::state(3, 3);
+    let (mut observer, mut log) = (Observer::default(), EventLog::default());
+    let group = state.groups().next().expect("a group").1.id;
+    observer.look(1, &state, |_| Health::Up, &mut log);
+    let wish = proto::ScrubWish { deep: true, unix_ms: 5 };
+    state.apply(&Command::WishScrubs { groups: vec![group], wish: Some(wish) });
+    observer.look(2, &state, |_| Health::Up, &mut log);
+    let findings = ScrubFindings { damaged_pages: 2, mended_pages: 2, ..Default::default() };
+    let mut end = ScrubEnd { group, deep: true, number: 5, findings };
+    state.apply(&Command::EndScrubs { unix_ms: 6, ends: vec![end] });
+    observer.look(3, &state, |_| Health::Up, &mut log);
+    // A regular one, which nobody asked for and which is clean, and one that is not.
+    (end.number, end.findings) = (state.scrubs(group).deep_unix_ms, ScrubFindings::default());
+    state.apply(&Command::EndScrubs { unix_ms: u64::MAX - 9, ends: vec![end] });
+    observer.look(4, &state, |_| Health::Up, &mut log);
+    (end.number, end.findings.differences) = (state.scrubs(group).deep_unix_ms, 1);
+    state.apply(&Command::EndScrubs { unix_ms: u64::MAX - 8, ends: vec![end] });
+    observer.look(5, &state, |_| Health::Up, &mut log);
+    let object = format!("group {group}");
+    let expected = [
+        ("scrub-started", "groups"),
+        ("scrub-repaired", &object),
+        ("scrub-ended", "groups"),
+        ("scrub-errors", &object),
+    ];
+    assert_eq!(kinds(&log), pairs(&expected));
+    assert!(log.list()[2].message.contains("1 groups were scrubbed: 2 pages damaged, 2 mended"));
 }

@@ -32,7 +32,7 @@ use crate::timing::STATUS_AGE_MAX;
 /// Grants that wait for the data process to act on a newer map; more are dropped, newer ones come.
 const GRANTS_MAX: usize = 16;
 
-/// The rate of resync is measured over this time: some beats of the status, and soon zero when it ends.
+/// The rates of resync and scrubs are measured over this time: some beats of the status, and soon zero when it ends.
 const RATE_WINDOW: Duration = Duration::from_secs(5);
 
 /// Shared by the server of the link, the heartbeats and the API.
@@ -68,8 +68,28 @@ struct Linked {
     /// Open gateway sessions per volume.
     opened: BTreeMap<VolumeId, u32>,
     failed_stores: BTreeSet<StoreId>,
-    /// Bytes that resync had moved at times of the last `RATE_WINDOW`, oldest first.
-    moved: VecDeque<(BootTime, u64)>,
+    /// Bytes that resync has moved, and that scrubs have read.
+    moved: Rate,
+    scrubbed: Rate,
+}
+
+/// A number that grows, at times of the last `RATE_WINDOW`, oldest first.
+#[derive(Default)]
+struct Rate(VecDeque<(BootTime, u64)>);
+
+impl Rate {
+    fn add(&mut self, now: BootTime, number: u64) {
+        self.0.push_back((now, number));
+        while self.0.front().is_some_and(|(at, _)| now.since(*at) > RATE_WINDOW) {
+            self.0.pop_front();
+        }
+    }
+
+    fn per_second(&self) -> u64 {
+        let (Some((from, before)), Some((to, after))) = (self.0.front(), self.0.back()) else { return 0 };
+        let ms = u64::try_from(to.since(*from).as_millis()).unwrap_or(u64::MAX);
+        after.saturating_sub(*before).saturating_mul(1000).checked_div(ms).unwrap_or(0)
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -200,7 +220,8 @@ impl Link {
             requests: HashMap::new(),
             opened: BTreeMap::new(),
             failed_stores,
-            moved: VecDeque::new(),
+            moved: Rate::default(),
+            scrubbed: Rate::default(),
         });
         self.changed.notify_one();
         Ok(connection)
@@ -221,10 +242,8 @@ impl Link {
         linked.confirmed = linked.confirmed.max(MapVersion(status.map_version));
         let failed = status.stores.iter().filter(|store| store.failed).map(|store| StoreId(store.id));
         let news: Vec<_> = failed.filter(|store| linked.failed_stores.insert(*store)).collect();
-        linked.moved.push_back((now, status.resync_bytes_moved));
-        while linked.moved.front().is_some_and(|(at, _)| now.since(*at) > RATE_WINDOW) {
-            linked.moved.pop_front();
-        }
+        linked.moved.add(now, status.resync_bytes_moved);
+        linked.scrubbed.add(now, status.scrub_bytes);
         linked.status = Some(status);
         self.pass_on(linked);
         if was_silent || first {
@@ -264,12 +283,24 @@ impl Link {
 
     /// Bytes a second that resync has moved to or from the data process, lately.
     pub fn resync_rate(&self) -> u64 {
+        self.lock().linked.as_ref().map_or(0, |linked| linked.moved.per_second())
+    }
+
+    /// Bytes a second that the data process has scrubbed of the groups it leads, lately.
+    pub fn scrub_rate(&self) -> u64 {
+        self.lock().linked.as_ref().map_or(0, |linked| linked.scrubbed.per_second())
+    }
+
+    /// Names the present connection, while the data process answers on it.
+    pub fn connection(&self) -> Option<u64> {
         let inner = self.lock();
-        let moved = inner.linked.as_ref().map(|linked| &linked.moved);
-        let ends = moved.and_then(|moved| Some((*moved.front()?, *moved.back()?)));
-        let Some(((from, before), (to, after))) = ends else { return 0 };
-        let ms = u64::try_from(to.since(from).as_millis()).unwrap_or(u64::MAX);
-        after.saturating_sub(before).saturating_mul(1000).checked_div(ms).unwrap_or(0)
+        inner.linked.as_ref().filter(|linked| linked.status.is_some()).map(|linked| linked.connection)
+    }
+
+    /// Tells the data process something that is not answered; `false` when it can not be told now.
+    pub fn tell(&self, body: Body) -> bool {
+        let message = proto::LinkMessage { request_id: 0, body: Some(body) };
+        self.lock().linked.as_ref().is_some_and(|linked| linked.outbound.try_send(message).is_ok())
     }
 
     /// Counts an opened session. Returns whether it is the first of its volume.

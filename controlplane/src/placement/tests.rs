@@ -11,7 +11,7 @@ use super::balance::balance;
 use super::decide::decide;
 use super::*;
 use crate::lease::Health;
-use crate::state::command::{Command, GroupChange, NewNode, NewVolume};
+use crate::state::command::{Command, GroupChange, NewNode, NewVolume, SettingsChange};
 use crate::state::{ClusterState, Departure};
 
 const GROUP: GroupId = GroupId::new(PoolId(1), 0);
@@ -728,7 +728,10 @@ mod planner {
     fn the_time_is_a_setting_of_the_cluster() {
         let mut cluster = Cluster4::new();
         let down_out_interval = Some(Duration::from_secs(30));
-        cluster.cluster.state.apply(&Command::ChangeSettings { down_out_interval });
+        cluster
+            .cluster
+            .state
+            .apply(&Command::ChangeSettings(SettingsChange { down_out_interval, ..Default::default() }));
         assert_eq!(cluster.pass(25), 0);
         assert!(cluster.pass(15) > 0);
     }

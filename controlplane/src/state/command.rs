@@ -20,6 +20,7 @@ use xsan_protocol::proto::command as body;
 
 use super::Departure;
 use super::error::Refusal;
+use super::scrub::ScrubEnd;
 
 #[derive(Clone, Debug, PartialEq)]
 pub enum Command {
@@ -68,9 +69,27 @@ pub enum Command {
     RemoveNode {
         node: NodeId,
     },
-    ChangeSettings {
-        down_out_interval: Option<Duration>,
+    ChangeSettings(SettingsChange),
+    /// Groups are to be scrubbed; without a wish, no more than the intervals say.
+    WishScrubs {
+        groups: Vec<GroupId>,
+        wish: Option<proto::ScrubWish>,
     },
+    /// Scrubs of one node have ended.
+    EndScrubs {
+        unix_ms: u64,
+        ends: Vec<ScrubEnd>,
+    },
+}
+
+/// Settings that change; the others stay.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SettingsChange {
+    pub down_out_interval: Option<Duration>,
+    pub scrub_bytes_per_second: Option<u64>,
+    /// Zero: off.
+    pub scrub_interval: Option<Duration>,
+    pub deep_scrub_interval: Option<Duration>,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -208,8 +227,19 @@ impl From<&Command> for proto::Command {
                 departure: proto::Departure::from(*departure) as i32,
             }),
             Command::RemoveNode { node } => Body::RemoveNode(body::RemoveNode { node: node.0 }),
-            Command::ChangeSettings { down_out_interval } => Body::ChangeSettings(body::ChangeSettings {
-                down_out_interval_ms: down_out_interval.map_or(0, milliseconds),
+            Command::ChangeSettings(change) => Body::ChangeSettings(body::ChangeSettings {
+                down_out_interval_ms: change.down_out_interval.map_or(0, milliseconds),
+                scrub_bytes_per_second: change.scrub_bytes_per_second,
+                scrub_interval_ms: change.scrub_interval.map(milliseconds),
+                deep_scrub_interval_ms: change.deep_scrub_interval.map(milliseconds),
+            }),
+            Command::WishScrubs { groups, wish } => Body::WishScrubs(body::WishScrubs {
+                groups: groups.iter().map(|group| group.0).collect(),
+                wish: *wish,
+            }),
+            Command::EndScrubs { unix_ms, ends } => Body::EndScrubs(body::EndScrubs {
+                unix_ms: *unix_ms,
+                scrubs: ends.iter().map(proto::ScrubReport::from).collect(),
             }),
         };
         Self { body: Some(body) }
@@ -318,10 +348,20 @@ impl TryFrom<proto::Command> for Command {
             Body::RemoveNode(remove) => Self::RemoveNode { node: NodeId(remove.node) },
             Body::ChangeSettings(settings) => {
                 let interval = settings.down_out_interval_ms;
-                Self::ChangeSettings {
+                Self::ChangeSettings(SettingsChange {
                     down_out_interval: (interval != 0).then(|| Duration::from_millis(interval)),
-                }
+                    scrub_bytes_per_second: settings.scrub_bytes_per_second,
+                    scrub_interval: settings.scrub_interval_ms.map(Duration::from_millis),
+                    deep_scrub_interval: settings.deep_scrub_interval_ms.map(Duration::from_millis),
+                })
             }
+            Body::WishScrubs(wish) => {
+                Self::WishScrubs { groups: wish.groups.into_iter().map(GroupId).collect(), wish: wish.wish }
+            }
+            Body::EndScrubs(ended) => Self::EndScrubs {
+                unix_ms: ended.unix_ms,
+                ends: ended.scrubs.into_iter().map(ScrubEnd::try_from).collect::<Result<_, _>>()?,
+            },
         })
     }
 }
@@ -427,7 +467,9 @@ impl fmt::Display for Command {
             }
             Self::LeaveNode { node, departure } => write!(f, "node {node}: {departure:?}"),
             Self::RemoveNode { node } => write!(f, "remove node {node}"),
-            Self::ChangeSettings { .. } => f.write_str("change settings"),
+            Self::ChangeSettings(_) => f.write_str("change settings"),
+            Self::WishScrubs { groups, .. } => write!(f, "scrubs of {} groups asked for", groups.len()),
+            Self::EndScrubs { ends, .. } => write!(f, "{} scrubs ended", ends.len()),
         }
     }
 }

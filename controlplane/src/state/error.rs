@@ -58,8 +58,8 @@ pub enum StateError {
     NodeStays { name: String },
     #[error("node {name} can not leave yet: {reason}")]
     NodeBusy { name: String, reason: &'static str },
-    #[error("{field}: {value_ms} ms is not between {min_ms} and {max_ms}")]
-    SettingInvalid { field: &'static str, value_ms: u64, min_ms: u64, max_ms: u64 },
+    #[error("{field}: {value} {unit} is not between {min} and {max}")]
+    SettingInvalid { field: &'static str, value: u64, unit: &'static str, min: u64, max: u64 },
     #[error("group {group}: {problem}")]
     GroupInvalid { group: GroupId, problem: &'static str },
 }

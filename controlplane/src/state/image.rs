@@ -14,9 +14,9 @@ use xsan_protocol::ids::{GroupId, MapVersion, NodeId, PoolId, VolumeId};
 use xsan_protocol::map::{Group, MapError, Node, Pool, Volume};
 use xsan_protocol::proto;
 
-use super::command::milliseconds;
+use super::command::{SettingsChange, milliseconds};
+use super::scrub::GroupScrubs;
 use super::{ClusterState, Departure, NextIds, NodePrivate, Touched, lineage_of};
-use crate::timing::{DOWN_OUT_MAX, DOWN_OUT_MIN, OUT_AFTER};
 
 /// Names a record of the applied state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -144,6 +144,9 @@ impl ClusterState {
             next_pool: u32::from(self.next.pool.0),
             voters: self.voters.iter().map(|node| node.0).collect(),
             down_out_interval_ms: milliseconds(self.settings.down_out_interval),
+            scrub_bytes_per_second: Some(self.settings.scrub_bytes_per_second),
+            scrub_interval_ms: Some(milliseconds(self.settings.scrub_interval)),
+            deep_scrub_interval_ms: Some(milliseconds(self.settings.deep_scrub_interval)),
         }
     }
 
@@ -161,7 +164,15 @@ impl ClusterState {
 
     fn group_record(&self, id: GroupId) -> Option<proto::GroupRecord> {
         let group = self.map.groups.get(&id)?;
-        Some(proto::GroupRecord { group: Some(group.into()), primary_since: self.primary_since(id).0 })
+        let scrubs = self.scrubs(id);
+        Some(proto::GroupRecord {
+            group: Some(group.into()),
+            primary_since: self.primary_since(id).0,
+            light_scrub_unix_ms: scrubs.light_unix_ms,
+            deep_scrub_unix_ms: scrubs.deep_unix_ms,
+            last_scrub: scrubs.last,
+            scrub_wish: scrubs.wish,
+        })
     }
 
     fn volume_record(&self, id: VolumeId) -> Option<proto::VolumeRecord> {
@@ -172,11 +183,16 @@ impl ClusterState {
 
     fn load_head(&mut self, head: proto::StateHead) -> Result<(), ImageError> {
         let pool = u16::try_from(head.next_pool).map_err(|_| ImageError::Field { field: "next_pool" })?;
-        self.settings.down_out_interval = match Duration::from_millis(head.down_out_interval_ms) {
-            Duration::ZERO => OUT_AFTER,
-            interval if (DOWN_OUT_MIN..=DOWN_OUT_MAX).contains(&interval) => interval,
-            _ => return Err(ImageError::Field { field: "down_out_interval_ms" }),
+        let change = SettingsChange {
+            down_out_interval: Some(head.down_out_interval_ms)
+                .filter(|interval| *interval != 0)
+                .map(Duration::from_millis),
+            scrub_bytes_per_second: head.scrub_bytes_per_second,
+            scrub_interval: head.scrub_interval_ms.map(Duration::from_millis),
+            deep_scrub_interval: head.deep_scrub_interval_ms.map(Duration::from_millis),
         };
+        self.change_settings(&change, &mut Touched::default())
+            .map_err(|_| ImageError::Field { field: "settings" })?;
         self.map.version = MapVersion(head.map_version);
         self.map.cluster_id = head.cluster_id;
         self.voters = head.voters.into_iter().map(NodeId).collect::<BTreeSet<_>>();
@@ -206,6 +222,13 @@ impl ClusterState {
 
     fn load_group(&mut self, record: proto::GroupRecord) -> Result<(), ImageError> {
         let group = Group::try_from(record.group.ok_or(ImageError::Field { field: "group" })?)?;
+        let scrubs = GroupScrubs {
+            light_unix_ms: record.light_scrub_unix_ms,
+            deep_unix_ms: record.deep_scrub_unix_ms,
+            last: record.last_scrub,
+            wish: record.scrub_wish,
+        };
+        self.set_scrubs(group.id, scrubs);
         self.primary_since.insert(group.id, MapVersion(record.primary_since));
         self.map.groups.insert(group.id, group);
         Ok(())

@@ -7,14 +7,13 @@
 //! - A node leaves the map only when it is a member of no group and votes no more; unless it is given up for lost, it
 //!   serves no client either.
 
-use std::time::Duration;
-
 use xsan_protocol::ids::{GroupId, NodeId};
 use xsan_protocol::map::{Group, Pool};
 use xsan_protocol::placement;
 
-use super::command::{Reply, milliseconds};
+use super::command::{Reply, SettingsChange, milliseconds};
 use super::error::StateError;
+use super::scrub::check_settings;
 use super::{ClusterState, Departure, NodePrivate, Settings, Touched};
 use crate::timing::{DOWN_OUT_MAX, DOWN_OUT_MIN};
 
@@ -157,22 +156,30 @@ impl ClusterState {
 
     pub(super) fn change_settings(
         &mut self,
-        down_out_interval: Option<Duration>,
+        change: &SettingsChange,
         touched: &mut Touched,
     ) -> Result<Reply, StateError> {
-        let Some(interval) = down_out_interval else { return Ok(Reply::Done) };
-        if !(DOWN_OUT_MIN..=DOWN_OUT_MAX).contains(&interval) {
+        let intervals = DOWN_OUT_MIN..=DOWN_OUT_MAX;
+        if let Some(interval) = change.down_out_interval.filter(|interval| !intervals.contains(interval)) {
             return Err(StateError::SettingInvalid {
                 field: "down-out-interval",
-                value_ms: milliseconds(interval),
-                min_ms: milliseconds(DOWN_OUT_MIN),
-                max_ms: milliseconds(DOWN_OUT_MAX),
+                value: milliseconds(interval),
+                unit: "ms",
+                min: milliseconds(DOWN_OUT_MIN),
+                max: milliseconds(DOWN_OUT_MAX),
             });
         }
-        if self.settings.down_out_interval != interval {
-            self.settings.down_out_interval = interval;
-            touched.settings = true;
-        }
+        check_settings(change)?;
+        let before = self.settings;
+        let SettingsChange { down_out_interval, scrub_bytes_per_second, scrub_interval, deep_scrub_interval } =
+            *change;
+        self.settings = Settings {
+            down_out_interval: down_out_interval.unwrap_or(before.down_out_interval),
+            scrub_bytes_per_second: scrub_bytes_per_second.unwrap_or(before.scrub_bytes_per_second),
+            scrub_interval: scrub_interval.unwrap_or(before.scrub_interval),
+            deep_scrub_interval: deep_scrub_interval.unwrap_or(before.deep_scrub_interval),
+        };
+        touched.settings = self.settings != before;
         Ok(Reply::Done)
     }
 }

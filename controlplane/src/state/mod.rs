@@ -16,6 +16,7 @@ mod group;
 pub mod image;
 mod life;
 mod node;
+pub mod scrub;
 mod volume;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -28,8 +29,9 @@ use xsan_protocol::placement::Candidate;
 
 use command::{Command, Reply};
 use error::StateError;
+use scrub::GroupScrubs;
 
-use crate::timing::OUT_AFTER;
+use crate::timing::{DEEP_SCRUB_INTERVAL, OUT_AFTER, SCRUB_INTERVAL, SCRUB_RATE};
 
 #[derive(Clone, Debug, PartialEq)]
 pub struct ClusterState {
@@ -41,6 +43,7 @@ pub struct ClusterState {
     primary_since: HashMap<GroupId, MapVersion>,
     /// The request that made each volume.
     requests: BTreeMap<VolumeId, u64>,
+    scrubs: HashMap<GroupId, GroupScrubs>,
     settings: Settings,
     next: NextIds,
 }
@@ -54,6 +57,7 @@ impl Default for ClusterState {
             nodes: BTreeMap::new(),
             primary_since: HashMap::new(),
             requests: BTreeMap::new(),
+            scrubs: HashMap::new(),
             settings: Settings::default(),
             next,
         }
@@ -91,11 +95,21 @@ pub enum Departure {
 pub struct Settings {
     /// A node gone for this long is left out of placement.
     pub down_out_interval: Duration,
+    /// That each shard reads of the groups it leads.
+    pub scrub_bytes_per_second: u64,
+    /// Zero: only when asked for.
+    pub scrub_interval: Duration,
+    pub deep_scrub_interval: Duration,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { down_out_interval: OUT_AFTER }
+        Self {
+            down_out_interval: OUT_AFTER,
+            scrub_bytes_per_second: SCRUB_RATE,
+            scrub_interval: SCRUB_INTERVAL,
+            deep_scrub_interval: DEEP_SCRUB_INTERVAL,
+        }
     }
 }
 
@@ -184,9 +198,9 @@ impl ClusterState {
             }
             Command::LeaveNode { node, departure } => self.leave_node(*node, *departure, &mut touched),
             Command::RemoveNode { node } => self.remove_node(*node, &mut touched),
-            Command::ChangeSettings { down_out_interval } => {
-                self.change_settings(*down_out_interval, &mut touched)
-            }
+            Command::ChangeSettings(change) => self.change_settings(change, &mut touched),
+            Command::WishScrubs { groups, wish } => Ok(self.wish_scrubs(groups, *wish, &mut touched)),
+            Command::EndScrubs { unix_ms, ends } => Ok(self.end_scrubs(ends, *unix_ms, &mut touched)),
         };
         if !touched.is_empty() {
             self.map.version = self.next_version();

@@ -1,9 +1,11 @@
-use super::command::{GroupChange, NewNode, NewVolume};
+use super::command::{GroupChange, NewNode, NewVolume, SettingsChange};
+use super::scrub::ScrubEnd;
 use super::*;
 use xsan_protocol::error::Code;
 use xsan_protocol::ids::{BootId, Incarnation, ShardIndex, StoreId};
 use xsan_protocol::limits::GROUPS_PER_POOL;
 use xsan_protocol::map::{DamagedStore, DataProcess, Durability, Store};
+use xsan_protocol::proto;
 
 fn new_node(name: &str, instance: u64) -> Command {
     Command::AddNode(NewNode {
@@ -263,6 +265,11 @@ fn a_failed_store_of_an_earlier_life_is_old_news() {
     assert_eq!(state.candidates(&BTreeSet::new()).len(), 2);
 }
 
+fn scrub_end(group: GroupId, number: u64) -> ScrubEnd {
+    let findings = proto::ScrubFindings { damaged_pages: 2, mended_pages: 1, ..Default::default() };
+    ScrubEnd { group, deep: true, number, findings }
+}
+
 #[test]
 fn records_and_images_give_the_same_state_again() {
     let mut state = cluster();
@@ -271,7 +278,19 @@ fn records_and_images_give_the_same_state_again() {
     state.apply(&started(2, 2001, true));
     state.apply(&maintenance(3, true));
     state.apply(&leave(2, Departure::Lost));
-    state.apply(&Command::ChangeSettings { down_out_interval: Some(Duration::from_secs(60)) });
+    state.apply(&Command::ChangeSettings(SettingsChange {
+        down_out_interval: Some(Duration::from_secs(60)),
+        ..Default::default()
+    }));
+    state.apply(&Command::ChangeSettings(SettingsChange {
+        scrub_interval: Some(Duration::ZERO),
+        scrub_bytes_per_second: Some(1 << 20),
+        ..Default::default()
+    }));
+    let group = any_group(&state).id;
+    let wish = proto::ScrubWish { deep: true, unix_ms: 6 };
+    state.apply(&Command::WishScrubs { groups: vec![group, GroupId(group.0 + 1)], wish: Some(wish) });
+    state.apply(&Command::EndScrubs { unix_ms: 8, ends: vec![scrub_end(group, 6)] });
     assert_eq!(ClusterState::from_image(state.image()).expect("a good image"), state);
     let records: Vec<_> = state.records(&state.all()).into_iter().map(|(k, v)| (k.encode(), v)).collect();
     let pairs = records.iter().map(|(k, v)| (k.as_slice(), v.as_deref().expect("all exist")));
@@ -300,6 +319,7 @@ fn commands_and_replies_survive_their_encoding() {
         state
     };
     let group = any_group(&state);
+    let wish = proto::ScrubWish { deep: true, unix_ms: 6 };
     let commands = [
         new_node("a", 1),
         started(1, 2, true),
@@ -321,8 +341,20 @@ fn commands_and_replies_survive_their_encoding() {
         leave(3, Departure::Lost),
         leave(3, Departure::Stays),
         Command::RemoveNode { node: NodeId(3) },
-        Command::ChangeSettings { down_out_interval: Some(Duration::from_secs(60)) },
-        Command::ChangeSettings { down_out_interval: None },
+        Command::ChangeSettings(SettingsChange {
+            down_out_interval: Some(Duration::from_secs(60)),
+            ..Default::default()
+        }),
+        Command::ChangeSettings(SettingsChange::default()),
+        Command::ChangeSettings(SettingsChange {
+            scrub_bytes_per_second: Some(1 << 20),
+            scrub_interval: Some(Duration::ZERO),
+            deep_scrub_interval: Some(Duration::from_secs(60)),
+            ..Default::default()
+        }),
+        Command::WishScrubs { groups: vec![GroupId(7)], wish: Some(wish) },
+        Command::WishScrubs { groups: vec![], wish: None },
+        Command::EndScrubs { unix_ms: 8, ends: vec![scrub_end(GroupId(7), 6)] },
     ];
     for command in commands {
         assert_eq!(Command::decode(&command.encode()), Ok(command.clone()));
@@ -449,7 +481,12 @@ fn a_lost_node_takes_its_sessions_along_and_the_last_node_stays() {
 #[test]
 fn settings_are_kept_within_bounds() {
     let mut state = cluster();
-    let set = |seconds| Command::ChangeSettings { down_out_interval: Some(Duration::from_secs(seconds)) };
+    let set = |seconds| {
+        Command::ChangeSettings(SettingsChange {
+            down_out_interval: Some(Duration::from_secs(seconds)),
+            ..Default::default()
+        })
+    };
     let version = state.version();
     assert_eq!(state.apply(&set(60)).0, Reply::Done);
     assert!(state.version() > version, "every node is told");

@@ -31,6 +31,7 @@ impl ClusterState {
         let id = self.next.volume;
         let next = VolumeId(id.0.checked_add(1).ok_or(StateError::IdsUsedUp { what: "volume" })?);
         let pool = self.pool_for(new.replica_count, new.group_count, touched)?;
+        self.count_scrubs_from(touched, new.created_unix_ms);
         self.next.volume = next;
         self.map.lineage_end = lineage_of(next);
         let volume = Volume {

@@ -62,9 +62,12 @@ impl Meta {
 pub const fn carries_pages(opcode: Opcode, flag_bits: u16) -> bool {
     match opcode {
         Opcode::Write => flag_bits & flags::SUB_PAGE == 0,
-        Opcode::ReadReply | Opcode::Append | Opcode::FetchReply | Opcode::Push | Opcode::FetchPagesReply => {
-            true
-        }
+        Opcode::ReadReply
+        | Opcode::Append
+        | Opcode::FetchReply
+        | Opcode::Push
+        | Opcode::FetchPagesReply
+        | Opcode::Mend => true,
         _ => false,
     }
 }

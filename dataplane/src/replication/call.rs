@@ -15,6 +15,7 @@ use super::action::{Action, Change, Reply, RequestId};
 use super::flush::{FlushWaiter, Flushes};
 use super::pace::Pace;
 use super::reclaim::Lineages;
+use super::scrub::Scrubber;
 use super::status::{Counters, Latencies, Stage};
 use crate::disk::buffers::{Buffer, BufferMut, BufferPool, Claim};
 use crate::net::frame::Frame;
@@ -71,6 +72,17 @@ pub(super) enum ReadPurpose {
         to: NodeId,
         header: xsan_protocol::wire::header::Header,
     },
+    /// The primary's part of check number `check`; these pages were damaged.
+    Scrub {
+        check: u64,
+        damaged: Vec<u16>,
+    },
+    /// A member's part of a check; the versions of the units before it.
+    Check {
+        to: NodeId,
+        header: xsan_protocol::wire::header::Header,
+        versions: Vec<Version>,
+    },
     /// The session that asked is fenced.
     Dropped,
 }
@@ -121,6 +133,7 @@ pub(super) struct Core {
     pub pace: Pace,
     /// Of the newest map.
     pub lineages: Lineages,
+    pub scrubber: Scrubber,
     pub counters: Counters,
     pub latencies: Latencies,
 }
@@ -143,6 +156,7 @@ impl Core {
             pushes: 0,
             pace: Pace::default(),
             lineages: Lineages::default(),
+            scrubber: Scrubber::default(),
             counters: Counters::default(),
             latencies: Latencies::default(),
         }
@@ -194,6 +208,11 @@ impl Core {
             _ => None,
         };
         taken.into_iter().filter_map(mend).collect()
+    }
+
+    /// Reads, repairs, flushes and pushes that have not ended.
+    pub fn under_way(&self) -> usize {
+        self.tokens.len()
     }
 
     pub fn has_failed(&self, store: StoreId) -> bool {

@@ -62,6 +62,7 @@ pub(super) fn refusal(request: &Header, code: Code) -> Option<Frame> {
         Opcode::Compare => Opcode::CompareReply,
         Opcode::Push => Opcode::PushReply,
         Opcode::FetchPages => Opcode::FetchPagesReply,
+        Opcode::Check => Opcode::CheckReply,
         _ => return None,
     };
     let mut frame = numbered(opcode, request.group, request.epoch, request.request_id);

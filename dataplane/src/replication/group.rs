@@ -1,7 +1,7 @@
 //! Group: one placement group as this node takes part in it, and which of its roles an event belongs to.
 //!
-//! Used by `Replication`. The primary's part is in `primary`, `reads`, `peering` and `resync`, the learner's in
-//! `learner`, everyone's in `replica`.
+//! Used by `Replication`. The primary's part is in `primary`, `reads`, `peering`, `resync` and `scrub`, the learner's in
+//! `learner`, everyone's in `replica` and `check`.
 //!
 //! Invariants
 //! - `epoch` only grows; it is the map's.
@@ -129,7 +129,9 @@ impl Group {
             | Opcode::LearnStart
             | Opcode::Compare
             | Opcode::Push
-            | Opcode::FetchPages => self.on_command(call, from, frame),
+            | Opcode::FetchPages
+            | Opcode::Check
+            | Opcode::Mend => self.on_command(call, from, frame),
             _ => self.on_answer(call, from, frame),
         }
     }
@@ -171,6 +173,8 @@ impl Group {
             Opcode::LearnStart => self.on_learn_start(call, from, &header),
             Opcode::Compare | Opcode::Push => self.on_resync(call, from, frame),
             Opcode::FetchPages => self.on_fetch_pages(call, from, &header),
+            Opcode::Check => self.on_check(call, from, &header),
+            Opcode::Mend => self.on_mend(call, from, frame),
             _ => unreachable!("on_frame passes these opcodes only"),
         }
     }

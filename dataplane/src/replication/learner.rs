@@ -1,7 +1,7 @@
 //! Learner: a replica that is being brought up to date, on its own side.
 //!
 //! It takes appends like any member from a start that the primary names, answers comparisons of versions and stores units pushed to it.
-//! The primary's side is `resync`.
+//! An acting member answers comparisons, too, for a scrub. The primary's sides are `resync` and `scrub`.
 //!
 //! Invariants
 //! - A comparison is answered from exactly the state that the primary compared: every entry up to its `as_of` is
@@ -72,7 +72,12 @@ impl Group {
     /// A comparison, which takes its turn, or a unit.
     pub(super) fn on_resync(&mut self, call: &mut Call<'_>, from: NodeId, frame: Frame) {
         let acked = self.replica.acked;
-        let Some(learning) = self.learning.as_mut().filter(|learning| learning.is_started()) else {
+        let scrubbed = self.role == Role::Acting && is_compare(&frame);
+        if scrubbed {
+            self.learning.get_or_insert_default();
+        }
+        let Some(learning) = self.learning.as_mut().filter(|learning| learning.is_started() || scrubbed)
+        else {
             return refuse(call, from, &frame.header, Code::ReplicaBehind);
         };
         if !is_compare(&frame) {

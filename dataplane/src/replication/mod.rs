@@ -22,6 +22,7 @@ use xsan_protocol::wire::header::Opcode;
 
 mod action;
 mod call;
+mod check;
 mod driver;
 mod flush;
 mod frames;
@@ -35,11 +36,13 @@ mod reads;
 mod reclaim;
 mod replica;
 mod resync;
+mod scrub;
 mod status;
 
 pub use action::{Action, Change, Operation, Origin, Reply, Request, RequestId};
 pub use call::Stores;
 pub use driver::{Driver, Output, StoreTable};
+pub use scrub::{ScrubFindings, ScrubOrder, ScrubOutcome, ScrubStatus};
 pub use status::{Counters, ReplicationStatus, SlowMember, Stage};
 
 use crate::disk::buffers::BufferPool;
@@ -368,6 +371,7 @@ impl Replication {
     /// Time passes: questions are repeated, the silent proposed out, acknowledgements announced. Idle groups cost nothing.
     pub fn on_tick(&mut self, now_ns: u64, stores: &dyn Stores, out: &mut Vec<Action>) {
         self.begin(stores, now_ns, out);
+        self.scrub(stores, now_ns, out);
         let ticking: Vec<GroupId> = self.core.ticking.iter().copied().collect();
         for id in ticking {
             if self.groups.contains_key(&id) {
@@ -376,6 +380,60 @@ impl Replication {
                 self.core.ticking.remove(&id);
             }
         }
+    }
+
+    /// These groups are to be scrubbed, in this order, and no others: what was asked for before and is not among them ends.
+    pub fn set_scrubs(
+        &mut self,
+        bytes_per_second: u64,
+        orders: Vec<ScrubOrder>,
+        stores: &dyn Stores,
+        now_ns: u64,
+        out: &mut Vec<Action>,
+    ) {
+        self.begin(stores, now_ns, out);
+        self.core.scrubber.set_orders(bytes_per_second, orders);
+        if let Some(running) = self.core.scrubber.running
+            && !self.core.scrubber.is_wanted(&running)
+        {
+            self.with(running.group, stores, now_ns, out, |group, call| group.stop_scrub(call));
+        }
+    }
+
+    /// Has the scrub under way go on at its rate, or begins the next one.
+    fn scrub(&mut self, stores: &dyn Stores, now_ns: u64, out: &mut Vec<Action>) {
+        if self.core.scrubber.is_idle() {
+            return;
+        }
+        let led = self.groups.values().filter_map(|group| group.primary.as_ref());
+        let requests: usize = led.map(|primary| primary.in_flight.len() + primary.waiting.len()).sum();
+        let resyncing = self.core.pushes > 0;
+        self.core.scrubber.refill(now_ns, requests + self.core.under_way(), resyncing);
+        if self.core.scrubber.running.is_some() {
+            return;
+        }
+        for order in self.core.scrubber.open() {
+            self.with(order.group, stores, now_ns, out, |group, call| {
+                if group.can_scrub(call) {
+                    group.start_scrub(call, order);
+                }
+            });
+            if self.core.scrubber.running.is_some() {
+                return;
+            }
+        }
+    }
+
+    /// The scrub under way, and the outcomes of those that ended.
+    pub fn scrub_status(&self) -> ScrubStatus {
+        let findings = |order: &ScrubOrder| {
+            let primary = self.groups.get(&order.group)?.primary.as_ref()?;
+            primary.scrub.as_ref().map(|scrub| scrub.findings)
+        };
+        let running = self.core.scrubber.running;
+        let running =
+            running.map(|order| ScrubOutcome { order, findings: findings(&order).unwrap_or_default() });
+        ScrubStatus { running, outcomes: self.core.scrubber.outcomes().to_vec() }
     }
 
     /// Is there something that only waits for the next call, whatever it is?

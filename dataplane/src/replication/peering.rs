@@ -125,6 +125,7 @@ impl Group {
             !Mutation::SettledAtOnce.is_on() && !group.former.iter().all(|former| group.acts(former));
         primary.settling_ns = None;
         primary.successor = None;
+        primary.scrub.iter_mut().for_each(|scrub| scrub.step_back());
         for waiting in &mut primary.waiting {
             waiting.request.epoch = group.epoch;
         }
@@ -186,9 +187,14 @@ impl Group {
                 }
             }
             Opcode::LearnStartReply => self.on_learner_started(call, from, &header),
-            Opcode::CompareReply => self.on_compared(call, from, &frame),
+            Opcode::CompareReply => {
+                if !self.on_scrub_compared(call, from, &frame) {
+                    self.on_compared(call, from, &frame);
+                }
+            }
             Opcode::PushReply => self.on_pushed(call, from, &header),
             Opcode::FetchPagesReply => self.on_pages(call, from, frame),
+            Opcode::CheckReply => self.on_check_reply(call, from, &frame),
             opcode => {
                 tracing::warn!(group = %self.id, %from, ?opcode, "not a frame of replication");
                 call.core.counters.frames_refused += 1;
@@ -457,6 +463,7 @@ impl Group {
             member.silent_since_ns = call.now_ns;
         }
         (member.synced, member.info, member.asked_ns) = (false, None, None);
+        primary.scrub.iter_mut().for_each(|scrub| scrub.step_back());
         if matches!(primary.phase, Phase::Fetching { from, .. } if from == node) {
             primary.phase = Phase::Asking;
         }
@@ -496,6 +503,7 @@ impl Group {
             }
         }
         self.start_learners(call);
+        self.go_on_scrubbing(call);
         self.go_on_searching(call);
         self.on_progress(call);
     }

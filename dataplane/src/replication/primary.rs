@@ -28,6 +28,7 @@ use super::peering::{Member, Phase};
 use super::quorum::Quorum;
 use super::reclaim::Search;
 use super::resync::{Learner, PushLock};
+use super::scrub::Scrub;
 use super::status::Stage;
 use crate::store::{Entry, PageData, StoreError};
 
@@ -118,6 +119,7 @@ pub(super) struct Primary {
     pub yielded_ns: Option<u64>,
     /// For blocks of deleted volumes.
     pub search: Search,
+    pub scrub: Option<Box<Scrub>>,
 }
 
 impl Primary {
@@ -147,6 +149,7 @@ impl Primary {
             successor: None,
             yielded_ns: None,
             search: Search::Done,
+            scrub: None,
         }
     }
 
@@ -169,6 +172,7 @@ impl Primary {
             || !self.flushes.is_empty()
             || self.announced < acked
             || self.search != Search::Done
+            || self.scrub.is_some()
             || self.members.iter().any(|member| !member.synced)
     }
 
@@ -541,6 +545,7 @@ impl Group {
     /// This node leads the group no longer.
     pub(super) fn abdicate(&mut self, call: &mut Call<'_>) {
         self.fail_requests(call, Code::NotPrimary);
+        self.stop_scrub(call);
         if let Some(primary) = self.primary.take() {
             call.core.pushes -= primary.learners.iter().map(|learner| learner.pushing).sum::<usize>();
         }

@@ -1,4 +1,4 @@
-//! Reads at the primary: for clients, for merging parts of pages, and for pushing units; and the mending of damaged pages.
+//! Reads at the primary: for clients, for merging parts of pages, for pushing units and for scrubs; and the mending of damaged pages.
 //!
 //! A page that does not match its checksum is fetched from another replica, accepted only when it has the checksum that
 //! this store expects, and written back. Used by `group`, `primary` and `resync`.
@@ -140,8 +140,12 @@ impl Group {
         job: ReadJob,
         result: Result<ReadPages, ReadError>,
     ) {
-        if let ReadPurpose::Serve { to, header } = &job.purpose {
-            return self.serve_pages(call, *to, header, result);
+        match &job.purpose {
+            ReadPurpose::Serve { to, header } => return self.serve_pages(call, *to, header, result),
+            ReadPurpose::Check { to, header, versions } => {
+                return self.answer_check(call, (*to, header), (job.pages, versions), result);
+            }
+            _ => {}
         }
         if job.reign != self.reign_now() {
             return self.fail_read(call, job, Code::NotPrimary);
@@ -176,7 +180,11 @@ impl Group {
                 self.send_push(call, (learner, attempt), (key, unit), (version, as_of), Some(data));
                 self.on_progress(call);
             }
-            ReadPurpose::Serve { .. } | ReadPurpose::Dropped => {}
+            ReadPurpose::Scrub { check, damaged } => {
+                let data = PageData { bytes: read.buffer.freeze(), checksums: read.checksums };
+                self.on_check_read(call, check, data, damaged);
+            }
+            ReadPurpose::Serve { .. } | ReadPurpose::Check { .. } | ReadPurpose::Dropped => {}
         }
     }
 
@@ -200,16 +208,28 @@ impl Group {
             ReadPurpose::Push { learner, attempt, unit, .. } if current => {
                 self.drop_push(call, (learner, attempt), (job.key, unit));
             }
-            ReadPurpose::Push { .. } | ReadPurpose::Dropped => {}
-            ReadPurpose::Serve { .. } => unreachable!("on_read_done answers these"),
+            ReadPurpose::Scrub { check, damaged } if current => self.on_check_lost(call, check, damaged),
+            ReadPurpose::Push { .. } | ReadPurpose::Scrub { .. } | ReadPurpose::Dropped => {}
+            ReadPurpose::Serve { .. } | ReadPurpose::Check { .. } => {
+                unreachable!("on_read_done answers these")
+            }
         }
         if current {
             self.on_progress(call);
         }
     }
 
-    fn start_mending(&mut self, call: &mut Call<'_>, job: ReadJob, buffer: BufferMut, expected: Arc<[u32]>) {
+    fn start_mending(
+        &mut self,
+        call: &mut Call<'_>,
+        mut job: ReadJob,
+        buffer: BufferMut,
+        expected: Arc<[u32]>,
+    ) {
         let damaged = wrong_pages(&buffer, &expected, job.pages);
+        if let ReadPurpose::Scrub { damaged: told, .. } = &mut job.purpose {
+            told.clone_from(&damaged);
+        }
         tracing::warn!(
             group = %self.id, block = %job.key, pages = ?damaged,
             "stored pages do not match their checksums, asking another replica"
@@ -259,6 +279,9 @@ impl Group {
         }
         tracing::error!(group = %self.id, block = %read.key, pages = ?damaged, "no replica has undamaged pages");
         call.core.counters.reads_lost += 1;
+        if let ReadPurpose::Scrub { damaged: told, .. } = &mut read.purpose {
+            *told = damaged;
+        }
         self.fail_read(call, read, Code::ChecksumMismatch);
     }
 
@@ -309,7 +332,7 @@ impl Group {
 }
 
 /// Pages of the block whose bytes do not match.
-fn wrong_pages(bytes: &[u8], expected: &[u32], pages: PageRange) -> Vec<u16> {
+pub(super) fn wrong_pages(bytes: &[u8], expected: &[u32], pages: PageRange) -> Vec<u16> {
     let matches =
         |(page, (bytes, expected)): (u16, (&[u8], &u32))| (crc32c(bytes) != *expected).then_some(page);
     pages.pages().zip(bytes.chunks_exact(PAGE_SIZE).zip(expected)).filter_map(matches).collect()

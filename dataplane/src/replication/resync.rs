@@ -33,7 +33,7 @@ use crate::net::frame::Frame;
 use crate::store::PageData;
 
 /// Blocks of one comparison.
-const COMPARE_BLOCKS: usize = 64;
+pub(super) const COMPARE_BLOCKS: usize = 64;
 /// Units on their way to learners, of a shard and of one learner.
 const PUSHES_MAX: usize = 16;
 const LEARNER_PUSHES_MAX: usize = 8;

@@ -29,6 +29,15 @@ pub struct Counters {
     /// Reads that no replica could serve.
     pub reads_lost: u64,
     pub resync_bytes_moved: u64,
+    /// Scrubs of groups that ended here.
+    pub scrubs: u64,
+    /// Bytes that scrubs read and verified of the replicas led here.
+    pub scrub_bytes: u64,
+    /// Pages, of any replica, that scrubs found damaged, and those of them that could not be mended.
+    pub scrub_damaged_pages: u64,
+    pub scrub_lost_pages: u64,
+    /// Units that scrubs found to differ between replicas.
+    pub scrub_differences: u64,
     /// Frames that were malformed or came from who should not send them.
     pub frames_refused: u64,
 }

@@ -16,6 +16,7 @@ use xsan_protocol::proto::{self, LinkMessage};
 
 use super::link::{LinkEvent, LinkSender};
 use super::message::{Message, Question, Report};
+use crate::replication::ScrubOrder;
 use crate::stats::Stats;
 
 /// What the shard is to do after a link event.
@@ -28,6 +29,11 @@ pub enum Outcome {
     },
     /// A newer map, for every shard.
     Map(Arc<ClusterMap>),
+    /// What is to be scrubbed, for every shard.
+    Scrub {
+        bytes_per_second: u64,
+        orders: Arc<[ScrubOrder]>,
+    },
     /// Messages for shards.
     Tell(Vec<(ShardIndex, Message)>),
 }
@@ -153,6 +159,15 @@ impl Control {
                     u16::try_from(error.code).ok().and_then(Code::from_number).unwrap_or(Code::Internal);
                 self.opened(request_id, Err(code))
             }
+            Some(Body::ScrubOrders(wanted)) => {
+                let order = |order: &proto::ScrubOrder| ScrubOrder {
+                    group: GroupId(order.group),
+                    deep: order.deep,
+                    number: order.number,
+                };
+                let orders = wanted.orders.iter().map(order).collect();
+                Outcome::Scrub { bytes_per_second: wanted.bytes_per_second, orders }
+            }
             Some(Body::PerfStatsRequest(_)) => self.ask(Some(request_id), Question::Perf),
             Some(Body::BlockQuery(query)) => {
                 let Ok(index) = u32::try_from(query.block_index) else { return Outcome::Nothing };
@@ -229,4 +244,7 @@ fn add_status(all: &mut proto::DataStatus, one: proto::DataStatus) {
     all.resync_bytes_moved += one.resync_bytes_moved;
     all.resync_bytes_left += one.resync_bytes_left;
     all.slow_members.extend(one.slow_members);
+    all.scrub_bytes += one.scrub_bytes;
+    all.scrubs_running.extend(one.scrubs_running);
+    all.scrubs_ended.extend(one.scrubs_ended);
 }

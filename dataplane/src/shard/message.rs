@@ -7,7 +7,7 @@ use xsan_protocol::ids::{BlockKey, GroupId, MapVersion, PoolId, VolumeId};
 use xsan_protocol::map::{ClusterMap, Volume};
 use xsan_protocol::proto;
 
-use crate::replication::{Reply, Request};
+use crate::replication::{Reply, Request, ScrubOrder};
 use crate::stats::Stats;
 
 /// One message from shard to shard; `number` names the sender's call that the answer completes.
@@ -52,6 +52,11 @@ pub enum Message {
     Report {
         number: u64,
         report: Box<Report>,
+    },
+    /// From shard 0: the groups to be scrubbed, of whichever shard, and at how many bytes a second.
+    Scrub {
+        bytes_per_second: u64,
+        orders: Arc<[ScrubOrder]>,
     },
     /// The process is to end: flush the stores, then say so.
     Shutdown,

@@ -150,5 +150,6 @@ pub const fn is_answer(opcode: Opcode) -> bool {
             | Opcode::CompareReply
             | Opcode::PushReply
             | Opcode::FetchPagesReply
+            | Opcode::CheckReply
     )
 }

@@ -47,11 +47,17 @@ impl Shard {
         stats.add(Counter::GroupReads, status.counters.reads);
         stats.add(Counter::ResyncBytesMoved, status.counters.resync_bytes_moved);
         stats.add(Counter::MendedPages, status.counters.pages_mended);
+        stats.add(Counter::Scrubs, status.counters.scrubs);
+        stats.add(Counter::ScrubBytes, status.counters.scrub_bytes);
+        stats.add(Counter::ScrubDamagedPages, status.counters.scrub_damaged_pages);
+        stats.add(Counter::ScrubLostPages, status.counters.scrub_lost_pages);
+        stats.add(Counter::ScrubDifferences, status.counters.scrub_differences);
         stats
     }
 
     fn status_now(&self) -> proto::DataStatus {
         let replication = self.driver.replication.status();
+        let scrubs = self.driver.replication.scrub_status();
         let slow = |slow: &replication::SlowMember| proto::SlowMember {
             node: slow.node.0,
             us_p99: slow.us_p99,
@@ -63,6 +69,9 @@ impl Shard {
             resync_bytes_moved: replication.counters.resync_bytes_moved,
             resync_bytes_left: replication.resync_bytes_left,
             slow_members: replication.slow_members.iter().map(slow).collect(),
+            scrub_bytes: replication.counters.scrub_bytes,
+            scrubs_running: scrubs.running.iter().map(scrub_report).collect(),
+            scrubs_ended: scrubs.outcomes.iter().map(scrub_report).collect(),
         }
     }
 
@@ -96,6 +105,23 @@ const fn stage_of(stage: replication::Stage) -> Stage {
         replication::Stage::Acknowledge => Stage::Acknowledge,
         replication::Stage::Read => Stage::PrimaryRead,
         replication::Stage::Peering => Stage::Peering,
+    }
+}
+
+fn scrub_report(scrub: &replication::ScrubOutcome) -> proto::ScrubReport {
+    let (order, found) = (scrub.order, scrub.findings);
+    proto::ScrubReport {
+        order: Some(proto::ScrubOrder { group: order.group.0, deep: order.deep, number: order.number }),
+        findings: Some(proto::ScrubFindings {
+            blocks: found.blocks,
+            bytes: found.bytes,
+            damaged_pages: found.damaged_pages,
+            mended_pages: found.mended_pages,
+            lost_pages: found.lost_pages,
+            differences: found.differences,
+            rebuilt_replicas: found.rebuilt_replicas,
+            skipped_units: found.skipped_units,
+        }),
     }
 }
 

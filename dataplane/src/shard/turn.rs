@@ -307,6 +307,11 @@ impl Shard {
                 self.tell(from, Message::Report { number, report });
             }
             Message::Opened { number, result } => self.opens.complete(number, result),
+            Message::Scrub { bytes_per_second, orders } => {
+                self.replicate(|replication, stores, now, out| {
+                    replication.set_scrubs(bytes_per_second, orders.to_vec(), stores, now, out)
+                });
+            }
             Message::Shutdown => self.shut_down(),
             Message::MapTaken
             | Message::Open { .. }
@@ -330,6 +335,9 @@ impl Shard {
             Some(Outcome::Map(map)) => {
                 shards().for_each(|shard| self.tell(shard, Message::Map(map.clone())));
             }
+            Some(Outcome::Scrub { bytes_per_second, orders }) => shards().for_each(|shard| {
+                self.tell(shard, Message::Scrub { bytes_per_second, orders: orders.clone() });
+            }),
             Some(Outcome::Tell(messages)) => {
                 messages.into_iter().for_each(|(shard, message)| self.tell(shard, message));
             }

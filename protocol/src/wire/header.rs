@@ -82,14 +82,21 @@ opcodes! {
     /// Digests of the primary's blocks from the header's key to the key of the last entry, all there are in
     /// between; data: `replication::BlockDigest` entries, digest 0 where the primary has no such block.
     43 Compare;
-    /// The learner's blocks that differ, up to the header's key; data: `replication::BlockVersions` entries.
+    /// The blocks that differ here, up to the header's key; data: `replication::BlockVersions` entries.
     44 CompareReply;
     /// Content and version of one unit; meta: `replication::PushMeta`.
     45 Push;
     46 PushReply;
-    /// Pages of a replica, to repair a primary's or a member's damaged ones.
+    /// Pages of a replica, to repair a primary's damaged ones.
     47 FetchPages;
     48 FetchPagesReply;
+    /// The member reads and verifies whole units of a block.
+    49 Check;
+    /// What it found; data: one `replication::UnitChecksums` a unit.
+    50 CheckReply;
+    /// Pages of the primary for a member's damaged ones, which it takes when they have the checksums that it expects.
+    /// Not answered: the next Check tells.
+    51 Mend;
     // link between the two processes of a node; payload: a LinkMessage
     64 Link;
 }

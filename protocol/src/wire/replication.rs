@@ -3,13 +3,13 @@
 //! An append's data is whole pages; its checksum table has one CRC32C a page. Lists (digests, versions) are
 //! the data part of their frame, covered by `payload_crc`.
 
-use zerocopy::little_endian::{U32, U64};
+use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::checksum::crc64;
 use crate::error::Code;
 use crate::ids::{BlockIndex, BlockKey, Epoch, Layer, Lineage, Seq, Version};
-use crate::units::UNITS_PER_BLOCK;
+use crate::units::{PAGES_PER_UNIT, UNITS_PER_BLOCK};
 
 /// A version on wire and disk.
 #[derive(
@@ -276,7 +276,7 @@ impl BlockDigest {
     }
 }
 
-/// One entry of CompareReply's list: a block of the learner and its unit versions.
+/// One entry of CompareReply's list: a block of the replica asked and its unit versions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 pub struct BlockVersions {
@@ -315,6 +315,56 @@ impl BlockVersions {
     pub fn list(bytes: &[u8]) -> Result<&[Self], MetaError> {
         <[Self]>::ref_from_bytes(bytes)
             .map_err(|_| MetaError::Length { found: bytes.len(), expected: size_of::<Self>() })
+    }
+}
+
+/// One entry of CheckReply's list: what a replica knows of one unit, after it has read it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct UnitChecksums {
+    version: RawVersion,              // 0
+    damaged: U16,                     // 12: bit n: page n of the unit
+    reserved: U16,                    // 14: zero
+    checksums: [U32; PAGES_PER_UNIT], // 16
+}
+
+const _: () = assert!(PAGES_PER_UNIT == u16::BITS as usize);
+
+impl UnitChecksums {
+    /// `version`: `Version::UNKNOWN` when the unit was written while it was read. `damaged`: pages that do not match.
+    pub fn new(version: Version, damaged: u16, checksums: &[u32; PAGES_PER_UNIT]) -> Self {
+        Self {
+            version: version.into(),
+            damaged: damaged.into(),
+            reserved: 0.into(),
+            checksums: checksums.map(U32::from),
+        }
+    }
+
+    pub fn version(&self) -> Version {
+        self.version.into()
+    }
+
+    pub fn damaged(&self) -> u16 {
+        self.damaged.get()
+    }
+
+    /// What each page's CRC32C is, or should be.
+    pub fn checksums(&self) -> [u32; PAGES_PER_UNIT] {
+        self.checksums.map(U32::get)
+    }
+
+    /// The entries of a list.
+    ///
+    /// # Errors
+    /// 308 `FrameInvalid`: not whole entries, or not as this release makes them.
+    pub fn list(bytes: &[u8]) -> Result<&[Self], MetaError> {
+        let list = <[Self]>::ref_from_bytes(bytes)
+            .map_err(|_| MetaError::Length { found: bytes.len(), expected: size_of::<Self>() })?;
+        if list.iter().any(|unit| unit.reserved.get() != 0) {
+            return Err(MetaError::Field { field: "reserved" });
+        }
+        Ok(list)
     }
 }
 

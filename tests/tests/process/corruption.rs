@@ -16,7 +16,7 @@ const SEED: u64 = 21;
 const ATTEMPTS: usize = 5;
 
 /// Where the file holds exactly this page: holes are skipped.
-fn find_page(file: &File, page: &[u8]) -> Vec<u64> {
+pub fn find_page(file: &File, page: &[u8]) -> Vec<u64> {
     let length = file.metadata().unwrap().len();
     let mut found = Vec::new();
     let mut chunk = vec![0; 1 << 20];
@@ -44,7 +44,7 @@ fn next_data(file: &File, offset: u64) -> Option<u64> {
 }
 
 /// Overwrites every copy of the page in the device file; how many there were.
-fn overwrite(path: &Path, page: &[u8], random: &mut Random) -> usize {
+pub fn overwrite(path: &Path, page: &[u8], random: &mut Random) -> usize {
     let file = File::options().read(true).write(true).open(path).unwrap();
     let places = find_page(&file, page);
     for place in &places {

@@ -54,6 +54,11 @@ pub enum Command {
         #[command(subcommand)]
         command: VolumeCommand,
     },
+    /// Reading and comparing of all replicas, in the background
+    Scrub {
+        #[command(subcommand)]
+        command: ScrubCommand,
+    },
     /// What should be known or mended, the worst first; the exit code is the worst severity
     #[command(
         after_help = "Exit codes: 0 nothing or info, 1 warning, 2 error.\nCodes and remedies: docs/health.md"
@@ -71,7 +76,8 @@ pub enum ClusterCommand {
     /// Health, nodes, space and resync progress
     Status,
     /// Change a setting of the whole cluster
-    #[command(after_help = "Example:\n  xsan-cli cluster set down-out-interval 600s")]
+    #[command(after_help = "Examples:\n  xsan-cli cluster set down-out-interval 600s\n  \
+        xsan-cli cluster set scrub-rate 50MiB\n  xsan-cli cluster set deep-scrub-interval 7d")]
     Set {
         #[command(subcommand)]
         setting: Setting,
@@ -86,6 +92,51 @@ pub enum Setting {
         #[arg(value_parser = interval)]
         value: Duration,
     },
+    /// How often each group's replicas are compared
+    ScrubInterval {
+        /// As 12h or 1d, or off
+        #[arg(value_parser = interval_or_off)]
+        value: Duration,
+    },
+    /// How often every page of each group's replicas is read, too
+    DeepScrubInterval {
+        /// As 7d, or off
+        #[arg(value_parser = interval_or_off)]
+        value: Duration,
+    },
+    /// Bytes a second that each shard's scrubs read; the other replicas of what it leads read as much
+    ScrubRate {
+        /// As 50MiB
+        #[arg(value_parser = size::parse)]
+        value: u64,
+    },
+}
+
+#[derive(Clone, Debug, Subcommand)]
+pub enum ScrubCommand {
+    /// Scrub groups now, in the background
+    #[command(
+        after_help = "Examples:\n  xsan-cli scrub start --deep\n  xsan-cli scrub start --deep --volume vm-1\n  \
+        xsan-cli scrub start --group 1.17"
+    )]
+    Start {
+        /// Read every page of every replica, too
+        #[arg(long)]
+        deep: bool,
+        /// This group alone, as 1.17 or by its number
+        #[arg(long, value_parser = group)]
+        group: Option<u32>,
+        /// The groups that may hold a block of this volume
+        #[arg(long, conflicts_with = "group")]
+        volume: Option<String>,
+        /// Every group [default]
+        #[arg(long, conflicts_with_all = ["group", "volume"])]
+        all: bool,
+    },
+    /// What runs, how fast, what is left, and what the last ones found
+    Status,
+    /// Take back what was asked for; what is due by the intervals goes on
+    Stop,
 }
 
 #[derive(Clone, Debug, Subcommand)]
@@ -269,6 +320,23 @@ fn interval(text: &str) -> Result<Duration, IntervalError> {
     // Zero would mean "as it is"; the cluster refuses what is too short.
     let total = number.checked_mul(seconds).filter(|total| *total > 0 && *total <= u64::MAX / 1000);
     total.map(Duration::from_secs).ok_or(IntervalError)
+}
+
+/// Zero is off.
+fn interval_or_off(text: &str) -> Result<Duration, IntervalError> {
+    if text == "off" { Ok(Duration::ZERO) } else { interval(text) }
+}
+
+/// A text that is no group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("is not a group, as 1.17: its pool and its number there")]
+pub struct GroupError;
+
+fn group(text: &str) -> Result<u32, GroupError> {
+    let Some((pool, index)) = text.split_once('.') else { return text.parse().map_err(|_| GroupError) };
+    let (pool, index): (u16, u16) =
+        (pool.parse().map_err(|_| GroupError)?, index.parse().map_err(|_| GroupError)?);
+    Ok(u32::from(pool) << 16 | u32::from(index))
 }
 
 fn volume_size(text: &str) -> Result<Size, VolumeSizeError> {

@@ -46,7 +46,12 @@ pub fn cluster_status(status: &ClusterStatusReply) -> Value {
 }
 
 pub fn settings(settings: &ClusterSettings) -> Value {
-    json!({ "down_out_interval_ms": settings.down_out_interval_ms })
+    json!({
+        "down_out_interval_ms": settings.down_out_interval_ms,
+        "scrub_bytes_per_second": settings.scrub_bytes_per_second,
+        "scrub_interval_ms": settings.scrub_interval_ms,
+        "deep_scrub_interval_ms": settings.deep_scrub_interval_ms,
+    })
 }
 
 /// What a change of a node does, or would do.

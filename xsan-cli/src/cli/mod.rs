@@ -2,6 +2,7 @@
 
 use std::io::{self, BufRead, IsTerminal, Write};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::CommandFactory;
 use xsan_client::ControlClient;
@@ -11,6 +12,7 @@ use xsan_protocol::proto::{ChangeSettingsRequest, CreateVolumeRequest, Finding, 
 mod args;
 pub mod json;
 mod life;
+mod scrub;
 mod show;
 
 pub use args::Args;
@@ -56,19 +58,31 @@ async fn run(args: Args) -> Result<String, Failure> {
                 show::cluster_status(&status)
             })
         }
-        Command::Cluster { command: ClusterCommand::Set { setting: Setting::DownOutInterval { value } } } => {
-            let down_out_interval_ms = u64::try_from(value.as_millis()).expect("the argument is in bounds");
-            let settings = client.change_settings(ChangeSettingsRequest { down_out_interval_ms }).await?;
+        Command::Cluster { command: ClusterCommand::Set { setting } } => {
+            let settings = client.change_settings(change(&setting)).await?;
             Ok(if as_json { format!("{:#}", json::settings(&settings)) } else { show::settings(&settings) })
         }
         Command::Events => {
             let events = client.events().await?;
             Ok(if as_json { format!("{:#}", json::events(&events)) } else { show::events(&events) })
         }
+        Command::Scrub { command } => scrub::run(&client, command, as_json).await,
         Command::Node { command } => node(&client, command, as_json).await,
         Command::Volume { command } => volume(&client, command, as_json).await,
         Command::Health | Command::Completion { .. } => unreachable!("handled before"),
     }
+}
+
+fn change(setting: &Setting) -> ChangeSettingsRequest {
+    let ms = |value: &Duration| u64::try_from(value.as_millis()).expect("the argument is in bounds");
+    let mut change = ChangeSettingsRequest::default();
+    match setting {
+        Setting::DownOutInterval { value } => change.down_out_interval_ms = ms(value),
+        Setting::ScrubInterval { value } => change.scrub_interval_ms = Some(ms(value)),
+        Setting::DeepScrubInterval { value } => change.deep_scrub_interval_ms = Some(ms(value)),
+        Setting::ScrubRate { value } => change.scrub_bytes_per_second = Some(*value),
+    }
+    change
 }
 
 async fn node(client: &ControlClient, command: NodeCommand, as_json: bool) -> Result<String, Failure> {

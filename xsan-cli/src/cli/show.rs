@@ -118,7 +118,22 @@ fn interval(settings: ClusterSettings) -> String {
 }
 
 pub fn settings(settings: &ClusterSettings) -> String {
-    facts(&[("Out after", interval(*settings))])
+    let mut lines = vec![("Out after", interval(*settings))];
+    lines.extend(scrub_settings(settings));
+    facts(&lines)
+}
+
+/// How often and how fast groups are scrubbed.
+pub fn scrub_settings(settings: &ClusterSettings) -> Vec<(&'static str, String)> {
+    let every = |ms, name| match ms {
+        0 => format!("only when asked for ({name})"),
+        ms => format!("every {} ({name})", age(ms)),
+    };
+    vec![
+        ("Scrub", every(settings.scrub_interval_ms, "scrub-interval")),
+        ("Deep scrub", every(settings.deep_scrub_interval_ms, "deep-scrub-interval")),
+        ("Scrub rate", format!("{}/s a shard (scrub-rate)", Amount(settings.scrub_bytes_per_second))),
+    ]
 }
 
 /// What an operator should look at, node by node.

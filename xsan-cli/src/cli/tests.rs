@@ -332,6 +332,14 @@ fn commands_of_a_nodes_life_are_taken_as_documented() {
         "node remove node-004 --force",
         "cluster set down-out-interval 600s",
         "cluster set down-out-interval 10min",
+        "cluster set scrub-interval off",
+        "cluster set deep-scrub-interval 7d",
+        "cluster set scrub-rate 50MiB",
+        "scrub start",
+        "scrub start --deep --group 1.17",
+        "scrub start --deep --volume vm-1",
+        "scrub status --json",
+        "scrub stop",
         "health --json",
         "events --json",
     ] {
@@ -345,6 +353,10 @@ fn commands_of_a_nodes_life_are_taken_as_documented() {
         "cluster set down-out-interval 600",
         "cluster set down-out-interval 0s",
         "cluster set down-out-interval s",
+        "cluster set down-out-interval off",
+        "cluster set scrub-rate fast",
+        "scrub start --group 1.17 --volume vm-1",
+        "scrub start --group 1.x",
     ] {
         assert_eq!(parse(command).expect_err(command).exit_code(), 2, "{command}");
     }

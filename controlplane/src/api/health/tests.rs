@@ -1,9 +1,10 @@
 use std::collections::HashMap;
 
-use super::super::sample::{answers, state, survey};
+use super::super::sample::{NOW_UNIX_MS, answers, state, survey};
 use super::super::survey::Answer;
 use super::*;
 use crate::state::command::Command;
+use crate::state::scrub::ScrubEnd;
 use crate::state::{ClusterState, Departure};
 
 fn found(state: &ClusterState, answers: HashMap<NodeId, Answer>) -> Vec<(String, String)> {
@@ -90,4 +91,22 @@ fn wishes_of_the_operator_slow_members_clocks_and_releases_are_told() {
         ("RELEASES_MIXED", "cluster c1"),
     ];
     assert_eq!(found(&state, answers), pairs(&expected));
+}
+
+#[test]
+fn scrubs_that_found_something_or_are_late_are_told() {
+    let mut state = state(3, 3);
+    let groups: Vec<_> = state.groups().map(|(_, group)| group.id).collect();
+    let end = |group, findings| ScrubEnd { group, deep: true, number: NOW_UNIX_MS, findings };
+    let mended = proto::ScrubFindings { damaged_pages: 2, mended_pages: 2, ..Default::default() };
+    let lost = proto::ScrubFindings { damaged_pages: 1, lost_pages: 1, ..Default::default() };
+    let ends = vec![end(groups[3], mended), end(groups[4], lost)];
+    state.apply(&Command::EndScrubs { unix_ms: NOW_UNIX_MS + 1, ends });
+    let object = format!("group {}", groups[4]);
+    let expected = [("SCRUB_ERRORS", object.as_str()), ("SCRUB_REPAIRED", "groups")];
+    assert_eq!(found(&state, answers(3, &[])), pairs(&expected));
+    let mut late = survey(&state, answers(3, &[]));
+    late.unix_ms += 2 * 24 * 3_600_000 + 1;
+    let codes: Vec<_> = findings(&late).findings.into_iter().map(|finding| finding.code).collect();
+    assert_eq!(codes, ["SCRUB_ERRORS", "SCRUB_OVERDUE", "SCRUB_REPAIRED"]);
 }

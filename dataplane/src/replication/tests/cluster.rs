@@ -24,7 +24,7 @@ use super::model::ModelStore;
 use super::pool;
 use crate::net::frame::Frame;
 use crate::replication::{
-    Action, Change, Operation, Origin, RecoveredGroup, Replication, Reply, Request, RequestId,
+    Action, Change, Operation, Origin, RecoveredGroup, Replication, Reply, Request, RequestId, ScrubOrder,
 };
 use crate::store::{PageData, Record, StoreError};
 use crate::testing::{History, Random, Span};
@@ -81,6 +81,7 @@ struct Cluster {
     history: History,
     answered: u64,
     failed: u64,
+    scrubbed: usize,
     faults: bool,
 }
 
@@ -132,6 +133,7 @@ impl Cluster {
             history: History::default(),
             answered: 0,
             failed: 0,
+            scrubbed: 0,
             faults: true,
         };
         for node in 1..=NODES {
@@ -385,6 +387,9 @@ impl Cluster {
                 let group = group_id(self.random.index(usize::from(GROUPS)) as u16);
                 self.control(group);
                 self.on_proposals();
+                if self.random.one_in(8) {
+                    self.scrub(id);
+                }
             }
             82..98 => {
                 if self.faults && self.outstanding.len() < OUTSTANDING {
@@ -397,6 +402,22 @@ impl Cluster {
                 }
             }
         }
+    }
+
+    /// A node is to scrub what it leads. Whatever else goes on, no replica ever differs from another.
+    fn scrub(&mut self, id: NodeId) {
+        let number = self.step;
+        let deep = self.random.one_in(2);
+        let orders = (0..GROUPS).map(|group| ScrubOrder { group: group_id(group), deep, number }).collect();
+        let Some(replication) = &self.node(id).replication else { return };
+        let outcomes = replication.scrub_status().outcomes;
+        for outcome in &outcomes {
+            assert_eq!(outcome.findings.differences, 0, "{outcome:?} on node {id}");
+        }
+        self.scrubbed += outcomes.len();
+        self.call(id, |replication, store, now_ns, out| {
+            replication.set_scrubs(1 << 30, orders, store, now_ns, out);
+        });
     }
 
     fn deliver(&mut self) {
@@ -564,7 +585,7 @@ impl Drop for OnPanic {
     }
 }
 
-fn run(seed: u64) -> (u64, u64) {
+fn run(seed: u64) -> (u64, u64, usize) {
     let replay = OnPanic(seed);
     let mut cluster = Cluster::new(seed);
     for _ in 0..6000 {
@@ -577,19 +598,20 @@ fn run(seed: u64) -> (u64, u64) {
         panic!("{error}");
     }
     drop(replay);
-    (cluster.answered, cluster.failed)
+    (cluster.answered, cluster.failed, cluster.scrubbed)
 }
 
 #[test]
 fn random_faults_lose_nothing_and_stop_nothing() {
     let one = std::env::var("XSAN_SEED").ok().and_then(|seed| seed.parse().ok());
     let seeds = std::env::var("XSAN_SEEDS").ok().and_then(|count| count.parse().ok()).unwrap_or(200);
-    let (mut answered, mut failed) = (0, 0);
+    let (mut answered, mut failed, mut scrubbed) = (0, 0, 0);
     for seed in one.map_or(1..=seeds, |seed| seed..=seed) {
         let counts = run(seed);
         answered += counts.0;
         failed += counts.1;
+        scrubbed += counts.2;
     }
-    println!("{answered} requests answered, {failed} refused");
+    println!("{answered} requests answered, {failed} refused, {scrubbed} groups scrubbed");
     assert!(answered > failed, "{answered} answered, {failed} refused: most of the time the groups serve");
 }

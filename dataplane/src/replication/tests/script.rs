@@ -15,9 +15,11 @@ use xsan_protocol::ids::{
     Seq, ShardIndex, StoreId, Version,
 };
 use xsan_protocol::map::{ClusterMap, Durability, Group, Member, Pool};
-use xsan_protocol::units::{PAGE_SIZE, PageRange, SECTOR_SIZE, UNITS_PER_BLOCK};
-use xsan_protocol::wire::header::{Opcode, flags};
-use xsan_protocol::wire::replication::{BlockDigest, BlockVersions, PeerInfo, PushMeta, block_digest};
+use xsan_protocol::units::{PAGE_SIZE, PAGES_PER_UNIT, PageRange, SECTOR_SIZE, UNITS_PER_BLOCK};
+use xsan_protocol::wire::header::{Header, Opcode, flags};
+use xsan_protocol::wire::replication::{
+    BlockDigest, BlockVersions, PeerInfo, PushMeta, UnitChecksums, block_digest,
+};
 use zerocopy::IntoBytes;
 
 use super::model::ModelStore;
@@ -25,7 +27,7 @@ use super::pool;
 use crate::disk::buffers::Buffer;
 use crate::net::frame::{Frame, Meta};
 use crate::replication::frames::{self, KEY_MAX};
-use crate::replication::{Action, Operation, Origin, Replication, Reply, Request, RequestId};
+use crate::replication::{Action, Operation, Origin, Replication, Reply, Request, RequestId, ScrubOrder};
 use crate::store::{Entry, PageData, Record, StoreError, StoreEvent};
 
 const OWN: NodeId = NodeId(1);
@@ -111,8 +113,19 @@ fn filled(letter: &str, length: usize) -> Buffer {
     buffer.freeze()
 }
 
-fn pages_of(letter: &str, pages: PageRange) -> PageData {
-    let bytes = filled(letter, pages.bytes());
+/// One letter for all pages, or one for each: `.` is zeroes, and so are those that are left out.
+fn pages_of(letters: &str, pages: PageRange) -> PageData {
+    let bytes = match letters.len() {
+        1 => filled(letters, pages.bytes()),
+        _ => {
+            let mut buffer = pool().alloc(pages.bytes()).unwrap();
+            let letters = letters.bytes().chain(std::iter::repeat(b'.'));
+            for (page, letter) in buffer.chunks_exact_mut(PAGE_SIZE).zip(letters) {
+                page.fill(if letter == b'.' { 0 } else { letter });
+            }
+            buffer.freeze()
+        }
+    };
     let checksums = page_checksums(&bytes);
     PageData { bytes, checksums }
 }
@@ -209,6 +222,23 @@ fn show_frame(frame: &Frame) -> String {
             let data =
                 PageData { bytes: frame.data.clone().unwrap(), checksums: frame.checksums.clone().unwrap() };
             write!(text, " {}", content(&data)).unwrap();
+        }
+        (Opcode::Check, _) => {
+            write!(text, " {}", place(header.key, frames::pages_of(header).unwrap())).unwrap();
+        }
+        (Opcode::CheckReply, _) => {
+            for unit in UnitChecksums::list(frame.data.as_deref().unwrap()).unwrap() {
+                write!(text, " {}", unit.version()).unwrap();
+                if unit.damaged() != 0 {
+                    write!(text, " damaged {:#b}", unit.damaged()).unwrap();
+                }
+            }
+        }
+        (Opcode::Mend, _) => {
+            let data =
+                PageData { bytes: frame.data.clone().unwrap(), checksums: frame.checksums.clone().unwrap() };
+            let pages = frames::pages_of(header).unwrap();
+            write!(text, " {} {}", place(header.key, pages), content(&data)).unwrap();
         }
         (Opcode::PushReply, _) => {
             write!(text, " b{} unit {}", header.key.index, header.offset / 65536).unwrap()
@@ -357,6 +387,18 @@ impl Script {
             "damage" => {
                 assert!(self.store.damage(group_id(), words.key(), words.pages().first));
             }
+            "scrub" => {
+                let order = ScrubOrder {
+                    group: group_id(),
+                    deep: words.has("deep"),
+                    number: words.number("number").unwrap_or(0),
+                };
+                let orders = if words.has("nothing") { Vec::new() } else { vec![order] };
+                self.call(|replication, store, now_ns, out| {
+                    replication.set_scrubs(1 << 30, orders, store, now_ns, out);
+                });
+            }
+            "scrubbed" => self.scrubbed(),
             "refuse" => self.store.refusing = (!words.has("nothing")).then_some(StoreError::JournalFull),
             "lost" => self
                 .call(|replication, store, now_ns, out| replication.on_peer_lost(node(), store, now_ns, out)),
@@ -377,6 +419,28 @@ impl Script {
             "from" => self.frame(&words),
             _ => self.request(command, &words),
         }
+    }
+
+    fn scrubbed(&mut self) {
+        let status = self.replication.scrub_status();
+        let (what, outcome) = match (status.running, status.outcomes.first()) {
+            (Some(running), _) => ("scrubs", running),
+            (None, Some(outcome)) => ("scrubbed", *outcome),
+            (None, None) => return self.say("nothing is scrubbed"),
+        };
+        let found = outcome.findings;
+        let line = format!(
+            "{what}: {} blocks, {} KiB, {} damaged, {} mended, {} lost, {} different, {} rebuilt, {} skipped",
+            found.blocks,
+            found.bytes / 1024,
+            found.damaged_pages,
+            found.mended_pages,
+            found.lost_pages,
+            found.differences,
+            found.rebuilt_replicas,
+            found.skipped_units
+        );
+        self.say(&line);
     }
 
     fn map(&mut self, words: &Words<'_>) {
@@ -512,6 +576,23 @@ impl Script {
                     (words.key(), pages.byte_offset(), pages.bytes() as u32);
                 frame
             }
+            "check" => {
+                let mut frame = numbered(Opcode::Check, 1);
+                let pages = words.pages();
+                (frame.header.key, frame.header.offset, frame.header.length) =
+                    (words.key(), pages.byte_offset(), pages.bytes() as u32);
+                frame
+            }
+            "checked" => Self::checked(words, epoch, &answered(Opcode::Check)),
+            "mend" => {
+                let mut frame = numbered(Opcode::Mend, 0);
+                let pages = words.pages();
+                (frame.header.key, frame.header.offset, frame.header.length) =
+                    (words.key(), pages.byte_offset(), pages.bytes() as u32);
+                let data = pages_of(words.named("fill").unwrap(), pages);
+                (frame.data, frame.checksums) = (Some(data.bytes), Some(data.checksums));
+                frame
+            }
             "pages" => {
                 let mut frame = numbered(Opcode::FetchPagesReply, answered(Opcode::FetchPages).request_id);
                 let pages = frames::pages_of(&answered(Opcode::FetchPages)).unwrap();
@@ -553,6 +634,30 @@ impl Script {
         let mut buffer = pool().alloc(size_of_val(list.as_slice())).unwrap();
         buffer.copy_from_slice(list.as_slice().as_bytes());
         let mut frame = frames::numbered(Opcode::Compare, group_id(), epoch, 9);
+        frame.data = Some(buffer.freeze());
+        frame
+    }
+
+    /// `checked versions=1.4,zero pages=ab damaged=1`: what a member answers to the last Check.
+    fn checked(words: &Words<'_>, epoch: Epoch, asked: &Header) -> Frame {
+        let range = frames::pages_of(asked).unwrap();
+        let data = pages_of(&format!("{}.", words.named("pages").unwrap()), range);
+        let damaged = words.nodes("damaged");
+        let versions = words.named("versions").unwrap().split(',').map(version);
+        let units = data.checksums.as_chunks::<PAGES_PER_UNIT>().0;
+        let list: Vec<UnitChecksums> = versions
+            .zip(units)
+            .enumerate()
+            .map(|(index, (version, checksums))| {
+                let first = (index * PAGES_PER_UNIT) as u32;
+                let bits =
+                    damaged.iter().filter_map(|page| page.checked_sub(first)).filter(|page| *page < 16);
+                UnitChecksums::new(version, bits.fold(0, |mask, page| mask | 1 << page), checksums)
+            })
+            .collect();
+        let mut buffer = pool().alloc(size_of_val(list.as_slice())).unwrap();
+        buffer.copy_from_slice(list.as_slice().as_bytes());
+        let mut frame = frames::numbered(Opcode::CheckReply, group_id(), epoch, asked.request_id);
         frame.data = Some(buffer.freeze());
         frame
     }

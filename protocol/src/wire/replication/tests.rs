@@ -50,3 +50,21 @@ fn an_empty_block_has_digest_zero_and_no_other_has() {
     assert_eq!(block_digest(&[Version::ZERO; UNITS_PER_BLOCK]), 0);
     assert_ne!(block_digest(&[Version::UNKNOWN; UNITS_PER_BLOCK]), 0);
 }
+
+#[test]
+fn checksums_of_units_are_listed_and_nothing_else_is() {
+    let version = Version::new(Epoch(3), Seq(77));
+    let units = [
+        UnitChecksums::new(version, 0b1000_0000_0000_0001, &std::array::from_fn(|page| page as u32)),
+        UnitChecksums::new(Version::UNKNOWN, 0, &[7; PAGES_PER_UNIT]),
+    ];
+    let bytes = units.as_slice().as_bytes();
+    assert_eq!(bytes.len(), 160);
+    assert_eq!(UnitChecksums::list(bytes), Ok(&units[..]));
+    assert_eq!((units[0].version(), units[0].damaged()), (version, 0x8001));
+    assert_eq!(units[0].checksums()[15], 15);
+    UnitChecksums::list(&bytes[..159]).expect_err("a part of a unit");
+    let mut newer = bytes.to_vec();
+    newer[94] = 1;
+    assert_eq!(UnitChecksums::list(&newer), Err(MetaError::Field { field: "reserved" }));
+}

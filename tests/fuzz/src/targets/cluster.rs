@@ -7,9 +7,10 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use prost::Message;
-use xsan_controlplane::state::command::{Command, GroupChange, NewNode, NewVolume, Reply};
+use xsan_controlplane::state::command::{Command, GroupChange, NewNode, NewVolume, Reply, SettingsChange};
 use xsan_controlplane::state::error::Refusal;
 use xsan_controlplane::state::image::Key;
+use xsan_controlplane::state::scrub::ScrubEnd;
 use xsan_controlplane::state::{ClusterState, Departure};
 use xsan_protocol::error::Code;
 use xsan_protocol::ids::{
@@ -160,7 +161,29 @@ pub fn commands() -> Vec<Command> {
         Command::SetMaintenance { node: NodeId(2), on: true, force: false },
         Command::LeaveNode { node: NodeId(3), departure: Departure::Lost },
         Command::RemoveNode { node: NodeId(3) },
-        Command::ChangeSettings { down_out_interval: Some(Duration::from_secs(60)) },
+        Command::ChangeSettings(SettingsChange {
+            down_out_interval: Some(Duration::from_secs(60)),
+            ..Default::default()
+        }),
+        Command::ChangeSettings(SettingsChange {
+            scrub_bytes_per_second: Some(1 << 20),
+            scrub_interval: Some(Duration::ZERO),
+            deep_scrub_interval: Some(Duration::from_secs(60)),
+            ..Default::default()
+        }),
+        Command::WishScrubs {
+            groups: groups.iter().take(2).map(|group| group.id).collect(),
+            wish: Some(proto::ScrubWish { deep: true, unix_ms: 9 }),
+        },
+        Command::EndScrubs {
+            unix_ms: 10,
+            ends: vec![ScrubEnd {
+                group: groups[0].id,
+                deep: true,
+                number: 9,
+                findings: proto::ScrubFindings { bytes: 77, lost_pages: 1, ..Default::default() },
+            }],
+        },
     ]
 }
 

@@ -24,7 +24,7 @@ use xsan_protocol::units::PAGE_SIZE;
 use xsan_protocol::wire::header::{self, HEADER_SIZE, Header, Opcode, flags};
 use xsan_protocol::wire::replication::{AppendMeta, EntryKind, FetchMeta, PeerInfo, PushMeta};
 
-use super::wire::{VERSION, digests, hello, key, seal_header, versions};
+use super::wire::{VERSION, digests, hello, key, seal_header, units, versions};
 use crate::measure::Bound;
 use crate::target::{Form, Target, Verdict};
 
@@ -113,7 +113,9 @@ fn frames() -> Vec<Frame> {
                 Opcode::Push => {
                     with_pages(meta(Meta::Push(PushMeta { version: VERSION, as_of: Seq(10) })), 16)
                 }
-                Opcode::Write | Opcode::ReadReply | Opcode::FetchPagesReply => with_pages(frame, 1),
+                Opcode::Write | Opcode::ReadReply | Opcode::FetchPagesReply | Opcode::Mend => {
+                    with_pages(frame, 1)
+                }
                 Opcode::FlushReply => with_list(frame, &[5, 0, 1, 0, 6, 0, 1, 0]),
                 Opcode::BlockStatusReply => {
                     let mut frame = with_list(frame, &[0b1010_0101]);
@@ -122,6 +124,7 @@ fn frames() -> Vec<Frame> {
                 }
                 Opcode::Compare => with_list(frame, &digests(3)),
                 Opcode::CompareReply => with_list(frame, &versions(2)),
+                Opcode::CheckReply => with_list(frame, &units(2)),
                 _ => frame,
             }
         })

@@ -107,8 +107,11 @@ fn messages() -> Vec<proto::LinkMessage> {
         process: Some((&process(2)).into()),
         damaged_stores: vec![proto::DamagedStore { store: 200, intact_groups: vec![5] }],
     };
+    let order = proto::ScrubOrder { group: 5, deep: true, number: 9 };
+    let findings = Some(proto::ScrubFindings { bytes: 77, lost_pages: 1, ..proto::ScrubFindings::default() });
     let status = proto::DataStatus {
         map_version: 9,
+        scrubs_ended: vec![proto::ScrubReport { order: Some(order), findings }],
         slow_members: vec![proto::SlowMember { node: 2, us_p99: 900, us_p99_peers: 80 }],
         ..proto::DataStatus::default()
     };
@@ -126,6 +129,7 @@ fn messages() -> Vec<proto::LinkMessage> {
         Body::Proposals(proto::GroupProposals {
             proposals: vec![proto::GroupProposal { group: 5, epoch: 2, node: 3, change: 1 }],
         }),
+        Body::ScrubOrders(proto::ScrubOrders { bytes_per_second: 1 << 20, orders: vec![order] }),
     ];
     bodies.map(|body| proto::LinkMessage { request_id: 9, body: Some(body) }).to_vec()
 }

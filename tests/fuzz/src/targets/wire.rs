@@ -7,10 +7,10 @@ use xsan_protocol::error::Code;
 use xsan_protocol::ids::{
     BlockIndex, BlockKey, Epoch, GroupId, Incarnation, Layer, Lineage, NodeId, Seq, ShardIndex, Version,
 };
-use xsan_protocol::units::UNITS_PER_BLOCK;
+use xsan_protocol::units::{PAGES_PER_UNIT, UNITS_PER_BLOCK};
 use xsan_protocol::wire::header::{self, HEADER_SIZE, Header, Opcode, flags};
 use xsan_protocol::wire::replication::{
-    AppendMeta, BlockDigest, BlockVersions, EntryKind, FetchMeta, PeerInfo, PushMeta,
+    AppendMeta, BlockDigest, BlockVersions, EntryKind, FetchMeta, PeerInfo, PushMeta, UnitChecksums,
 };
 use xsan_protocol::wire::session::Hello;
 
@@ -59,8 +59,8 @@ pub const TARGETS: &[Target] = &[
         ..fixed("push-meta", 64)
     },
     Target {
-        what: "the lists of Compare and CompareReply",
-        seeds: || vec![digests(3), versions(2), Vec::new()],
+        what: "the lists of Compare, CompareReply and CheckReply",
+        seeds: || vec![digests(3), versions(2), units(2), Vec::new()],
         check: check_lists,
         ..fixed("lists", 8192)
     },
@@ -218,6 +218,17 @@ pub fn versions(count: u32) -> Vec<u8> {
     bytes
 }
 
+pub fn units(count: u32) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for unit in 0..count {
+        bytes.extend_from_slice(&u64::from(unit).to_le_bytes());
+        bytes.extend_from_slice(&[3, 0, 0, 0, 1, 0x80, 0, 0]);
+        (0..PAGES_PER_UNIT as u32)
+            .for_each(|page| bytes.extend_from_slice(&(page * 0x0101_0101).to_le_bytes()));
+    }
+    bytes
+}
+
 fn check_lists(bytes: &[u8]) -> anyhow::Result<Verdict> {
     let digests = NOTHING.hold(bytes.len(), || BlockDigest::list(bytes))?;
     let versions = NOTHING.hold(bytes.len(), || BlockVersions::list(bytes))?;
@@ -238,5 +249,13 @@ fn check_lists(bytes: &[u8]) -> anyhow::Result<Verdict> {
             "{entry:?} is not the same again"
         );
     }
-    Ok(if digests.is_ok() || versions.is_ok() { Verdict::Accepted } else { Verdict::Refused })
+    let units = NOTHING.hold(bytes.len(), || UnitChecksums::list(bytes))?;
+    let whole = bytes.len().is_multiple_of(size_of::<UnitChecksums>());
+    ensure!(units.is_err() || whole, "a list of part of a unit");
+    for entry in units.iter().copied().flatten() {
+        let again = UnitChecksums::new(entry.version(), entry.damaged(), &entry.checksums());
+        ensure!(again == *entry, "{entry:?} is not the same again");
+    }
+    let accepted = digests.is_ok() || versions.is_ok() || units.is_ok();
+    Ok(if accepted { Verdict::Accepted } else { Verdict::Refused })
 }

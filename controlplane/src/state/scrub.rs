@@ -1,0 +1,167 @@
+//! What the cluster remembers of scrubs: when each group had its last ones, with what result, and which somebody asked for.
+//!
+//! Kept with the group's record. What is due follows from it (`crate::scrub`); nothing here knows the time.
+//!
+//! Invariants
+//! - The end of a scrub counts once, however often it is told: the next order of the group has another number.
+
+use std::time::Duration;
+
+use xsan_protocol::ids::GroupId;
+use xsan_protocol::proto;
+use xsan_protocol::proto::{ScrubFindings, ScrubResult, ScrubWish};
+
+use super::command::{CommandError, Reply, SettingsChange, milliseconds};
+use super::error::StateError;
+use super::{ClusterState, Touched};
+use crate::timing::{SCRUB_INTERVAL_MAX, SCRUB_INTERVAL_MIN, SCRUB_RATE_MAX, SCRUB_RATE_MIN};
+
+/// The scrubs of one group.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct GroupScrubs {
+    /// When the last one ended, or the group was made; 0: unknown. A deep one counts as both.
+    pub light_unix_ms: u64,
+    pub deep_unix_ms: u64,
+    pub last: Option<ScrubResult>,
+    pub wish: Option<ScrubWish>,
+}
+
+/// A scrub that has ended.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct ScrubEnd {
+    pub group: GroupId,
+    pub deep: bool,
+    /// Of its order.
+    pub number: u64,
+    pub findings: ScrubFindings,
+}
+
+impl GroupScrubs {
+    /// Number of the order that answers the wish, or that is due after the last one of its kind.
+    pub fn order_number(&self, deep: bool) -> u64 {
+        match self.wish {
+            Some(wish) => wish.unix_ms,
+            None if deep => self.deep_unix_ms,
+            None => self.light_unix_ms,
+        }
+    }
+
+    fn take(&mut self, end: &ScrubEnd, unix_ms: u64) -> bool {
+        let wished = self.wish.is_some_and(|wish| wish.deep == end.deep && wish.unix_ms == end.number);
+        let periodic = GroupScrubs { wish: None, ..*self };
+        if !wished && periodic.order_number(end.deep) != end.number {
+            return false;
+        }
+        // A clock that went back would give the next order the same number.
+        let last = self.light_unix_ms.max(self.deep_unix_ms);
+        let unix_ms = unix_ms.max(last.saturating_add(1));
+        self.light_unix_ms = unix_ms;
+        if end.deep {
+            self.deep_unix_ms = unix_ms;
+        }
+        self.last = Some(ScrubResult { deep: end.deep, unix_ms, findings: Some(end.findings) });
+        self.wish = self.wish.filter(|_| !wished);
+        true
+    }
+}
+
+impl ClusterState {
+    pub fn scrubs(&self, group: GroupId) -> GroupScrubs {
+        self.scrubs.get(&group).copied().unwrap_or_default()
+    }
+
+    /// Records of groups without any are equal to none.
+    pub(super) fn set_scrubs(&mut self, group: GroupId, scrubs: GroupScrubs) {
+        if scrubs == GroupScrubs::default() {
+            self.scrubs.remove(&group);
+        } else {
+            self.scrubs.insert(group, scrubs);
+        }
+    }
+
+    /// Somebody wants the groups scrubbed, or (without a wish) not any more.
+    pub(super) fn wish_scrubs(
+        &mut self,
+        groups: &[GroupId],
+        wish: Option<ScrubWish>,
+        touched: &mut Touched,
+    ) -> Reply {
+        for group in groups {
+            let scrubs = self.scrubs(*group);
+            if scrubs.wish != wish && self.map.groups.contains_key(group) {
+                self.set_scrubs(*group, GroupScrubs { wish, ..scrubs });
+                touched.groups.insert(*group);
+            }
+        }
+        Reply::Done
+    }
+
+    pub(super) fn end_scrubs(&mut self, ends: &[ScrubEnd], unix_ms: u64, touched: &mut Touched) -> Reply {
+        for end in ends {
+            let mut scrubs = self.scrubs(end.group);
+            if self.map.groups.contains_key(&end.group) && scrubs.take(end, unix_ms) {
+                self.set_scrubs(end.group, scrubs);
+                touched.groups.insert(end.group);
+            }
+        }
+        Reply::Done
+    }
+
+    /// Groups that have just been made are scrubbed first an interval later.
+    pub(super) fn count_scrubs_from(&mut self, groups: &Touched, unix_ms: u64) {
+        for group in &groups.groups {
+            let made =
+                GroupScrubs { light_unix_ms: unix_ms, deep_unix_ms: unix_ms, ..GroupScrubs::default() };
+            self.set_scrubs(*group, made);
+        }
+    }
+}
+
+/// # Errors
+/// What is set is out of bounds.
+pub fn check_settings(change: &SettingsChange) -> Result<(), StateError> {
+    let rates = SCRUB_RATE_MIN..=SCRUB_RATE_MAX;
+    if let Some(rate) = change.scrub_bytes_per_second.filter(|rate| !rates.contains(rate)) {
+        return Err(StateError::SettingInvalid {
+            field: "scrub-rate",
+            value: rate,
+            unit: "bytes a second",
+            min: SCRUB_RATE_MIN,
+            max: SCRUB_RATE_MAX,
+        });
+    }
+    let intervals =
+        [("scrub-interval", change.scrub_interval), ("deep-scrub-interval", change.deep_scrub_interval)];
+    for (field, interval) in intervals {
+        let possible = |interval: &Duration| {
+            interval.is_zero() || (SCRUB_INTERVAL_MIN..=SCRUB_INTERVAL_MAX).contains(interval)
+        };
+        if let Some(interval) = interval.filter(|interval| !possible(interval)) {
+            return Err(StateError::SettingInvalid {
+                field,
+                value: milliseconds(interval),
+                unit: "ms",
+                min: milliseconds(SCRUB_INTERVAL_MIN),
+                max: milliseconds(SCRUB_INTERVAL_MAX),
+            });
+        }
+    }
+    Ok(())
+}
+
+impl From<&ScrubEnd> for proto::ScrubReport {
+    fn from(end: &ScrubEnd) -> Self {
+        let order = proto::ScrubOrder { group: end.group.0, deep: end.deep, number: end.number };
+        Self { order: Some(order), findings: Some(end.findings) }
+    }
+}
+
+impl TryFrom<proto::ScrubReport> for ScrubEnd {
+    type Error = CommandError;
+
+    fn try_from(report: proto::ScrubReport) -> Result<Self, CommandError> {
+        let order = report.order.ok_or(CommandError::Field { field: "order" })?;
+        let findings = report.findings.ok_or(CommandError::Field { field: "findings" })?;
+        Ok(Self { group: GroupId(order.group), deep: order.deep, number: order.number, findings })
+    }
+}

@@ -1,0 +1,232 @@
+//! Scrubs: bytes changed behind XSAN's back on several nodes are found where nobody reads, and mended; and that is told.
+
+use std::fs::File;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use xsan_tests::cluster::{Cluster, RESYNC_DEADLINE, SETTLE_DEADLINE};
+use xsan_tests::nbd::Client;
+use xsan_tests::node::NodeOptions;
+use xsan_tests::random::Random;
+use xsan_tests::stamp::{PAGE_SIZE, Stamp};
+use xsan_tests::wait::{Look, until};
+
+use crate::corruption::{find_page, overwrite};
+
+/// In blocks of their own, so that groups with different primaries hold them.
+const PAGE_COUNT: u64 = 48;
+const PAGES_APART: u64 = 1024;
+const SEED: u64 = 33;
+
+fn offset(page: u64) -> u64 {
+    page * PAGES_APART * PAGE_SIZE as u64
+}
+
+fn content(page: u64) -> Vec<u8> {
+    Stamp { page, generation: 1, seed: SEED }.to_page()
+}
+
+fn status(cluster: &Cluster) -> Value {
+    cluster.cli_json(&["scrub", "status"]).unwrap()
+}
+
+/// Has everything scrubbed, and waits for the end.
+fn scrub(cluster: &Cluster, deep: bool) -> Value {
+    let mut command = vec!["scrub", "start"];
+    command.extend(deep.then_some("--deep"));
+    let before = status(cluster);
+    assert_eq!(cluster.cli_json(&command).unwrap()["groups"], 256);
+    let last = |status: &Value, group: usize| status["groups"][group]["last"]["unix_ms"].as_u64();
+    until("the scrub to end", RESYNC_DEADLINE, || {
+        let now = status(cluster);
+        let left = (0..256).filter(|group| last(&now, *group) == last(&before, *group)).count();
+        let done = left == 0 && now["wished"] == 0;
+        Ok(if done { Look::Done(now) } else { Look::NotYet(format!("{left} groups are left")) })
+    })
+    .unwrap()
+}
+
+fn codes(cluster: &Cluster) -> Vec<String> {
+    let answer = cluster.cli(&["--json", "health"]).unwrap();
+    let findings: Value = serde_json::from_str(&answer.stdout).unwrap();
+    findings.as_array().unwrap().iter().map(|finding| finding["code"].as_str().unwrap().to_owned()).collect()
+}
+
+fn events(cluster: &Cluster) -> Vec<String> {
+    let events = cluster.cli_json(&["events"]).unwrap();
+    let events = events["events"].as_array().unwrap();
+    events.iter().map(|event| event["event"].as_str().unwrap().to_owned()).collect()
+}
+
+fn counter(cluster: &Cluster, name: &str) -> u64 {
+    let stats = cluster.control().perf_stats().unwrap();
+    let counters = stats.nodes.iter().flat_map(|node| &node.counters);
+    counters.filter(|counter| counter.name == name).map(|counter| counter.value).sum()
+}
+
+/// Everything is in its place: what is overwritten there stays overwritten.
+fn wait_destaged(cluster: &Cluster) {
+    until("the journals to be empty", SETTLE_DEADLINE, || {
+        let journalled: u32 = (0..PAGE_COUNT)
+            .map(|block| cluster.control().locate("rot", block))
+            .collect::<Result<Vec<_>, _>>()?
+            .iter()
+            .flat_map(|block| &block.replicas)
+            .flat_map(|replica| &replica.units)
+            .map(|unit| unit.journalled_pages)
+            .sum();
+        Ok(if journalled == 0 { Look::Done(()) } else { Look::NotYet(format!("{journalled} pages")) })
+    })
+    .unwrap();
+}
+
+#[test]
+fn damage_on_two_nodes_is_found_and_mended_by_a_deep_scrub_and_told() {
+    let options = NodeOptions { file_size: "1GiB".to_owned(), ..NodeOptions::default() };
+    let cluster = Cluster::start_with(3, options).unwrap();
+    cluster.create_volume("rot", "256MiB", 3).unwrap();
+    let mut client = cluster.connect(0, "rot").unwrap();
+    for page in 0..PAGE_COUNT {
+        client.write(offset(page), &content(page)).unwrap();
+    }
+    client.flush().unwrap();
+    wait_destaged(&cluster);
+    let clean = scrub(&cluster, true);
+    for field in ["damaged_pages", "lost_pages", "differences", "rebuilt_replicas"] {
+        assert_eq!(clean["found"][field], 0, "{clean}");
+    }
+    assert!(codes(&cluster).iter().all(|code| !code.starts_with("SCRUB")));
+
+    // Twelve pages on each of two nodes, none of them on both: some are the primary's, some a member's.
+    let mut random = Random::new(SEED);
+    let damaged: Vec<(usize, u64)> = (0..24).map(|page| (1 + (page % 2) as usize, page)).collect();
+    for (node, page) in &damaged {
+        let hits = overwrite(&cluster.node(*node).device_file(), &content(*page), &mut random);
+        assert!(hits > 0, "page {page} is nowhere on node {node}");
+    }
+    // A light scrub reads nothing, and finds nothing.
+    assert_eq!(scrub(&cluster, false)["found"]["damaged_pages"], 0);
+    let found = scrub(&cluster, true);
+    assert_eq!(found["found"]["damaged_pages"], 24, "{found}");
+    assert_eq!((&found["found"]["mended_pages"], &found["found"]["lost_pages"]), (&24.into(), &0.into()));
+    assert_eq!(found["found"]["differences"], 0);
+    for (node, page) in &damaged {
+        until("the page to be back in its place", SETTLE_DEADLINE, || {
+            let file = File::open(cluster.node(*node).device_file())?;
+            let back = !find_page(&file, &content(*page)).is_empty();
+            Ok(if back { Look::Done(()) } else { Look::NotYet(format!("page {page} of node {node}")) })
+        })
+        .unwrap();
+    }
+    assert_eq!(counter(&cluster, "scrub_damaged_pages"), 24);
+    let found = codes(&cluster);
+    for code in ["SCRUB_REPAIRED", "CHECKSUM_ERRORS"] {
+        assert!(found.iter().any(|other| other == code), "{code} is not in {found:?}");
+    }
+    assert!(!found.iter().any(|code| code == "SCRUB_ERRORS"));
+    let kinds = events(&cluster);
+    for kind in ["scrub-started", "scrub-repaired", "scrub-ended"] {
+        assert!(kinds.iter().any(|found| found == kind), "{kind} is not in {kinds:?}");
+    }
+    let again = scrub(&cluster, true);
+    assert_eq!(again["found"]["damaged_pages"], 0, "{again}");
+    for gateway in 0..3 {
+        let mut client = cluster.connect(gateway, "rot").unwrap();
+        for page in 0..PAGE_COUNT {
+            let mut bytes = vec![0; PAGE_SIZE];
+            client.read(offset(page), &mut bytes).unwrap();
+            assert_eq!(
+                Stamp::generation_of(&bytes, page, SEED),
+                Ok(1),
+                "page {page} through gateway {gateway}"
+            );
+        }
+    }
+}
+
+/// Latencies of small writes for a while, or as long as `goes_on`; p50 and p99.
+fn latencies(
+    client: &mut Client,
+    random: &mut Random,
+    goes_on: impl Fn(Duration) -> bool,
+) -> (Duration, Duration) {
+    let page = vec![7; PAGE_SIZE];
+    let (started, mut taken) = (Instant::now(), Vec::new());
+    while goes_on(started.elapsed()) {
+        let begun = Instant::now();
+        client.write(random.within(0..8192) * PAGE_SIZE as u64, &page).unwrap();
+        taken.push(begun.elapsed());
+    }
+    taken.sort_unstable();
+    (taken[taken.len() / 2], taken[taken.len() * 99 / 100])
+}
+
+#[test]
+fn scrubs_go_on_beside_writes_stop_when_told_and_come_by_themselves() {
+    let options = NodeOptions { file_size: "1GiB".to_owned(), ..NodeOptions::default() };
+    let mut cluster = Cluster::start_with(3, options).unwrap();
+    cluster.create_volume("vm", "256MiB", 3).unwrap();
+    let mut client = cluster.connect(0, "vm").unwrap();
+    let chunk = vec![1; 1 << 20];
+    for index in 0..128 {
+        client.write(index << 20, &chunk).unwrap();
+    }
+    client.flush().unwrap();
+    let mut random = Random::new(SEED);
+    let quiet = latencies(&mut client, &mut random, |time| time < Duration::from_secs(3));
+
+    cluster.cli(&["cluster", "set", "scrub-rate", "4MiB"]).unwrap().succeeded().unwrap();
+    cluster.cli(&["scrub", "start", "--deep"]).unwrap().succeeded().unwrap();
+    until("the scrub to read", SETTLE_DEADLINE, || {
+        let now = status(&cluster);
+        let reads = now["bytes_per_second"].as_u64().unwrap() > 0;
+        Ok(if reads { Look::Done(()) } else { Look::NotYet(now["wished"].to_string()) })
+    })
+    .unwrap();
+    let busy = latencies(&mut client, &mut random, |time| time < Duration::from_secs(3));
+    println!("4 KiB writes, p50 and p99: {quiet:?} before, {busy:?} beside a deep scrub");
+    assert!(counter(&cluster, "scrub_bytes") > 0);
+
+    // A slow one is stopped; what it had not ended is not ended.
+    cluster.cli(&["cluster", "set", "scrub-rate", "64KiB"]).unwrap().succeeded().unwrap();
+    cluster.cli(&["scrub", "start", "--deep"]).unwrap().succeeded().unwrap();
+    assert!(status(&cluster)["wished"].as_u64().unwrap() > 0);
+    cluster.cli(&["scrub", "stop"]).unwrap().succeeded().unwrap();
+    until("nothing to run", SETTLE_DEADLINE, || {
+        let now = status(&cluster);
+        let runs =
+            now["groups"].as_array().unwrap().iter().filter(|group| !group["running"].is_null()).count();
+        Ok(if runs == 0 && now["wished"] == 0 { Look::Done(()) } else { Look::NotYet(format!("{runs} run")) })
+    })
+    .unwrap();
+
+    // Regular ones; what they found is remembered when every process has died.
+    cluster.cli(&["cluster", "set", "scrub-rate", "50MiB"]).unwrap().succeeded().unwrap();
+    cluster.cli(&["cluster", "set", "scrub-interval", "10s"]).unwrap().succeeded().unwrap();
+    until("every group to be scrubbed by itself", RESYNC_DEADLINE, || {
+        let now = status(&cluster);
+        let left = now["groups"].as_array().unwrap().iter().filter(|group| group["last"].is_null()).count();
+        Ok(if left == 0 { Look::Done(()) } else { Look::NotYet(format!("{left} groups are left")) })
+    })
+    .unwrap();
+    cluster.cli(&["cluster", "set", "scrub-interval", "off"]).unwrap().succeeded().unwrap();
+    let known = status(&cluster);
+    assert_eq!(known["found"]["differences"], 0, "{known}");
+    cluster.kill_all().unwrap();
+    cluster.start_again(&[0, 1, 2]).unwrap();
+    cluster.wait_healthy(SETTLE_DEADLINE).unwrap();
+    // The node that is asked may not have applied the end of its log yet.
+    until("results and settings to be remembered", SETTLE_DEADLINE, || {
+        let now = status(&cluster);
+        let known = now["groups"].as_array().unwrap().iter().all(|group| !group["last"].is_null());
+        let done = known && now["settings"]["scrub_interval_ms"] == 0;
+        Ok(if done { Look::Done(()) } else { Look::NotYet(now["settings"].to_string()) })
+    })
+    .unwrap();
+    let unknown = ["scrub", "start", "--volume", "vm-9"];
+    cluster
+        .cli(&unknown)
+        .unwrap()
+        .refused_with(&[xsan_protocol::error::Code::VolumeNotFound], &["vm-9"])
+        .unwrap();
+}
