@@ -86,8 +86,11 @@ impl Leader {
 
     /// A beat arrived. Returns the lease to answer with, if this node leads and may grant one.
     pub fn on_beat(&self, now: BootTime, beat: Beat, from: SocketAddr) -> Option<Grant> {
+        let known = self.handle.state().map().nodes.contains_key(&beat.node);
         let mut inner = self.lock();
-        inner.latest.insert(beat.node, (beat, from, now));
+        if known {
+            inner.latest.insert(beat.node, (beat, from, now));
+        }
         self.take(&mut inner, now, &beat)
     }
 
@@ -138,11 +141,23 @@ impl Leader {
             return Vec::new();
         };
         let health = |node: &NodeId| {
-            let age = leases.age(now, *node);
+            let latest = inner.latest.get(node);
+            let age = latest.map(|(_, _, heard)| now.since(*heard));
+            let heard = age.is_some_and(|age| age < BEAT_AGE_MAX);
+            let registered = registered(&state, *node);
             proto::NodeHealth {
                 node: node.0,
-                up: leases.health(now, *node, registered(&state, *node)) == Health::Up,
-                heard: age.is_some_and(|age| age < BEAT_AGE_MAX),
+                up: match leases.health(now, *node, registered) {
+                    Health::Up => true,
+                    // Just elected: it has a lease of the leader before, or is about to get one.
+                    Health::Assumed => {
+                        heard
+                            && registered.is_some()
+                            && latest.is_some_and(|(beat, ..)| beat.incarnation == registered)
+                    }
+                    Health::Gone => false,
+                },
+                heard,
                 heartbeat_age_ms: age.map_or(u64::MAX, |age| age.as_millis() as u64),
             }
         };

@@ -148,11 +148,6 @@ impl LeaseTable {
         entry.map_or(MapVersion(0), |entry| entry.confirmed)
     }
 
-    /// How long ago the node was heard of; `None`: never by this leader.
-    pub fn age(&self, now: BootTime, node: NodeId) -> Option<Duration> {
-        self.nodes.get(&node).map(|entry| now.since(entry.heard))
-    }
-
     /// Grants nothing to `nodes` until `release`.
     ///
     /// Without it: (1) the lease of node A ends; (2) the leader proposes that A's groups move on; (3) A is heard
