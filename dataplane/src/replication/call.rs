@@ -131,6 +131,8 @@ pub(super) struct Core {
     /// Units being pushed to learners, over all groups.
     pub pushes: usize,
     pub pace: Pace,
+    /// Groups whose next push the pace refused.
+    pub paced: BTreeSet<GroupId>,
     /// Of the newest map.
     pub lineages: Lineages,
     pub scrubber: Scrubber,
@@ -155,6 +157,7 @@ impl Core {
             early: Vec::new(),
             pushes: 0,
             pace: Pace::default(),
+            paced: BTreeSet::new(),
             lineages: Lineages::default(),
             scrubber: Scrubber::default(),
             counters: Counters::default(),

@@ -491,6 +491,12 @@ impl Replication {
         for id in std::mem::take(&mut self.core.deferred) {
             self.with(id, stores, now_ns, out, |group, call| group.on_deferred(call));
         }
+        while !self.core.paced.is_empty()
+            && self.core.pace.has_room(now_ns)
+            && let Some(id) = self.core.paced.pop_first()
+        {
+            self.with(id, stores, now_ns, out, |group, call| group.go_on_pushing(call));
+        }
     }
 
     fn with(

@@ -286,10 +286,13 @@ impl Group {
         }
         while learner.pushing < LEARNER_PUSHES_MAX
             && call.core.pushes < PUSHES_MAX
-            && !learner.to_push.is_empty()
-            && call.core.pace.grant(call.now_ns, UNIT_SIZE)
-            && let Some((key, unit)) = learner.to_push.pop_front()
+            && let Some((key, unit)) = learner.to_push.front().copied()
         {
+            if !call.core.pace.grant(call.now_ns, UNIT_SIZE) {
+                call.core.paced.insert(self.id);
+                break;
+            }
+            learner.to_push.pop_front();
             learner.pushing += 1;
             call.core.pushes += 1;
             primary.pushes.push(PushLock { learner: learner.node, key, unit, reading: false });

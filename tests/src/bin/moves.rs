@@ -27,6 +27,11 @@ const FOREGROUND_BYTES: u64 = GIB / 4;
 const REPLICAS: usize = 3;
 /// Foreground operations a second, half of them writes: a load that leaves the machine room.
 const FOREGROUND_RATE: u32 = 1000;
+/// Data moves in units of it.
+const UNIT_BYTES: u64 = 64 << 10;
+const QUIET_SLICES: usize = 7;
+/// So many slices are written while a node is in maintenance.
+const MISSED_SLICES: usize = 10;
 /// One measurement of the foreground; a phase is as many as it takes.
 const SLICE: Duration = Duration::from_secs(2);
 const PHASE_DEADLINE: Duration = Duration::from_secs(900);
@@ -69,7 +74,7 @@ fn main() -> ExitCode {
 
 fn moves(arguments: &Arguments) -> Result<bool> {
     let options =
-        NodeOptions { file_size: "8GiB".to_owned(), memory: "128MiB".to_owned(), ..NodeOptions::default() };
+        NodeOptions { file_size: "6GiB".to_owned(), memory: "128MiB".to_owned(), ..NodeOptions::default() };
     let mut cluster = Cluster::start_with(4, options)?;
     cluster.create_volume(VOLUME, &format!("{}GiB", arguments.gib + 1), REPLICAS)?;
     cluster.cli(&["cluster", "set", "down-out-interval", "5s"])?.succeeded()?;
@@ -109,19 +114,18 @@ fn maintenance(cluster: &mut Cluster) -> Result<Phase> {
     wait(cluster, "node-004 to be away", |status| {
         groups(status).degraded > 0 && groups(status).resyncing == 0
     })?;
-    // What it misses: every write of another unit, on three of four groups.
-    let missed = slices(cluster, || Ok(true))?;
+    let missed = some_slices(cluster, MISSED_SLICES)?;
     let before = moved(cluster)?;
     cluster.restart(3)?;
     let away = cluster.nodes().len();
     let measured = measure(cluster, move |status| is_healthy(status, away))?;
     cluster.cli(&["node", "maintenance", "node-004", "off"])?.succeeded()?;
-    // Each write dirties one unit, and so may each of those that came while it was away.
+    // Random writes touch so many units, of which it holds three of four.
     let writes: u64 = missed.iter().map(|slice| slice.writes).sum();
-    phase(cluster, "maintenance", quiet, writes * UNIT_BYTES * 3 / 4, before, measured)
+    let units = (FOREGROUND_BYTES / UNIT_BYTES) as f64;
+    let touched = units * (1.0 - (1.0 - 1.0 / units).powf(writes as f64));
+    phase(cluster, "return from maintenance", quiet, touched as u64 * UNIT_BYTES * 3 / 4, before, measured)
 }
-
-const UNIT_BYTES: u64 = 64 << 10;
 
 /// A node dies for good: its replicas are made anew on the others.
 fn rebuild(cluster: &mut Cluster) -> Result<Phase> {
@@ -159,6 +163,8 @@ fn remove(cluster: &mut Cluster) -> Result<Phase> {
     let before = moved(cluster)?;
     cluster.cli(&["node", "remove", "node-005", "--yes"])?.succeeded()?;
     let measured = measure(cluster, |status| status.nodes.len() == 4 && all_whole(status))?;
+    // It was told that the cluster has removed it, and has ended.
+    cluster.kill_node(4)?;
     phase(cluster, "removal of a node", quiet, ideal, before, measured)
 }
 
@@ -218,14 +224,17 @@ fn slices(cluster: &Cluster, mut done: impl FnMut() -> Result<bool>) -> Result<V
     }
 }
 
-/// The p99 of foreground writes while nothing moves.
-fn quiet(cluster: &Cluster) -> Result<f64> {
-    let mut left = 5;
-    let slices = slices(cluster, || {
+fn some_slices(cluster: &Cluster, count: usize) -> Result<Vec<Slice>> {
+    let mut left = count;
+    slices(cluster, || {
         left -= 1;
         Ok(left == 0)
-    })?;
-    Ok(median(slices))
+    })
+}
+
+/// The p99 of foreground writes while nothing moves.
+fn quiet(cluster: &Cluster) -> Result<f64> {
+    Ok(median(some_slices(cluster, QUIET_SLICES)?))
 }
 
 fn median(mut slices: Vec<Slice>) -> f64 {
@@ -304,11 +313,11 @@ fn all_whole(status: &ClusterStatusReply) -> bool {
     groups.total > 0 && groups.healthy == groups.total && groups.resyncing == 0
 }
 
-/// Does every node hold about as much as the others?
+/// Is every node a member of about as many groups as the others?
 fn is_balanced(status: &ClusterStatusReply) -> bool {
-    let used = || status.nodes.iter().map(|node| node.used_bytes);
-    let mean = used().sum::<u64>() / status.nodes.len().max(1) as u64;
-    used().min().unwrap_or(0) * 10 >= mean * 7
+    let members = || status.nodes.iter().map(|node| node.member_groups as usize);
+    let mean = members().sum::<usize>() / status.nodes.len().max(1);
+    members().min().unwrap_or(0) * 10 >= mean * 8
 }
 
 fn used(status: &ClusterStatusReply, name: &str) -> u64 {
