@@ -14,7 +14,7 @@
 
 const WINDOW_NS: u64 = 100_000_000;
 /// In bytes a second.
-const RATE_MIN: u64 = 8 << 20;
+const RATE_MIN: u64 = 4 << 20;
 const RATE_MAX: u64 = 2 << 30;
 const RATE_FIRST: u64 = 32 << 20;
 /// In a window the rate grows by this part of itself: it doubles in five seconds.

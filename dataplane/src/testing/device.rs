@@ -145,6 +145,12 @@ impl SimDevice {
         self.inner.borrow_mut().fails = true;
     }
 
+    /// Does it fail, or will it?
+    pub fn is_failing(&self) -> bool {
+        let inner = self.inner.borrow();
+        inner.fails || inner.flush_fails
+    }
+
     /// No failure is to come any more.
     pub fn end_failures(&self) {
         let mut inner = self.inner.borrow_mut();

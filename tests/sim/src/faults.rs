@@ -101,7 +101,7 @@ impl World {
                 let host = member.node.0 as usize - 1;
                 let process = self.hosts[host].process.as_ref();
                 let lives = process.is_some_and(|process| process.incarnation == member.incarnation);
-                host != lost && lives
+                host != lost && lives && !self.has_failed(host)
             })
         };
         let active: usize = self
@@ -111,6 +111,13 @@ impl World {
             .map(|process| process.driver.replication.status().groups_active)
             .sum();
         active == map.groups.len() && map.groups.values().all(safe)
+    }
+
+    /// Has a store of it failed, or is it about to?
+    fn has_failed(&self, host: usize) -> bool {
+        let this = &self.hosts[host];
+        let mut stores = this.process.iter().flat_map(|process| process.driver.stores());
+        this.capacity.is_failing() || stores.any(|store| store.status().failed)
     }
 
     /// SIGSTOP, for a while: of the data process, the control process or both.
@@ -267,11 +274,7 @@ impl World {
             this.control_paused_until = this.control_paused_until.min(self.now);
             this.slow_until = 0;
             this.capacity.end_failures();
-            let failed = this
-                .process
-                .as_ref()
-                .is_some_and(|process| process.driver.stores().any(|store| store.status().failed));
-            if failed {
+            if self.has_failed(host) {
                 self.kill_data(host);
             }
             self.restart(host, 20 * MS);

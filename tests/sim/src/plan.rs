@@ -17,6 +17,8 @@ pub struct Plan {
     pub replica_count: u8,
     pub group_count: u16,
     pub clients: usize,
+    /// More clients, each of which reads one block only: that of a primary that is cut off goes on for as long as it is answered.
+    pub readers: usize,
     /// Operations that one client has under way.
     pub depth: usize,
     /// Blocks of the volume; few, so that operations meet.
@@ -94,6 +96,7 @@ impl Plan {
             replica_count: if random.chance(75) { 3 } else { 2 },
             group_count: 1 << random.below(4),
             clients: 1 + random.index(4),
+            readers: random.index(4),
             depth: 1 + random.index(8),
             blocks: if full { 30 + random.below(20) as u32 } else { 1 + random.below(6) as u32 },
             cached: !full && random.chance(25),

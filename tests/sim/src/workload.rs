@@ -40,6 +40,8 @@ pub struct Workload {
 struct Client {
     host: usize,
     under_way: usize,
+    /// The block that it reads, if it does nothing else.
+    reads: Option<u32>,
 }
 
 /// A client operation that has no answer yet.
@@ -69,7 +71,11 @@ enum Kind {
 
 impl Workload {
     pub fn new(plan: &Plan) -> Self {
-        let clients = (0..plan.clients).map(|client| Client { host: client % plan.nodes, under_way: 0 });
+        let client = |client: usize| {
+            let reads = client.checked_sub(plan.clients).map(|reader| reader as u32 % plan.blocks);
+            Client { host: client % plan.nodes, under_way: 0, reads }
+        };
+        let clients = (0..plan.clients + plan.readers).map(client);
         Self { running: false, clients: clients.collect(), operations: BTreeMap::new(), next: 0 }
     }
 
@@ -114,13 +120,16 @@ impl World {
         if !self.workload.running || !idle {
             return;
         }
-        let host = self.workload.clients[client].host;
-        if self.hosts[host].process.is_none() || self.random.one_in(500) {
+        let Client { host, reads, .. } = self.workload.clients[client];
+        if self.hosts[host].process.is_none() || (reads.is_none() && self.random.one_in(500)) {
             self.workload.clients[client].host = self.random.index(self.hosts.len());
             return;
         }
         self.workload.clients[client].under_way += 1;
-        self.begin(Some(client), host);
+        match reads {
+            Some(block) => self.begin_read(client, host, block),
+            None => self.begin(client, host),
+        }
     }
 
     fn random_pages(&mut self) -> PageRange {
@@ -144,7 +153,7 @@ impl World {
     }
 
     /// Begins a random operation.
-    fn begin(&mut self, client: Option<usize>, host: usize) {
+    fn begin(&mut self, client: usize, host: usize) {
         let number = self.workload.next + 1;
         let block = self.random.below(u64::from(self.plan.blocks)) as u32;
         let (key, pages) = (key(block), self.random_pages());
@@ -165,7 +174,12 @@ impl World {
                 Operation::Write { key, pages, data: PageData { bytes, checksums }, fua }
             }
         };
-        self.submit_operation(client, host, operation);
+        self.submit_operation(Some(client), host, operation);
+    }
+
+    fn begin_read(&mut self, client: usize, host: usize, block: u32) {
+        let pages = self.random_pages();
+        self.submit_operation(Some(client), host, Operation::Read { key: key(block), pages });
     }
 
     /// Takes an operation up: notes that it began, and tries it.
