@@ -65,7 +65,8 @@ id!(
     Incarnation(u64)
 );
 id!(
-    /// One power-on of a host (a hash of the kernel's boot id): same boot, nothing written was lost.
+    /// One power-on of a host (a hash of the kernel's boot id): same boot, nothing written was lost. 0 is none: of a member
+    /// whose store has failed since, and may have lost what was not flushed.
     BootId(u64)
 );
 id!(

@@ -392,6 +392,24 @@ fn after_power_loss_of_all_every_member_must_be_back() {
 }
 
 #[test]
+fn a_store_that_had_failed_does_not_pass_for_whole_when_it_is_back() {
+    let mut cluster = Cluster::new(3, 3);
+    let [a, b, c] = cluster.others(&[])[..] else { panic!() };
+    // B loses its power and what it had not flushed, a flush fails on A, and C is cut off.
+    cluster.set_health(b, Health::Gone);
+    cluster.fail_store(a);
+    cluster.set_health(c, Health::Gone);
+    cluster.start(b.0, 2, 8, false);
+    cluster.start(a.0, 2, 7, false);
+    cluster.pass(Duration::from_secs(60));
+    cluster.rest();
+    assert!(cluster.group().holders().any(|holder| holder.node == c), "it is waited for");
+    cluster.start(c.0, 2, 7, false);
+    assert!(cluster.step());
+    assert!(cluster.acting().contains(&c), "it is the one that has everything");
+}
+
+#[test]
 fn who_was_only_taken_for_live_does_not_outweigh_who_lost_nothing() {
     let mut cluster = Cluster::new(2, 2);
     cluster.settles = false;

@@ -1,6 +1,6 @@
 //! Commands about nodes and their data processes.
 
-use xsan_protocol::ids::{GroupId, Incarnation, NodeId, StoreId};
+use xsan_protocol::ids::{BootId, GroupId, Incarnation, NodeId, StoreId};
 use xsan_protocol::limits::NODES_MAX;
 use xsan_protocol::map::{DamagedStore, DataProcess, Group, Node};
 
@@ -100,9 +100,17 @@ impl ClusterState {
         let node = self.map.nodes.get_mut(&id).ok_or(StateError::NodeNotFound { node: id })?;
         let data = node.data.as_mut().filter(|data| data.incarnation == incarnation);
         let store = data.and_then(|data| data.stores.iter_mut().find(|s| s.id == store && !s.failed));
-        if let Some(store) = store {
-            store.failed = true;
-            touched.nodes.insert(id);
+        let Some(store) = store else { return Ok(Reply::Done) };
+        store.failed = true;
+        touched.nodes.insert(id);
+        // A flush that failed may have taken with it what it was to cover. Once the device works again, in another life of the
+        // process, that must not pass for nothing lost.
+        for group in self.map.groups.values_mut() {
+            let members = group.members.iter_mut().chain(&mut group.former);
+            for member in members.filter(|member| member.node == id && member.store == store.id) {
+                member.boot_id = BootId(0);
+                touched.groups.insert(group.id);
+            }
         }
         Ok(Reply::Done)
     }
