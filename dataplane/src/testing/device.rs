@@ -99,14 +99,24 @@ impl SimDevice {
 
     /// The power goes: any subset of what was not flushed is lost.
     pub fn lose_power(&self, random: &mut Random) {
-        let mut inner = self.inner.borrow_mut();
         let kept = random.below(101);
+        self.lose_power_but(|| random.chance(kept));
+    }
+
+    /// The same, and `keep` says of each page that is not flushed whether it is kept.
+    pub fn lose_power_but(&self, mut keep: impl FnMut() -> bool) {
+        let mut inner = self.inner.borrow_mut();
         for (_, page, bytes) in std::mem::take(&mut inner.volatile) {
-            if random.chance(kept) {
+            if keep() {
                 inner.stable.insert(page, bytes);
             }
         }
         inner.current = inner.stable.clone();
+    }
+
+    /// Pages that a loss of power may take.
+    pub fn unflushed(&self) -> usize {
+        self.inner.borrow().volatile.len()
     }
 
     pub fn flip_bit(&self, offset: u64, bit: u64) {
@@ -195,13 +205,24 @@ impl SimDevice {
 
     /// The process ends while `action` is under way: of a write any pages may have landed.
     pub fn tear(&self, action: &DiskAction, random: &mut Random) {
-        let DiskAction::Write { offset, parts, .. } = action else { return };
         let kept = random.below(101);
+        self.tear_but(action, || random.chance(kept));
+    }
+
+    /// The same, and `keep` says of each page whether it landed.
+    pub fn tear_but(&self, action: &DiskAction, mut keep: impl FnMut() -> bool) {
+        let DiskAction::Write { offset, parts, .. } = action else { return };
         for (page, bytes) in pages(*offset, parts) {
-            if random.chance(kept) {
+            if keep() {
                 self.write_page(page, bytes);
             }
         }
+    }
+
+    /// Pages that `action` writes.
+    pub fn pages_written(action: &DiskAction) -> usize {
+        let DiskAction::Write { offset, parts, .. } = action else { return 0 };
+        pages(*offset, parts).count()
     }
 }
 

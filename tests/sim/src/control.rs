@@ -258,7 +258,7 @@ impl World {
         let leaders = self.control.leader.iter().chain(&self.control.former);
         let leaders: Vec<(usize, u64)> = leaders.map(|leader| (leader.host, leader.term)).collect();
         for (to, term) in leaders {
-            let latency = self.latency();
+            let latency = self.datagram_latency();
             if self.net.hears(host, to) && !self.random.one_in(100) {
                 self.after(latency, Event::BeatArrives { from: host, term, beat });
             }
@@ -289,7 +289,7 @@ impl World {
             && self.net.hears(to, from)
             && !self.random.one_in(100)
         {
-            let latency = self.latency();
+            let latency = self.datagram_latency();
             self.after(
                 latency,
                 Event::Grant { host: from, grant: Grant::answer(&beat, incarnation, length, version) },
@@ -444,7 +444,7 @@ impl World {
     pub fn spread_state(&mut self) {
         let Some(leader) = self.control.leader.as_ref().map(|leader| leader.host) else { return };
         for host in 0..self.hosts.len() {
-            let latency = self.latency();
+            let latency = self.datagram_latency();
             let lacks = self.hosts[host].control.known.version() < self.control.state.version();
             if (lacks || host == leader) && self.net.meets(leader, host) {
                 let state = self.control.state.clone();

@@ -77,7 +77,7 @@ impl Campaign {
                         if seed >= self.first + self.seeds || late || stop.load(Ordering::Relaxed) {
                             return;
                         }
-                        let result = xsan_sim::run(&Plan::of(seed));
+                        let result = self.try_seed(seed);
                         let mut outcome = outcome.lock().unwrap_or_else(PoisonError::into_inner);
                         outcome.seeds += 1;
                         match result {
@@ -101,6 +101,18 @@ impl Campaign {
             print_progress(&outcome, started);
         }
         outcome
+    }
+
+    /// Runs one seed. What it finds without the bug, too, the bug did not do.
+    fn try_seed(&self, seed: u64) -> Result<Summary, Violation> {
+        let result = xsan_sim::run(&Plan::of(seed));
+        if result.is_ok() || self.mutation.is_none() {
+            return result;
+        }
+        sow(None);
+        let without = xsan_sim::run(&Plan::of(seed));
+        sow(self.mutation);
+        if without.is_ok() { result } else { Ok(Summary::default()) }
     }
 }
 

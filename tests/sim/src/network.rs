@@ -63,6 +63,12 @@ impl World {
         if self.random.one_in(200) { usual + self.random.below(20 * MS) } else { usual }
     }
 
+    /// The same for what keeps no order with anything else: beats, grants, states. Some come very late.
+    pub fn datagram_latency(&mut self) -> u64 {
+        let usual = self.latency();
+        if self.random.one_in(50) { usual + self.random.below(SECOND) } else { usual }
+    }
+
     /// Tries to connect the data process to that of `peer`.
     pub fn dial(&mut self, host: usize, life: u64, peer: usize, wait: u64) {
         if self.process_of(host, life).is_none() {

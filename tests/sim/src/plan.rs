@@ -89,6 +89,8 @@ impl Plan {
             add_node: sometimes(20, 2),
         };
         let full = random.chance(8);
+        // Many short parts: what a flush covers is only seen when all hosts lose their power.
+        let short = random.chance(30);
         let nodes = [3, 3, 3, 4, 5][random.index(5)];
         Self {
             seed,
@@ -102,8 +104,8 @@ impl Plan {
             cached: !full && random.chance(25),
             device_bytes: if full { DEVICE_BYTES_FULL } else { DEVICE_BYTES },
             every_write: random.chance(15),
-            part_ns: (1 + random.below(5)) * SECOND,
-            parts: 1 + random.below(3) as u32,
+            part_ns: if short { 100 * MS + random.below(700 * MS) } else { (1 + random.below(5)) * SECOND },
+            parts: if short { 4 + random.below(6) as u32 } else { 1 + random.below(3) as u32 },
             fault_ns: [30 * MS, 150 * MS, 600 * MS, 2 * SECOND][random.index(4)],
             think_ns: [0, 100 * US, 2 * MS, 10 * MS][random.index(4)],
             network_ns: [10 * US, 50 * US, 500 * US][random.index(3)],

@@ -1,5 +1,6 @@
 //! A crash after every single device operation of a recorded workload that destages, trims, resets and raises
-//! the mark of the block records: what was flushed is there after power loss, what was durable after a kill.
+//! the mark of the block records: what was flushed is there after power loss, what was durable after a kill. Each with
+//! every subset of the pages that may be lost, or, when there are too many, with some random ones (`tools/crash`).
 //!
 //! It found that a page was overwritten in place whose newer entry came back as pending, because nothing on disk said
 //! that it had been acknowledged; hence the checkpoint before the copying (`destage`).
@@ -147,15 +148,41 @@ impl Replay {
     }
 }
 
-/// Runs the workload up to `operation`, crashes, checks, and goes on a little. `false`: it ended before.
-fn crash_at(operation: u64, power: bool, cached: bool, seed: u64) -> bool {
-    let rig = Rig::new(seed, cached);
+/// States to check of each crash point.
+fn states_max() -> u64 {
+    std::env::var("XSAN_CRASH_STATES")
+        .map_or(4, |states| states.parse().expect("XSAN_CRASH_STATES is a number"))
+}
+
+/// What a crash point was.
+struct Point {
+    /// Was there such an operation?
+    reached: bool,
+    /// States that the crash may leave.
+    states: u64,
+}
+
+/// Runs the workload up to `operation`, crashes into one of the possible states, checks, and goes on a little.
+fn crash_at(operation: u64, power: bool, cached: bool, state: u64) -> Point {
+    // Each point with a seed of its own: another order of completions.
+    let rig = Rig::new(operation + 1, cached);
     let mut replay = Replay { rig, model: Model::new(), flush_covers: None, left: operation };
     let reached = workload().iter().any(|step| !replay.step(step));
     replay.learn();
     let Replay { mut rig, mut model, .. } = replay;
-    rig.random = Random::new(seed ^ operation);
-    rig = rig.crash(power);
+    let undecided = rig.undecided(power);
+    let states = 1u64.checked_shl(undecided as u32).unwrap_or(u64::MAX);
+    if states <= states_max() {
+        let mut subset = state;
+        rig = rig.crash_into(power, || {
+            let keep = subset & 1 == 1;
+            subset >>= 1;
+            keep
+        });
+    } else {
+        rig.random = Random::new((operation + 1) << 32 | state);
+        rig = rig.crash(power);
+    }
     model.recover(&mut rig, power);
     // It works on, and a second crash right away finds the same.
     rig = rig.crash(true);
@@ -168,16 +195,26 @@ fn crash_at(operation: u64, power: bool, cached: bool, seed: u64) -> bool {
     model.recover(&mut rig, true);
     rig.write_through(GROUP, key(2), PageRange::new(9, 1), 4242);
     rig.expect(GROUP, key(2), PageRange::new(9, 1), |_| 4242);
-    reached
+    Point { reached, states }
 }
 
 fn crash_everywhere(power: bool, cached: bool) {
-    let mut operation = 0;
-    // Each crash with a seed of its own: another order of completions, other parts that land.
-    while crash_at(operation, power, cached, operation + 1) {
-        operation += 1;
+    let (mut points, mut checked, mut complete) = (0, 0, 0);
+    loop {
+        let point = crash_at(points, power, cached, 0);
+        if !point.reached {
+            break;
+        }
+        let states = point.states.min(states_max());
+        for state in 1..states {
+            crash_at(points, power, cached, state);
+        }
+        points += 1;
+        checked += states;
+        complete += u64::from(point.states == states);
     }
-    assert!(operation > 80, "the workload has only {operation} operations");
+    println!("{points} crash points, {checked} states, of {complete} points all there are; none bad");
+    assert!(points > 80, "the workload has only {points} operations");
 }
 
 #[test]

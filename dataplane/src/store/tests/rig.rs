@@ -176,15 +176,43 @@ impl Rig {
 
     /// Process killed (or power lost): writes under way land in part, the store is opened anew.
     pub fn crash(mut self, power: bool) -> Self {
-        let in_flight = std::mem::take(&mut self.in_flight);
-        for InFlight { action, .. } in in_flight {
+        for InFlight { action, .. } in std::mem::take(&mut self.in_flight) {
             self.device(action.device()).clone().tear(&action, &mut self.random);
         }
         if power {
-            for device in [Some(&self.capacity), self.cache.as_ref()].into_iter().flatten() {
+            for device in self.devices() {
                 device.lose_power(&mut self.random);
             }
         }
+        self.reopen()
+    }
+
+    /// The same, and `keep` says of each of the `undecided` pages whether it is there afterwards.
+    pub fn crash_into(mut self, power: bool, mut keep: impl FnMut() -> bool) -> Self {
+        for InFlight { action, .. } in std::mem::take(&mut self.in_flight) {
+            self.device(action.device()).clone().tear_but(&action, || power || keep());
+        }
+        if power {
+            for device in self.devices() {
+                device.lose_power_but(&mut keep);
+            }
+        }
+        self.reopen()
+    }
+
+    /// Pages of which a crash now decides whether they are there: those of writes under way, and without power all that
+    /// are not flushed.
+    pub fn undecided(&self, power: bool) -> usize {
+        let under_way = self.in_flight.iter().map(|in_flight| SimDevice::pages_written(&in_flight.action));
+        let unflushed: usize = self.devices().iter().map(SimDevice::unflushed).sum();
+        under_way.sum::<usize>() + if power { unflushed } else { 0 }
+    }
+
+    fn devices(&self) -> Vec<SimDevice> {
+        [Some(&self.capacity), self.cache.as_ref()].into_iter().flatten().cloned().collect()
+    }
+
+    fn reopen(mut self) -> Self {
         let (capacity, cache) = (self.capacity.clone(), self.cache.clone());
         let seed = self.random.next();
         Self { operations: self.operations, ..Self::on(capacity, cache, seed) }
