@@ -5,8 +5,8 @@
 //! halved, else it grows. Without clients nothing is held back. One of a shard; knows no group, learner or frame.
 //!
 //! Invariants
-//! - At least `RATE_MIN` is granted, whatever clients do: redundancy comes back.
-//! - Grants of one window never exceed the rate by more than one push.
+//! - But for the windows of probes at least `RATE_MIN` is granted, whatever clients do: redundancy comes back.
+//! - While clients are at work, grants of one window never exceed the rate by more than one push.
 //!
 //! Sources: Chiu and Jain, "Analysis of the Increase and Decrease Algorithms for Congestion Avoidance in Computer
 //! Networks", 1989; Ma, Muthukrishnan and Sandler, "Frugal Streaming for Estimating Quantiles", 2013; Page, "Continuous

@@ -196,6 +196,7 @@ fn phase(
 
 /// What one slice of the foreground saw.
 struct Slice {
+    began: Instant,
     writes: u64,
     p99_us: f64,
 }
@@ -216,8 +217,9 @@ fn slices(cluster: &Cluster, mut done: impl FnMut() -> Result<bool>) -> Result<V
             verify: false,
             seed: slices.len() as u64 + 1,
         };
+        let began = Instant::now();
         let outcome = job.run_at_rate(FOREGROUND_RATE / 2, &report)?;
-        slices.push(Slice { writes: outcome.write.operations, p99_us: outcome.write.latency_us_p99 });
+        slices.push(Slice { began, writes: outcome.write.operations, p99_us: outcome.write.latency_us_p99 });
         if done()? {
             return Ok(slices);
         }
@@ -274,7 +276,7 @@ fn measure(
         let time = watch.join().expect("it does not panic");
         let Some(time) = time else { anyhow::bail!("not over after {} s", PHASE_DEADLINE.as_secs()) };
         // Those of the time that it took to be sure saw nothing move.
-        slices.truncate((time.as_secs_f64() / SLICE.as_secs_f64()).ceil().max(1.0) as usize);
+        slices.retain(|slice| slice.began - started < time);
         Ok((time, slices))
     })
 }
