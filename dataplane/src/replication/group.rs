@@ -22,7 +22,7 @@ use super::learner::Learning;
 use super::primary::Primary;
 use super::replica::Replica;
 use crate::net::frame::{Frame, Meta};
-use crate::store::{ReadError, ReadPages, StoreError};
+use crate::store::{Entry, ReadError, ReadPages, StoreError};
 
 /// Frames of a newer epoch kept until the map arrives; a primary sends few before it is answered.
 const EARLY_FRAMES_MAX: usize = 4096;
@@ -201,6 +201,9 @@ impl Group {
         if entry.version.epoch < last.epoch || entry.version.epoch > header.epoch {
             return refuse(call, from, &header, Code::FrameInvalid);
         }
+        if self.role == Role::Learner && !self.has_room_for(call, &entry) {
+            return refuse(call, from, &header, Code::StorageFull);
+        }
         let acked = entry.acked;
         self.replica.on_append(call, entry, sync);
         self.replica.on_acked(call, acked);
@@ -308,6 +311,14 @@ impl Group {
             answer.header.flags = self.room(call);
             call.send(fence.primary, answer);
         }
+    }
+
+    /// Is there room for the entry in a learner's store? What an acting member is sent has its place in the order, and is
+    /// taken whatever it costs; a learner begins anew when there is room.
+    fn has_room_for(&self, call: &Call<'_>, entry: &Entry) -> bool {
+        let view = call.stores.view(self.replica.store);
+        let wants = entry.data.is_some() && view.wants_room(self.id, entry.key, entry.pages);
+        !wants || view.admit_write(self.id, entry.key, entry.pages) != Err(StoreError::Full)
     }
 
     /// Tells the primary whether the store here has room for new places.

@@ -325,13 +325,8 @@ impl Replication {
                 group.replica.on_reset_refused(call);
             }),
             Record::Push { token, .. } => {
-                let code = match error {
-                    StoreError::JournalFull => Code::JournalFull,
-                    StoreError::Full => Code::StorageFull,
-                    StoreError::Failed => Code::StoreFailed,
-                };
                 let mut call = Call { core: &mut self.core, stores, now_ns, out };
-                group::answer_push(&mut call, token, Some(code));
+                group::answer_push(&mut call, token, Some(error.code()));
             }
         }
     }

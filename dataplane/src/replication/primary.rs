@@ -30,7 +30,7 @@ use super::reclaim::Search;
 use super::resync::{Learner, PushLock};
 use super::scrub::Scrub;
 use super::status::Stage;
-use crate::store::{Entry, PageData, StoreError};
+use crate::store::{Entry, PageData};
 
 /// Requests of one group that wait for others, or for the group to become active.
 const GROUP_WAITING_MAX: usize = 512;
@@ -245,14 +245,6 @@ fn check(operation: &Operation) -> Result<(), Code> {
     fits.then_some(()).ok_or(Code::InvalidArgument)
 }
 
-fn refused(error: StoreError) -> Code {
-    match error {
-        StoreError::JournalFull => Code::JournalFull,
-        StoreError::Full => Code::StorageFull,
-        StoreError::Failed => Code::StoreFailed,
-    }
-}
-
 impl Group {
     pub(super) fn on_request(&mut self, call: &mut Call<'_>, request: Request) {
         if let Err(code) = self.admit(call, &request) {
@@ -352,7 +344,7 @@ impl Group {
         let view = call.stores.view(self.replica.store);
         let admitted = if data.is_some() { view.admit_write(self.id, key, pages) } else { view.admit(0) };
         if let Err(error) = admitted {
-            return call.complete(request, Err(refused(error)));
+            return call.complete(request, Err(error.code()));
         }
         if data.is_some() && view.wants_room(self.id, key, pages) && self.is_member_full(call) {
             return call.complete(request, Err(Code::StorageFull));

@@ -185,7 +185,7 @@ impl Store {
                 if let Some(data) = data {
                     assert!(data.checksums.len() == PAGES_PER_UNIT);
                     assert!(data.bytes.len() == UNIT_SIZE);
-                    self.check_capacity(self.index.wanted(*group, *key, PageRange::of_unit(*unit)), 1)?;
+                    self.check_capacity(self.index.wanted(*group, *key, PageRange::of_unit(*unit)))?;
                 }
                 Ok((0, 0))
             }
@@ -203,10 +203,10 @@ impl Store {
         if self.journal.has_room(pages, reserve) { Ok(()) } else { Err(StoreError::JournalFull) }
     }
 
-    /// Is there room for new units and blocks, leaving so many quarters of the reserve?
-    fn check_capacity(&self, (units, blocks): (u32, u32), quarters: u32) -> Result<(), StoreError> {
-        let unit_reserve = (self.units.count() / 64).clamp(16, 4096) * quarters / 4;
-        let slot_reserve = (self.slots.count() / 64).clamp(4, 1024) * quarters / 4;
+    /// Is there room for new units and blocks? A reserve is left to entries of acting members, which are never refused.
+    fn check_capacity(&self, (units, blocks): (u32, u32)) -> Result<(), StoreError> {
+        let unit_reserve = (self.units.count() / 64).clamp(16, 4096);
+        let slot_reserve = (self.slots.count() / 64).clamp(4, 1024);
         let units_used = self.index.promised_units() + self.reserved.0;
         let slots_used = self.index.slotless() + self.reserved.1;
         let units_fit = units == 0 || units_used + units + unit_reserve <= self.units.free();
@@ -499,7 +499,7 @@ impl StoreView for Store {
         }
         self.check_journal(pages, 8)?;
         let units = if pages == 0 { 0 } else { (pages - 1).div_ceil(PAGES_PER_UNIT) + 1 } as u32;
-        self.check_capacity((units, u32::from(pages > 0)), 4)
+        self.check_capacity((units, u32::from(pages > 0)))
     }
 
     fn admit_write(&self, group: GroupId, key: BlockKey, pages: PageRange) -> Result<(), StoreError> {
@@ -507,7 +507,7 @@ impl StoreView for Store {
             return Err(StoreError::Failed);
         }
         self.check_journal(usize::from(pages.count), 8)?;
-        self.check_capacity(self.index.wanted(group, key, pages), 4)
+        self.check_capacity(self.index.wanted(group, key, pages))
     }
 
     fn wants_room(&self, group: GroupId, key: BlockKey, pages: PageRange) -> bool {

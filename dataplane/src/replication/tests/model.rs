@@ -103,6 +103,8 @@ pub struct ModelStore {
     damaged: BTreeSet<(GroupId, BlockKey, u16)>,
     /// Refuses every record.
     pub refusing: Option<StoreError>,
+    /// Says that there is no room for new places.
+    pub full: bool,
 }
 
 impl ModelStore {
@@ -117,6 +119,7 @@ impl ModelStore {
             reads: VecDeque::new(),
             damaged: BTreeSet::new(),
             refusing: None,
+            full: false,
         }
     }
 
@@ -296,8 +299,8 @@ impl StoreView for ModelStore {
         pages.pages().map(|page| block.is_some_and(|block| block.pages.contains_key(&page))).collect()
     }
 
-    fn admit(&self, _pages: usize) -> Result<(), StoreError> {
-        Ok(())
+    fn admit(&self, pages: usize) -> Result<(), StoreError> {
+        if self.full && pages > 0 { Err(StoreError::Full) } else { Ok(()) }
     }
 }
 

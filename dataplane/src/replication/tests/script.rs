@@ -191,7 +191,10 @@ fn show_frame(frame: &Frame) -> String {
                 .map_or("zeroes".to_owned(), |(bytes, checksums)| content(&PageData { bytes, checksums }));
             write!(text, " {shown}").unwrap();
         }
-        (Opcode::AppendOk | Opcode::Commit, _) => write!(text, " {}", header.request_id).unwrap(),
+        (Opcode::AppendOk | Opcode::Commit, _) => {
+            let full = if header.flags & flags::STORE_FULL != 0 { ", no room" } else { "" };
+            write!(text, " {}{full}", header.request_id).unwrap();
+        }
         (Opcode::LearnStart | Opcode::LearnStartReply, _) => {
             write!(text, " after {}", frames::learn_start_of(header).0).unwrap();
         }
@@ -399,7 +402,10 @@ impl Script {
                 });
             }
             "scrubbed" => self.scrubbed(),
-            "refuse" => self.store.refusing = (!words.has("nothing")).then_some(StoreError::JournalFull),
+            "refuse" => {
+                self.store.refusing = words.has("journal-full").then_some(StoreError::JournalFull);
+                self.store.full = words.has("storage-full");
+            }
             "lost" => self
                 .call(|replication, store, now_ns, out| replication.on_peer_lost(node(), store, now_ns, out)),
             "up" => self
