@@ -24,6 +24,7 @@ use crate::membership::heartbeat::Grant;
 use crate::membership::voters;
 use crate::placement::Proposal;
 use crate::placement::planner::Planner;
+use crate::placement::slow::SlowNodes;
 use crate::raft::handle::RaftHandle;
 use crate::state::ClusterState;
 use crate::state::command::{Command, GroupChange, Reply};
@@ -51,6 +52,7 @@ struct Inner {
     /// Of every node, whoever leads: so that a new leader can answer them at once.
     latest: BTreeMap<NodeId, (Beat, SocketAddr, BootTime)>,
     proposals: Vec<Proposal>,
+    slow: SlowNodes,
     events: EventLog,
 }
 
@@ -131,6 +133,15 @@ impl Leader {
         let room = PROPOSALS_MAX.saturating_sub(inner.proposals.len());
         inner.proposals.extend(proposals.into_iter().take(room));
         self.wake.notify_one();
+    }
+
+    /// A node's data process finds others far slower than their peers, or itself.
+    pub fn on_slow_report(&self, now: BootTime, witness: NodeId, nodes: impl IntoIterator<Item = NodeId>) {
+        let state = self.handle.state();
+        let known = |node: &NodeId| state.map().nodes.contains_key(node);
+        if known(&witness) {
+            self.lock().slow.on_report(now, witness, nodes.into_iter().filter(known));
+        }
     }
 
     /// The nodes as this leader sees them, for the API; empty when it does not lead.
@@ -248,10 +259,11 @@ impl Controller {
         let mut inner = self.leader.lock();
         let proposals = std::mem::take(&mut inner.proposals);
         let mut events = std::mem::take(&mut inner.events);
+        let slow = inner.slow.at(now);
         let leases = inner.leases(now, self.term, self.handle.timing().leader_grace());
         let health = |node| leases.health(now, node, registered(&state, node));
-        self.observer.look(unix_ms(), &state, health, &mut events);
-        let changes = self.planner.plan(now, &state, leases, &proposals);
+        self.observer.look(unix_ms(), &state, health, &slow, &mut events);
+        let changes = self.planner.plan(now, &state, leases, &proposals, &slow);
         inner.events = events;
         changes
     }

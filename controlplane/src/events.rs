@@ -68,6 +68,7 @@ struct Seen {
     name: String,
     up: Option<bool>,
     maintenance: bool,
+    slow: bool,
     departure: Departure,
     failed: BTreeSet<StoreId>,
 }
@@ -99,6 +100,7 @@ impl Observer {
         unix_ms: u64,
         state: &ClusterState,
         health: impl Fn(NodeId) -> Health,
+        slow: &BTreeSet<NodeId>,
         log: &mut EventLog,
     ) {
         let earlier = self.nodes.take();
@@ -114,6 +116,7 @@ impl Observer {
                     Health::Assumed => before.and_then(|before| before.up),
                 },
                 maintenance: state.is_in_maintenance(node.id),
+                slow: slow.contains(&node.id),
                 departure: state.departure(node.id),
                 failed: stores.filter(|store| store.failed).map(|store| store.id).collect(),
             };
@@ -195,6 +198,11 @@ fn compare(unix_ms: u64, before: &Seen, now: &Seen, log: &mut EventLog) {
     match (before.maintenance, now.maintenance) {
         (false, true) => say(unix_ms, now, "maintenance-on", "is in maintenance", log),
         (true, false) => say(unix_ms, now, "maintenance-off", "is in maintenance no more", log),
+        _ => {}
+    }
+    match (before.slow, now.slow) {
+        (false, true) => say(unix_ms, now, "node-slow", "is far slower than its peers", log),
+        (true, false) => say(unix_ms, now, "node-slow-ended", "keeps up with its peers again", log),
         _ => {}
     }
     if before.departure != now.departure {

@@ -351,6 +351,7 @@ fn spawn_tasks(
         channels: context.channels.clone(),
         cluster_id: settings.cluster_id.clone(),
     };
+    tasks.spawn(server.clone().report_slow());
     tasks.spawn(server.run(listener));
     Ok(())
 }

@@ -38,6 +38,11 @@ pub const OUT_AFTER: Duration = Duration::from_secs(600);
 pub const DOWN_OUT_MIN: Duration = Duration::from_secs(5);
 /// The most that may be set; a node in maintenance is not left out at all.
 pub const DOWN_OUT_MAX: Duration = Duration::from_secs(30 * 24 * 3600);
+/// A data process's word that a node is slow is passed to the leader this often, and counts for so long.
+pub const SLOW_REPORT_INTERVAL: Duration = Duration::from_secs(1);
+pub const SLOW_REPORT_AGE_MAX: Duration = Duration::from_secs(5);
+/// A node counts as slow for this long after it was last seen to be: what failed slowly fails again.
+pub const SLOW_HOLD: Duration = Duration::from_secs(30);
 /// Looks at what is to be scrubbed, and commits of what was.
 pub const SCRUB_TICK: Duration = Duration::from_secs(1);
 /// Between two scrubs of a group, and two deep ones, where the cluster has no settings of its own.
@@ -65,6 +70,7 @@ const _: () = assert!(LEASE.as_millis() >= 4 * BEAT_INTERVAL.as_millis());
 const _: () = assert!(DOWN_OUT_MIN.as_millis() > 2 * LEASE.as_millis());
 const _: () = assert!(DOWN_OUT_MIN.as_millis() <= OUT_AFTER.as_millis());
 const _: () = assert!(OUT_AFTER.as_millis() <= DOWN_OUT_MAX.as_millis());
+const _: () = assert!(2 * SLOW_REPORT_INTERVAL.as_millis() < SLOW_REPORT_AGE_MAX.as_millis());
 const _: () = assert!(SCRUB_TICK.as_millis() < SCRUB_INTERVAL_MIN.as_millis());
 const _: () = assert!(LEASE_SLACK.as_micros() > LEASE.as_micros() / 1000);
 const _: () = assert!(STATUS_AGE_MAX.as_millis() < LEASE.as_millis());

@@ -82,6 +82,11 @@ const NS_MAX: u64 = 60_000_000_000;
 /// Finest difference of interest.
 const NS_MIN: u64 = 1_000;
 
+/// An empty histogram of nanoseconds.
+pub fn histogram() -> Histogram<u64> {
+    Histogram::new_with_bounds(NS_MIN, NS_MAX, 2).expect("the bounds are constants in order")
+}
+
 #[derive(Clone, Debug, Default)]
 pub struct Stats {
     latencies: [Option<Box<Histogram<u64>>>; Stage::ALL.len()],
@@ -94,10 +99,7 @@ impl Stats {
     }
 
     pub fn record(&mut self, stage: Stage, ns: u64) {
-        let histogram = self.latencies[stage as usize].get_or_insert_with(|| {
-            let bounds = Histogram::new_with_bounds(NS_MIN, NS_MAX, 2);
-            Box::new(bounds.expect("the bounds are constants in order"))
-        });
+        let histogram = self.latencies[stage as usize].get_or_insert_with(|| Box::new(histogram()));
         histogram.saturating_record(ns);
     }
 

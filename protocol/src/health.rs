@@ -77,7 +77,7 @@ checks! {
     StoreNearfull      "STORE_NEARFULL"      Warning "a store is more than 85 % full" "delete or trim data, or add devices or nodes";
     ChecksumErrors     "CHECKSUM_ERRORS"     Warning "a store returned pages that do not match their checksum" "they are repaired from other replicas; replace the device if the number grows";
     ScrubOverdue       "SCRUB_OVERDUE"       Warning "groups were not scrubbed for twice the interval that is set" "raise scrub-rate, or find out why their nodes are always busy: xsan-cli scrub status";
-    SlowMember         "SLOW_MEMBER"         Warning "a replica answers far later than its peers" "look at the device and the network of the node";
+    SlowMember         "SLOW_MEMBER"         Warning "a node answers far later than its peers" "look at its devices and its network; xsan-cli cluster set slow-nodes demote keeps clients from waiting for it";
     ClockSkew          "CLOCK_SKEW"          Warning "a node's wall clock is more than a second off" "synchronise it: leases do not need it, logs and events do";
     RemovalWaits       "REMOVAL_WAITS"       Warning "a node that leaves holds nothing any more, but serves clients" "move the clients of the named volumes to another node";
     NodeMaintenance    "NODE_MAINTENANCE"    Info    "a node is in maintenance: it leads no group and is never left out" "when the work is done: xsan-cli node maintenance NODE off";

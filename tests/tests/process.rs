@@ -28,5 +28,7 @@ mod pauses;
 mod resync;
 #[path = "process/scrub.rs"]
 mod scrub;
+#[path = "process/slow.rs"]
+mod slow;
 #[path = "process/stalls.rs"]
 mod stalls;

@@ -87,6 +87,7 @@ pub fn cluster_status() -> ClusterStatusReply {
             scrub_bytes_per_second: 50 << 20,
             scrub_interval_ms: 86_400_000,
             deep_scrub_interval_ms: 7 * 86_400_000,
+            demote_slow_nodes: false,
         }),
     }
 }

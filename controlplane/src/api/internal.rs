@@ -2,11 +2,13 @@
 
 use tonic::{Request, Response, Status, Streaming};
 use xsan_protocol::error::Code;
+use xsan_protocol::ids::NodeId;
 use xsan_protocol::proto;
 use xsan_protocol::proto::raft_server::Raft;
 
 use super::error::{ApiError, status};
 use super::{Context, gather};
+use crate::clock::BootTime;
 use crate::link::server::decode_proposals;
 use crate::membership::join;
 use crate::raft::handle::ProposeError;
@@ -87,6 +89,19 @@ impl Raft for Internal {
         }
         self.context.leader.on_proposals(decode_proposals(&request.into_inner()));
         Ok(Response::new(proto::ProposeGroupsReply {}))
+    }
+
+    async fn report_slow(
+        &self,
+        request: Request<proto::SlowReport>,
+    ) -> Result<Response<proto::SlowReportReply>, Status> {
+        if self.context.handle.leadership().is_none() {
+            return Err(ApiError::Raft(ProposeError::NotLeader).into());
+        }
+        let report = request.into_inner();
+        let nodes = report.nodes.into_iter().map(NodeId);
+        self.context.leader.on_slow_report(BootTime::now(), NodeId(report.from), nodes);
+        Ok(Response::new(proto::SlowReportReply {}))
     }
 
     async fn local_status(

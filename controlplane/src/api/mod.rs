@@ -261,6 +261,7 @@ impl Cluster for Context {
                 scrub_bytes_per_second: request.scrub_bytes_per_second,
                 scrub_interval: request.scrub_interval_ms.map(Duration::from_millis),
                 deep_scrub_interval: request.deep_scrub_interval_ms.map(Duration::from_millis),
+                demote_slow_nodes: request.demote_slow_nodes,
             };
             context.propose(Command::ChangeSettings(change)).await?;
             Ok(status::settings(&context.handle.state()))

@@ -57,6 +57,7 @@ pub fn settings(state: &ClusterState) -> proto::ClusterSettings {
         scrub_bytes_per_second: settings.scrub_bytes_per_second,
         scrub_interval_ms: milliseconds(settings.scrub_interval),
         deep_scrub_interval_ms: milliseconds(settings.deep_scrub_interval),
+        demote_slow_nodes: settings.demote_slow_nodes,
     }
 }
 

@@ -2,6 +2,8 @@ use super::*;
 use crate::state::command::{Command, NewNode};
 use crate::state::scrub::ScrubEnd;
 
+const NOBODY: BTreeSet<NodeId> = BTreeSet::new();
+
 fn cluster(count: u32) -> ClusterState {
     let mut state = ClusterState::default();
     for node in 1..=count {
@@ -30,23 +32,29 @@ fn pairs(expected: &[(&str, &str)]) -> Vec<(String, String)> {
 fn what_changes_between_two_looks_is_an_event() {
     let (mut observer, mut log) = (Observer::default(), EventLog::default());
     let mut state = cluster(2);
-    observer.look(1, &state, |_| Health::Up, &mut log);
+    observer.look(1, &state, |_| Health::Up, &NOBODY, &mut log);
     assert!(log.list().is_empty(), "the first look only remembers");
     let one_gone = |node| if node == NodeId(2) { Health::Gone } else { Health::Up };
-    observer.look(2, &state, one_gone, &mut log);
-    observer.look(3, &state, one_gone, &mut log);
+    observer.look(2, &state, one_gone, &NOBODY, &mut log);
+    observer.look(3, &state, one_gone, &NOBODY, &mut log);
     let assumed = |node| if node == NodeId(2) { Health::Assumed } else { Health::Up };
-    observer.look(4, &state, assumed, &mut log);
-    observer.look(5, &state, |_| Health::Up, &mut log);
+    observer.look(4, &state, assumed, &NOBODY, &mut log);
+    observer.look(5, &state, |_| Health::Up, &NOBODY, &mut log);
     assert_eq!(kinds(&log), pairs(&[("node-down", "node n2"), ("node-up", "node n2")]));
 
     let mut log = EventLog::default();
     state.apply(&Command::SetMaintenance { node: NodeId(1), on: true, force: false });
     state.apply(&Command::LeaveNode { node: NodeId(2), departure: Departure::Leaving });
-    observer.look(6, &state, |_| Health::Up, &mut log);
+    observer.look(6, &state, |_| Health::Up, &[NodeId(1)].into(), &mut log);
     state.apply(&Command::RemoveNode { node: NodeId(2) });
-    observer.look(7, &state, |_| Health::Up, &mut log);
-    let expected = [("maintenance-on", "node n1"), ("node-leaving", "node n2"), ("node-removed", "node n2")];
+    observer.look(7, &state, |_| Health::Up, &NOBODY, &mut log);
+    let expected = [
+        ("maintenance-on", "node n1"),
+        ("node-slow", "node n1"),
+        ("node-leaving", "node n2"),
+        ("node-slow-ended", "node n1"),
+        ("node-removed", "node n2"),
+    ];
     assert_eq!(kinds(&log), pairs(&expected));
 }
 
@@ -78,21 +86,21 @@ fn scrubs_are_told_when_somebody_asked_for_them_or_they_found_something() {
     let mut state = crate::api::sample::state(3, 3);
     let (mut observer, mut log) = (Observer::default(), EventLog::default());
     let group = state.groups().next().expect("a group").1.id;
-    observer.look(1, &state, |_| Health::Up, &mut log);
+    observer.look(1, &state, |_| Health::Up, &NOBODY, &mut log);
     let wish = proto::ScrubWish { deep: true, unix_ms: 5 };
     state.apply(&Command::WishScrubs { groups: vec![group], wish: Some(wish) });
-    observer.look(2, &state, |_| Health::Up, &mut log);
+    observer.look(2, &state, |_| Health::Up, &NOBODY, &mut log);
     let findings = ScrubFindings { damaged_pages: 2, mended_pages: 2, ..Default::default() };
     let mut end = ScrubEnd { group, deep: true, number: 5, findings };
     state.apply(&Command::EndScrubs { unix_ms: 6, ends: vec![end] });
-    observer.look(3, &state, |_| Health::Up, &mut log);
+    observer.look(3, &state, |_| Health::Up, &NOBODY, &mut log);
     // A regular one, which nobody asked for and which is clean, and one that is not.
     (end.number, end.findings) = (state.scrubs(group).deep_unix_ms, ScrubFindings::default());
     state.apply(&Command::EndScrubs { unix_ms: u64::MAX - 9, ends: vec![end] });
-    observer.look(4, &state, |_| Health::Up, &mut log);
+    observer.look(4, &state, |_| Health::Up, &NOBODY, &mut log);
     (end.number, end.findings.differences) = (state.scrubs(group).deep_unix_ms, 1);
     state.apply(&Command::EndScrubs { unix_ms: u64::MAX - 8, ends: vec![end] });
-    observer.look(5, &state, |_| Health::Up, &mut log);
+    observer.look(5, &state, |_| Health::Up, &NOBODY, &mut log);
     let object = format!("group {group}");
     let expected = [
         ("scrub-started", "groups"),

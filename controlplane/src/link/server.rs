@@ -35,6 +35,7 @@ use crate::raft::handle::{ProposeError, RaftHandle};
 use crate::raft::network::Channels;
 use crate::state::ClusterState;
 use crate::state::command::{Command, Reply};
+use crate::timing::SLOW_REPORT_INTERVAL;
 
 const HELLO_WAIT: Duration = Duration::from_secs(10);
 const RETRY_INTERVAL: Duration = Duration::from_millis(300);
@@ -280,6 +281,32 @@ impl LinkServer {
         }
     }
 
+    /// Tells the leader which nodes the data process finds slow. Runs for ever.
+    pub async fn report_slow(self) {
+        loop {
+            tokio::time::sleep(SLOW_REPORT_INTERVAL).await;
+            let members = self.link.status().map(|status| status.slow_members).unwrap_or_default();
+            let nodes: Vec<u32> = members.iter().map(|member| member.node).collect();
+            if nodes.is_empty() {
+                continue;
+            }
+            let from = self.handle.node();
+            match self.handle.leader() {
+                Some((leader, _)) if leader == from => {
+                    self.leader.on_slow_report(BootTime::now(), from, nodes.into_iter().map(NodeId));
+                }
+                Some((_, address)) => {
+                    let Ok(mut client) = self.channels.client(&address) else { continue };
+                    let call = client.report_slow(proto::SlowReport { from: from.0, nodes });
+                    if !matches!(tokio::time::timeout(FORWARD_WAIT, call).await, Ok(Ok(_))) {
+                        tracing::debug!("the slow nodes were not passed on");
+                    }
+                }
+                None => tracing::debug!("no leader to pass the slow nodes to"),
+            }
+        }
+    }
+
     /// Passes wishes of primaries to the leader; what is lost on the way is wished again.
     async fn forward(self, proposals: proto::GroupProposals) {
         match self.handle.leader() {
@@ -372,6 +399,7 @@ pub fn decode_proposals(message: &proto::GroupProposals) -> Vec<Proposal> {
             Ok(Change::Exclude) => ProposedChange::Exclude,
             Ok(Change::Lead) => ProposedChange::Lead,
             Ok(Change::Settle) => ProposedChange::Settle,
+            Ok(Change::Renew) => ProposedChange::Renew,
             Ok(Change::Unspecified) | Err(_) => return None,
         };
         Some(Proposal {

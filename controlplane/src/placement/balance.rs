@@ -56,21 +56,23 @@ fn condition(view: &View<'_>, pool: &Pool, group: &Group) -> Condition {
         let up = view.nodes.get(&member.node).is_some_and(|node| node.health == Health::Up);
         up && view.standing(member) == Standing::Live
     };
-    let acting = group.acting().count();
+    // A slow node's replica acts when it is needed.
+    let held = group.learners().filter(|learner| view.is_slow(learner.node)).count();
+    let acting = group.acting().count() + held;
     let wanted = usize::from(pool.replica_count).min(view.targets.get(&group.id).map_or(0, Vec::len));
     if acting < wanted.max(1) || !group.is_settled() || !group.members.iter().all(healthy) {
         return Condition::Unwell;
     }
-    if group.learners().count() > 0 || acting > usize::from(pool.replica_count) {
+    if group.learners().count() > held || acting > usize::from(pool.replica_count) {
         return Condition::Moving;
     }
     Condition::Well
 }
 
-/// The preferred primary takes over, if it acts; in the place of one in maintenance the next one is preferred.
+/// The preferred primary takes over, if it acts; in the place of one in maintenance, or slow, the next one is preferred.
 fn move_primary(view: &View<'_>, group: &Group) -> Option<GroupChange> {
     let targets = view.targets.get(&group.id)?.iter().map(|target| target.node);
-    let preferred = targets.into_iter().find(|node| !view.state.is_in_maintenance(*node))?;
+    let preferred = targets.into_iter().find(|node| !view.is_relieved(*node))?;
     let acts = group.acting().any(|member| member.node == preferred);
     let settled = group.learners().count() == 0;
     (acts && settled && group.primary != Some(preferred)).then(|| GroupChange {

@@ -2,10 +2,11 @@
 //!
 //! For a group with acting set A, of which the members C are live:
 //!
-//! 1. C = A: learners are added where the group belongs, dead ones dropped, wishes of the primary granted.
+//! 1. C = A: learners are added where the group belongs, dead ones dropped, wishes of the primary granted, slow members made learners.
 //! 2. |C| ≥ `min_replicas`: A becomes C.
 //! 3. |C| < `min_replicas`: A becomes C and the members that are back, when that holds everything that was
-//!    acknowledged: C is not empty (it has it all), or one of them lost nothing, or all of A are back.
+//!    acknowledged: C is not empty (it has it all), or one of them lost nothing, or all of A are back. Learners that are up to
+//!    date join them where they are too few.
 //!    So it goes for any C < A while the epoch is not settled, with the last settled acting set as A.
 //! 4. After `REGROUP_AFTER` A becomes what there is of that, below `min_replicas`: no I/O yet, but learners can
 //!    be brought up from it.
@@ -57,7 +58,7 @@ fn next(
         memory.waiting.remove(&group.id);
         live_members(view, group)
     } else {
-        regroup(view, memory, pool, group)?
+        regroup(view, memory, pool, group, wishes)?
     };
     let members = with_the_rest(view, group, acting);
     change(view, group, members, counts)
@@ -68,7 +69,13 @@ fn live_members(view: &View<'_>, group: &Group) -> Vec<Member> {
 }
 
 /// Cases 3 and 4: the acting set that holds everything acknowledged, or `None` to wait.
-fn regroup(view: &View<'_>, memory: &mut Memory, pool: &Pool, group: &Group) -> Option<Vec<Member>> {
+fn regroup(
+    view: &View<'_>,
+    memory: &mut Memory,
+    pool: &Pool,
+    group: &Group,
+    wishes: &[Proposal],
+) -> Option<Vec<Member>> {
     let live: Vec<Member> = group.holders().filter(|m| view.standing(m) == Standing::Live).copied().collect();
     let back: Vec<&Member> = group.holders().filter(|m| view.standing(m) == Standing::Back).collect();
     let all_are_there = live.len() + back.len() == group.holders().count();
@@ -91,7 +98,10 @@ fn regroup(view: &View<'_>, memory: &mut Memory, pool: &Pool, group: &Group) -> 
     all.extend(others);
     // A member that lost records is no source, unless there is no other.
     let whole: Vec<Member> = all.iter().filter(|member| !member.damaged).copied().collect();
-    let chosen = if whole.is_empty() { all } else { whole };
+    let mut chosen = if whole.is_empty() { all } else { whole };
+    if chosen.len() < usize::from(pool.min_replicas) {
+        chosen.extend(up_to_date(view, group, &chosen, wishes));
+    }
     let enough = chosen.len() >= usize::from(pool.min_replicas);
     let waited = view.now.since(since) >= REGROUP_AFTER;
     if chosen.is_empty() || !(enough || waited) {
@@ -99,6 +109,27 @@ fn regroup(view: &View<'_>, memory: &mut Memory, pool: &Pool, group: &Group) -> 
     }
     memory.waiting.remove(&group.id);
     Some(chosen)
+}
+
+/// Learners that their primary, which is among the `chosen`, says have everything: they were held back, or were about to act.
+fn up_to_date<'a>(
+    view: &'a View<'_>,
+    group: &'a Group,
+    chosen: &[Member],
+    wishes: &'a [Proposal],
+) -> impl Iterator<Item = Member> + use<'a> {
+    let led = group.acting().any(|member| {
+        Some(member.node) == group.primary
+            && view.standing(member) == Standing::Live
+            && chosen.iter().any(|other| other.node == member.node)
+    });
+    let promoted = move |learner: &&Member| {
+        let wish = |wish: &Proposal| {
+            wish.epoch == group.epoch && wish.node == learner.node && wish.change == ProposedChange::Promote
+        };
+        led && view.standing(learner) == Standing::Live && wishes.iter().any(wish)
+    };
+    group.learners().filter(promoted).map(|learner| Member { learner: false, damaged: false, ..*learner })
 }
 
 /// `acting`, those who may not leave yet, and as learners whoever else is there.
@@ -142,6 +173,13 @@ fn steady(
     if !group.is_settled() && wishes.iter().filter(of_epoch).any(settles) {
         return Some(GroupChange { settle: true, ..changed(group, group.primary, group.members.clone()) });
     }
+    let renews = |wish: &Proposal| {
+        let learner = group.learners().any(|learner| learner.node == wish.node);
+        wish.change == ProposedChange::Renew && learner && !view.is_slow(wish.node)
+    };
+    if wishes.iter().filter(of_epoch).any(renews) {
+        return Some(changed(group, group.primary, group.members.clone()));
+    }
     let mut members: Vec<Member> = group.acting().copied().collect();
     members.extend(group.learners().filter_map(|learner| as_learner(view, group, learner)));
     let mut leads = None;
@@ -156,6 +194,7 @@ fn steady(
         // Each change of members begins peering anew: only what a wish asks for is worth that now.
         return change(view, group, members, counts);
     }
+    demote_slow(view, pool, group, &mut members);
     drop_surplus(view, pool, group, &mut members);
     let wanted = usize::from(pool.replica_count);
     if members.iter().filter(|member| !member.learner).count() < wanted {
@@ -182,7 +221,9 @@ fn grant(
     let member = members.iter_mut().find(|member| member.node == wish.node)?;
     match wish.change {
         ProposedChange::Promote => {
-            if member.learner && view.standing(member) == Standing::Live {
+            // The cluster would wait for it again.
+            let held = view.is_slow(wish.node) && acting >= usize::from(pool.min_replicas);
+            if member.learner && view.standing(member) == Standing::Live && !held {
                 (member.learner, member.damaged) = (false, false);
             }
         }
@@ -200,10 +241,21 @@ fn grant(
                 member.learner = true;
             }
         }
+        // `steady` has looked at it.
+        ProposedChange::Renew => {}
         ProposedChange::Lead => return able(member).then_some(wish.node),
         ProposedChange::Settle => {}
     }
     None
+}
+
+/// Slow members become learners while `min_replicas` are left: they get every write, and nobody waits for them.
+fn demote_slow(view: &View<'_>, pool: &Pool, group: &Group, members: &mut [Member]) {
+    let acting = members.iter().filter(|member| !member.learner).count();
+    let spare = acting.saturating_sub(usize::from(pool.min_replicas));
+    let slow = members.iter_mut().filter(|member| !member.learner && view.is_slow(member.node));
+    let slow = slow.filter(|member| view.may_leave(group, member));
+    slow.take(spare).for_each(|member| member.learner = true);
 }
 
 /// With all the replicas that are wanted, learners elsewhere and acting members too many are let go.
@@ -265,7 +317,7 @@ fn pick_primary(
         .primary
         .filter(|primary| acting().filter(able).any(|member| member.node == *primary) && !leaving(*primary));
     keep.or_else(|| {
-        let wanted = |node: &NodeId| !leaving(*node) && !view.state.avoids(*node);
+        let wanted = |node: &NodeId| !leaving(*node) && !view.avoids(*node);
         counts.least(acting().filter(able).map(|member| member.node).filter(wanted))
     })
     .or_else(|| counts.least(acting().filter(able).map(|member| member.node)))

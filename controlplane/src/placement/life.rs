@@ -1,4 +1,4 @@
-//! What an operator's wishes change in the groups: primaries leave nodes in maintenance, and groups go on without
+//! What an operator's wishes change in the groups: primaries leave nodes in maintenance and slow ones, and groups go on without
 //! nodes that are given up for lost.
 //!
 //! Run by `planner` after `decide`, for groups that it leaves as they are. Replicas of a node that leaves move by
@@ -37,17 +37,17 @@ pub fn follow_wishes(view: &View<'_>, taken: &[GroupChange]) -> Vec<GroupChange>
     changes
 }
 
-/// Another live acting member takes over from a primary in maintenance.
+/// Another live acting member takes over from a primary that is in maintenance, or slow.
 fn relieve(view: &View<'_>, group: &Group, counts: &PrimaryCounts) -> Option<GroupChange> {
-    group.primary.filter(|primary| view.state.is_in_maintenance(*primary))?;
+    group.primary.filter(|primary| view.is_relieved(*primary))?;
     let able = |member: &&Member| {
         let up = view.nodes.get(&member.node).is_some_and(|node| node.health == Health::Up);
-        up && view.standing(member) == Standing::Live && !view.state.is_in_maintenance(member.node)
+        up && view.standing(member) == Standing::Live && !view.is_relieved(member.node)
     };
     let able = || group.acting().filter(able).map(|member| member.node);
     // One that leaves the cluster would soon hand over again.
     let to =
-        counts.least(able().filter(|node| !view.state.avoids(*node))).or_else(|| counts.least(able()))?;
+        counts.least(able().filter(|node| !view.avoids(*node))).or_else(|| counts.least(able()))?;
     Some(GroupChange {
         group: group.id,
         expected: group.epoch,
@@ -80,7 +80,7 @@ fn go_on_without(view: &View<'_>, group: &Group) -> Option<GroupChange> {
         members = first_members(view, group.id);
     }
     let primary =
-        members.iter().map(|member| member.node).min_by_key(|node| (view.state.avoids(*node), *node));
+        members.iter().map(|member| member.node).min_by_key(|node| (view.avoids(*node), *node));
     let primary = primary?;
     tracing::warn!(group = %group.id, %primary, "the group goes on without the node that was given up");
     let (group, expected, primary) = (group.id, group.epoch, Some(primary));

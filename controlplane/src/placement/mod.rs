@@ -1,7 +1,7 @@
 //! What becomes of the groups: decided by the Raft leader from the cluster's state and the health of its nodes.
 //!
 //! `decide` says what must change now, `life` what the operator asked for, `balance` what may change when all is well:
-//! pure functions, which `planner` runs for `controller`. Where replicas *belong* is `xsan_protocol::placement`.
+//! pure functions, which `planner` runs for `controller`; `slow` judges which nodes drag the others down. Where replicas *belong* is `xsan_protocol::placement`.
 //!
 //! Invariants
 //! - A member that may still serve as primary, or may not know yet that it is not any more, stays in the
@@ -16,6 +16,7 @@ pub mod balance;
 pub mod decide;
 pub mod life;
 pub mod planner;
+pub mod slow;
 mod view;
 
 pub use view::{NodeView, PrimaryCounts, Standing, View};
@@ -51,6 +52,8 @@ pub enum ProposedChange {
     Exclude,
     /// Its journal holds what the primary's lacks and can not be given: it becomes the primary.
     Lead,
+    /// The learner was proposed, and lacks entries that are kept no more: it starts anew, which takes another epoch.
+    Renew,
     /// Every acting member has in its journal what any had when the epoch began: the set before it is forgotten.
     Settle,
 }

@@ -49,19 +49,22 @@ impl Placed {
 }
 
 impl Planner {
-    /// The changes that are due; what safety asks for first, balance when there is nothing of that.
+    /// The changes that are due, where these nodes are `slow`; what safety asks for first, balance when there is nothing of that.
     pub fn plan(
         &mut self,
         now: BootTime,
         state: &ClusterState,
         leases: &mut LeaseTable,
         proposals: &[Proposal],
+        slow: &BTreeSet<NodeId>,
     ) -> Vec<GroupChange> {
+        let demotes = state.settings().demote_slow_nodes;
         let view = |node: &xsan_protocol::map::Node| {
             let registered = node.data.as_ref().map(|data| data.incarnation);
             let confirmed = registered.map(|incarnation| leases.confirmed(node.id, incarnation));
             let health = leases.health(now, node.id, registered);
-            (node.id, NodeView { health, confirmed: confirmed.unwrap_or_default() })
+            let slow = demotes && slow.contains(&node.id);
+            (node.id, NodeView { health, confirmed: confirmed.unwrap_or_default(), slow })
         };
         let nodes: BTreeMap<NodeId, NodeView> = state.map().nodes.values().map(view).collect();
         let is_gone = |(_, view): &(&NodeId, &NodeView)| view.health == Health::Gone;

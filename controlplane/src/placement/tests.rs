@@ -1,5 +1,6 @@
 //! The decision table, one row a test: three nodes, one pool of three replicas, and one group looked at.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use xsan_protocol::ids::{BootId, Incarnation, MapVersion, PoolId, ShardIndex, StoreId};
@@ -13,6 +14,7 @@ use super::*;
 use crate::lease::Health;
 use crate::state::command::{Command, GroupChange, NewNode, NewVolume, SettingsChange};
 use crate::state::{ClusterState, Departure};
+use crate::timing::BALANCE_AFTER;
 
 const GROUP: GroupId = GroupId::new(PoolId(1), 0);
 
@@ -96,11 +98,15 @@ impl Cluster {
         let damaged_stores = is_damaged.then_some(damaged).into_iter().collect();
         self.state.apply(&Command::DataStarted { node: NodeId(node), process, damaged_stores });
         let confirmed = MapVersion(0);
-        self.nodes.insert(NodeId(node), NodeView { health: Health::Up, confirmed });
+        self.nodes.insert(NodeId(node), NodeView { health: Health::Up, confirmed, slow: false });
     }
 
     fn set_health(&mut self, node: NodeId, health: Health) {
         self.nodes.get_mut(&node).expect("a node").health = health;
+    }
+
+    fn set_slow(&mut self, node: NodeId, slow: bool) {
+        self.nodes.get_mut(&node).expect("a node").slow = slow;
     }
 
     fn fail_store(&mut self, node: NodeId) {
@@ -311,6 +317,76 @@ fn members_without_the_groups_past_leave_however_few_are_left() {
     }
     assert_eq!(cluster.learners(), members);
     assert_eq!(cluster.group().acting().count(), 1);
+}
+
+#[test]
+fn a_slow_member_becomes_a_learner_and_stays_one_for_as_long_as_it_is_slow() {
+    let mut cluster = Cluster::new(3, 3);
+    let slow = cluster.secondary();
+    cluster.set_slow(slow, true);
+    assert!(cluster.step());
+    assert_eq!(cluster.learners(), [slow]);
+    cluster.wish(slow, ProposedChange::Promote);
+    cluster.rest();
+    let other = cluster.secondary();
+    cluster.set_slow(other, true);
+    cluster.rest();
+    cluster.set_slow(other, false);
+    cluster.set_slow(slow, false);
+    cluster.wish(slow, ProposedChange::Promote);
+    assert!(cluster.step());
+    assert_eq!(cluster.learners(), []);
+    cluster.rest();
+}
+
+#[test]
+fn a_slow_primary_hands_over_before_it_becomes_a_learner() {
+    let mut cluster = Cluster::new(3, 3);
+    let slow = cluster.primary();
+    cluster.set_slow(slow, true);
+    cluster.step();
+    assert_eq!(cluster.primary(), slow, "`follow_wishes` relieves it");
+    assert!(cluster.follow() > 0);
+    cluster.settle();
+    cluster.confirm_all();
+    assert_ne!(cluster.primary(), slow);
+    assert!(cluster.step());
+    assert_eq!(cluster.learners(), [slow]);
+    cluster.balance();
+    cluster.pass(BALANCE_AFTER);
+    cluster.balance();
+    assert_ne!(cluster.primary(), slow, "nor does it lead again by balance");
+}
+
+#[test]
+fn a_slow_learner_with_everything_acts_at_once_where_it_is_needed() {
+    let mut cluster = Cluster::new(3, 3);
+    let slow = cluster.secondary();
+    cluster.set_slow(slow, true);
+    assert!(cluster.step());
+    let (primary, dead) = (cluster.primary(), cluster.secondary());
+    cluster.set_health(dead, Health::Gone);
+    cluster.rest();
+    cluster.wish(slow, ProposedChange::Promote);
+    assert!(cluster.step());
+    assert!(cluster.acting().contains(&slow));
+    assert!(cluster.acting().contains(&primary));
+    assert_eq!(cluster.acting().len(), 2);
+}
+
+#[test]
+fn a_learner_that_can_not_go_on_gets_another_epoch() {
+    let mut cluster = Cluster::new(3, 3);
+    let slow = cluster.secondary();
+    cluster.set_slow(slow, true);
+    assert!(cluster.step());
+    cluster.wish(slow, ProposedChange::Renew);
+    cluster.rest();
+    cluster.set_slow(slow, false);
+    cluster.wish(slow, ProposedChange::Renew);
+    assert!(cluster.step());
+    assert_eq!(cluster.learners(), [slow]);
+    cluster.rest();
 }
 
 #[test]
@@ -726,7 +802,7 @@ mod planner {
                     };
                     self.leases.on_beat(now, &beat, incarnation, true);
                 }
-                let changes = self.planner.plan(now, &self.cluster.state, &mut self.leases, &[]);
+                let changes = self.planner.plan(now, &self.cluster.state, &mut self.leases, &[], &BTreeSet::new());
                 self.cluster.apply(changes);
                 self.cluster.settle();
                 self.leases.release();

@@ -24,6 +24,8 @@ pub struct NodeView {
     pub health: Health,
     /// The newest map that its present data process acts on.
     pub confirmed: MapVersion,
+    /// It is far slower than its peers, and the operator wants nobody to wait for it.
+    pub slow: bool,
 }
 
 /// How a member stands.
@@ -51,6 +53,20 @@ impl View<'_> {
             (false, Health::Up, true) => Standing::Back,
             _ => Standing::Gone,
         }
+    }
+
+    pub fn is_slow(&self, node: NodeId) -> bool {
+        self.nodes.get(&node).is_some_and(|node| node.slow)
+    }
+
+    /// Is another node the better primary?
+    pub fn avoids(&self, node: NodeId) -> bool {
+        self.state.avoids(node) || self.is_slow(node)
+    }
+
+    /// Should it hand over what it leads to any other that can?
+    pub fn is_relieved(&self, node: NodeId) -> bool {
+        self.state.is_in_maintenance(node) || self.is_slow(node)
     }
 
     /// May `member` leave the acting set of `group`? Not while it might answer as its primary: it must be

@@ -90,6 +90,7 @@ pub struct SettingsChange {
     /// Zero: off.
     pub scrub_interval: Option<Duration>,
     pub deep_scrub_interval: Option<Duration>,
+    pub demote_slow_nodes: Option<bool>,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -232,6 +233,7 @@ impl From<&Command> for proto::Command {
                 scrub_bytes_per_second: change.scrub_bytes_per_second,
                 scrub_interval_ms: change.scrub_interval.map(milliseconds),
                 deep_scrub_interval_ms: change.deep_scrub_interval.map(milliseconds),
+                demote_slow_nodes: change.demote_slow_nodes,
             }),
             Command::WishScrubs { groups, wish } => Body::WishScrubs(body::WishScrubs {
                 groups: groups.iter().map(|group| group.0).collect(),
@@ -353,6 +355,7 @@ impl TryFrom<proto::Command> for Command {
                     scrub_bytes_per_second: settings.scrub_bytes_per_second,
                     scrub_interval: settings.scrub_interval_ms.map(Duration::from_millis),
                     deep_scrub_interval: settings.deep_scrub_interval_ms.map(Duration::from_millis),
+                    demote_slow_nodes: settings.demote_slow_nodes,
                 })
             }
             Body::WishScrubs(wish) => {

@@ -147,6 +147,7 @@ impl ClusterState {
             scrub_bytes_per_second: Some(self.settings.scrub_bytes_per_second),
             scrub_interval_ms: Some(milliseconds(self.settings.scrub_interval)),
             deep_scrub_interval_ms: Some(milliseconds(self.settings.deep_scrub_interval)),
+            demote_slow_nodes: self.settings.demote_slow_nodes,
         }
     }
 
@@ -190,6 +191,7 @@ impl ClusterState {
             scrub_bytes_per_second: head.scrub_bytes_per_second,
             scrub_interval: head.scrub_interval_ms.map(Duration::from_millis),
             deep_scrub_interval: head.deep_scrub_interval_ms.map(Duration::from_millis),
+            demote_slow_nodes: Some(head.demote_slow_nodes),
         };
         self.change_settings(&change, &mut Touched::default())
             .map_err(|_| ImageError::Field { field: "settings" })?;

@@ -171,13 +171,19 @@ impl ClusterState {
         }
         check_settings(change)?;
         let before = self.settings;
-        let SettingsChange { down_out_interval, scrub_bytes_per_second, scrub_interval, deep_scrub_interval } =
-            *change;
+        let SettingsChange {
+            down_out_interval,
+            scrub_bytes_per_second,
+            scrub_interval,
+            deep_scrub_interval,
+            demote_slow_nodes,
+        } = *change;
         self.settings = Settings {
             down_out_interval: down_out_interval.unwrap_or(before.down_out_interval),
             scrub_bytes_per_second: scrub_bytes_per_second.unwrap_or(before.scrub_bytes_per_second),
             scrub_interval: scrub_interval.unwrap_or(before.scrub_interval),
             deep_scrub_interval: deep_scrub_interval.unwrap_or(before.deep_scrub_interval),
+            demote_slow_nodes: demote_slow_nodes.unwrap_or(before.demote_slow_nodes),
         };
         touched.settings = self.settings != before;
         Ok(Reply::Done)

@@ -100,6 +100,8 @@ pub struct Settings {
     /// Zero: only when asked for.
     pub scrub_interval: Duration,
     pub deep_scrub_interval: Duration,
+    /// Nodes far slower than their peers lead and act in no group that has enough members without them.
+    pub demote_slow_nodes: bool,
 }
 
 impl Default for Settings {
@@ -109,6 +111,7 @@ impl Default for Settings {
             scrub_bytes_per_second: SCRUB_RATE,
             scrub_interval: SCRUB_INTERVAL,
             deep_scrub_interval: DEEP_SCRUB_INTERVAL,
+            demote_slow_nodes: false,
         }
     }
 }

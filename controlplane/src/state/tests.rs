@@ -285,6 +285,7 @@ fn records_and_images_give_the_same_state_again() {
     state.apply(&Command::ChangeSettings(SettingsChange {
         scrub_interval: Some(Duration::ZERO),
         scrub_bytes_per_second: Some(1 << 20),
+        demote_slow_nodes: Some(true),
         ..Default::default()
     }));
     let group = any_group(&state).id;
@@ -350,6 +351,7 @@ fn commands_and_replies_survive_their_encoding() {
             scrub_bytes_per_second: Some(1 << 20),
             scrub_interval: Some(Duration::ZERO),
             deep_scrub_interval: Some(Duration::from_secs(60)),
+            demote_slow_nodes: Some(true),
             ..Default::default()
         }),
         Command::WishScrubs { groups: vec![GroupId(7)], wish: Some(wish) },

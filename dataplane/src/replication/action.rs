@@ -43,6 +43,8 @@ pub enum Change {
     Exclude,
     /// Its journal holds what the primary's lacks and can not be given: to be the primary.
     Lead,
+    /// The learner was proposed, and lacks entries that are kept no more: it starts anew, which takes another epoch.
+    Renew,
     /// Every acting member has in its journal what any had when the epoch began: the set before it does not count any more.
     Settle,
 }

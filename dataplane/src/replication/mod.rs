@@ -366,6 +366,7 @@ impl Replication {
     /// Time passes: questions are repeated, the silent proposed out, acknowledgements announced. Idle groups cost nothing.
     pub fn on_tick(&mut self, now_ns: u64, stores: &dyn Stores, out: &mut Vec<Action>) {
         self.begin(stores, now_ns, out);
+        self.core.latencies.on_tick(now_ns);
         self.scrub(stores, now_ns, out);
         let ticking: Vec<GroupId> = self.core.ticking.iter().copied().collect();
         for id in ticking {

@@ -209,7 +209,8 @@ impl Group {
                 Some(_) => self.lose_learner(call, from),
                 None => {
                     if learner.is_running() && durable <= learner.sent {
-                        learner.durable = learner.durable.max(durable);
+                        let taken_ns = learner.on_durable(durable, call.now_ns);
+                        taken_ns.into_iter().for_each(|ns| call.core.latencies.add_member(from, ns));
                     }
                 }
             };

@@ -413,7 +413,7 @@ impl Group {
             }
         }
         for learner in primary.learners.iter_mut().filter(|learner| learner.is_running()) {
-            learner.sent = seq;
+            learner.on_sent(seq, call.now_ns);
             let frame = frames::of_entry(Opcode::Append, &entry, primary.epoch, self.replica.acked, sync);
             call.send(learner.node, frame);
         }

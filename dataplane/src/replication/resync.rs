@@ -48,7 +48,7 @@ enum Step {
     Running(Version),
     /// The connection broke after it was proposed: it is asked where its journal ends.
     Resuming(Version),
-    /// It was proposed, and lacks entries that are kept no more: peering at the next epoch makes it a learner again.
+    /// It was proposed, and lacks entries that are kept no more: it starts anew with the next epoch.
     Behind,
 }
 
@@ -75,6 +75,8 @@ pub(super) struct Learner {
     asked_ns: Option<u64>,
     pub sent: Seq,
     pub durable: Seq,
+    /// An entry whose way to its journal is being timed, and when it was sent.
+    timed: Option<(Seq, u64)>,
     pass: Pass,
     differences: u64,
     compare: Option<Compare>,
@@ -84,8 +86,6 @@ pub(super) struct Learner {
     /// Number of the flush that makes what it got stable.
     flush: Option<u64>,
     complete: bool,
-    /// Entries are kept until it has them.
-    retained: bool,
     /// A unit could not be read or stored: no new pass before this.
     resume_ns: u64,
     proposed_ns: Option<u64>,
@@ -110,6 +110,7 @@ impl Learner {
             asked_ns: None,
             sent: Seq(0),
             durable: Seq(0),
+            timed: None,
             pass: Pass::From(BlockKey::default()),
             differences: 0,
             compare: None,
@@ -117,7 +118,6 @@ impl Learner {
             pushing: 0,
             flush: None,
             complete: false,
-            retained: true,
             resume_ns: 0,
             proposed_ns: None,
         }
@@ -128,11 +128,27 @@ impl Learner {
         matches!(self.step, Step::Running(_))
     }
 
+    /// A new entry goes out to it.
+    pub fn on_sent(&mut self, seq: Seq, now_ns: u64) {
+        self.sent = seq;
+        // Until it is up to date, what is pushed to it takes its time, too.
+        if self.complete && self.timed.is_none() {
+            self.timed = Some((seq, now_ns));
+        }
+    }
+
+    /// It has entries in its journal. Returns how long the one took that was timed.
+    pub fn on_durable(&mut self, durable: Seq, now_ns: u64) -> Option<u64> {
+        self.durable = self.durable.max(durable);
+        let (_, sent_ns) = self.timed.take_if(|(seq, _)| *seq <= durable)?;
+        Some(now_ns.saturating_sub(sent_ns))
+    }
+
     /// Entries behind this one are kept for it.
     pub fn needs_after(&self) -> Option<Seq> {
         match self.step {
             Step::Starting(start) => Some(start.seq),
-            Step::Running(_) | Step::Resuming(_) if self.retained => Some(self.durable),
+            Step::Running(_) | Step::Resuming(_) => Some(self.durable),
             _ => None,
         }
     }
@@ -153,7 +169,7 @@ impl Learner {
     /// It is too far behind for entries to be kept for it.
     pub fn outrun(&mut self, call: &mut Call<'_>) {
         if self.proposed_ns.is_some() {
-            self.retained = false;
+            self.step = Step::Behind;
         } else {
             self.restart(call);
         }
@@ -165,10 +181,10 @@ impl Learner {
         *self = Self { attempt: self.attempt, ..Self::new(self.node) };
     }
 
-    fn propose(&mut self, call: &mut Call<'_>, group: GroupId, epoch: Epoch) {
+    fn propose(&mut self, call: &mut Call<'_>, group: GroupId, epoch: Epoch, change: Change) {
         if is_due(self.proposed_ns, PROPOSE_AGAIN_NS, call.now_ns) {
             self.proposed_ns = Some(call.now_ns);
-            call.propose(group, epoch, self.node, Change::Promote);
+            call.propose(group, epoch, self.node, change);
         }
     }
 
@@ -278,7 +294,7 @@ impl Group {
         let learner = &mut primary.learners[index];
         let start = match learner.step {
             Step::Running(start) => start,
-            Step::Behind => return learner.propose(call, self.id, epoch),
+            Step::Behind => return learner.propose(call, self.id, epoch, Change::Renew),
             _ => return,
         };
         if acked < start.seq {
@@ -314,7 +330,7 @@ impl Group {
             learner.pass = Pass::From(BlockKey::default());
             self.compare(call, index, BlockKey::default());
         } else if learner.complete || Mutation::PushesNotFlushed.is_on() {
-            learner.propose(call, self.id, epoch);
+            learner.propose(call, self.id, epoch, Change::Promote);
         } else if learner.flush.is_none() {
             // Pushed units have no place in the order: after a loss of power their absence could not be told from the
             // journal's end. So they are made stable first.

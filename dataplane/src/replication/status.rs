@@ -4,7 +4,10 @@
 
 use std::collections::BTreeMap;
 
+use hdrhistogram::Histogram;
 use xsan_protocol::ids::NodeId;
+
+use crate::stats::histogram;
 
 /// Part of a request's way that is timed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -57,7 +60,7 @@ pub struct ReplicationStatus {
     pub slow_members: Vec<SlowMember>,
 }
 
-/// A node that takes far longer than its peers to journal what this shard sends.
+/// A node that takes far longer than its peers to journal what this shard sends, be it itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SlowMember {
     pub node: NodeId,
@@ -67,21 +70,35 @@ pub struct SlowMember {
 
 /// Samples kept between two drains; more are dropped, since they only serve statistics.
 const SAMPLES_MAX: usize = 8192;
-const MEMBER_SAMPLES: usize = 256;
+/// Members are judged by the present span of this length and the one before.
+const MEMBER_SPAN_NS: u64 = 5_000_000_000;
+/// Fewer entries in that time say nothing of a member.
+const MEMBER_SAMPLES_MIN: u64 = 30;
 /// A member is slow when its p99 is this many times that of its fastest peer, and above the floor.
 const SLOW_FACTOR: u64 = 5;
 const SLOW_FLOOR_NS: u64 = 20_000_000;
 
+/// Times that a member took for an entry, in the present span and the one before.
 #[derive(Debug)]
-struct MemberSamples {
-    ring: [u64; MEMBER_SAMPLES],
-    count: usize,
+struct MemberTimes {
+    present: Histogram<u64>,
+    before: Histogram<u64>,
+}
+
+impl MemberTimes {
+    fn p99(&self) -> Option<u64> {
+        let mut both = self.present.clone();
+        both.add(&self.before).expect("all histograms have the same bounds");
+        (both.len() >= MEMBER_SAMPLES_MIN).then(|| both.value_at_quantile(0.99))
+    }
 }
 
 #[derive(Debug, Default)]
 pub(super) struct Latencies {
     samples: Vec<(Stage, u64)>,
-    members: BTreeMap<NodeId, MemberSamples>,
+    members: BTreeMap<NodeId, MemberTimes>,
+    /// When the present span began.
+    span_ns: u64,
 }
 
 impl Latencies {
@@ -91,25 +108,31 @@ impl Latencies {
         }
     }
 
+    /// `node` took so long from when an entry was made to when it had it in its journal.
     pub fn add_member(&mut self, node: NodeId, ns: u64) {
-        let samples =
-            self.members.entry(node).or_insert(MemberSamples { ring: [0; MEMBER_SAMPLES], count: 0 });
-        samples.ring[samples.count % MEMBER_SAMPLES] = ns;
-        samples.count += 1;
+        let empty = || MemberTimes { present: histogram(), before: histogram() };
+        self.members.entry(node).or_insert_with(empty).present.saturating_record(ns);
     }
 
     pub fn drain(&mut self, out: &mut Vec<(Stage, u64)>) {
         out.append(&mut self.samples);
     }
 
+    pub fn on_tick(&mut self, now_ns: u64) {
+        if now_ns.saturating_sub(self.span_ns) < MEMBER_SPAN_NS {
+            return;
+        }
+        self.span_ns = now_ns;
+        self.members.retain(|_, times| !(times.present.is_empty() && times.before.is_empty()));
+        for times in self.members.values_mut() {
+            std::mem::swap(&mut times.present, &mut times.before);
+            times.present.reset();
+        }
+    }
+
     pub fn slow_members(&self) -> Vec<SlowMember> {
-        let p99 = |samples: &MemberSamples| {
-            let mut sorted = samples.ring[..samples.count.min(MEMBER_SAMPLES)].to_vec();
-            sorted.sort_unstable();
-            sorted[(sorted.len() * 99 / 100).min(sorted.len() - 1)]
-        };
-        let all: Vec<(NodeId, u64)> =
-            self.members.iter().map(|(node, samples)| (*node, p99(samples))).collect();
+        let judged = self.members.iter().filter_map(|(node, times)| Some((*node, times.p99()?)));
+        let all: Vec<(NodeId, u64)> = judged.collect();
         let slow = |&(node, ns): &(NodeId, u64)| {
             let peers = all.iter().filter(|(peer, _)| *peer != node).map(|(_, ns)| *ns).min()?;
             (ns > SLOW_FLOOR_NS && ns > peers.saturating_mul(SLOW_FACTOR)).then_some(SlowMember {
@@ -126,16 +149,38 @@ impl Latencies {
 mod tests {
     use super::*;
 
+    const SLOW_NS: u64 = 40_000_000;
+
+    fn slow_nodes(latencies: &Latencies) -> Vec<NodeId> {
+        latencies.slow_members().iter().map(|member| member.node).collect()
+    }
+
     #[test]
-    fn a_member_far_behind_its_peers_is_slow() {
+    fn a_member_far_behind_its_peers_is_slow_for_as_long_as_it_is() {
         let mut latencies = Latencies::default();
         for sample in 0..1000 {
             latencies.add_member(NodeId(1), 100_000 + sample);
             latencies.add_member(NodeId(2), 200_000 + sample);
-            latencies.add_member(NodeId(3), 40_000_000 + sample);
+            latencies.add_member(NodeId(3), SLOW_NS + sample);
         }
-        let slow = latencies.slow_members();
-        assert_eq!(slow.iter().map(|member| member.node).collect::<Vec<_>>(), [NodeId(3)]);
-        assert_eq!(slow[0].us_p99_peers, 100);
+        assert_eq!(slow_nodes(&latencies), [NodeId(3)]);
+        let peers = latencies.slow_members()[0].us_p99_peers;
+        assert!((100..=103).contains(&peers), "{peers} µs");
+        latencies.on_tick(MEMBER_SPAN_NS);
+        assert_eq!(slow_nodes(&latencies), [NodeId(3)], "one span says as much as two");
+        latencies.on_tick(2 * MEMBER_SPAN_NS);
+        assert_eq!(slow_nodes(&latencies), [], "what was long ago is forgotten");
+    }
+
+    #[test]
+    fn a_few_slow_entries_say_nothing() {
+        let mut latencies = Latencies::default();
+        for _ in 0..MEMBER_SAMPLES_MIN - 1 {
+            latencies.add_member(NodeId(1), SLOW_NS);
+        }
+        (0..1000).for_each(|_| latencies.add_member(NodeId(2), 100_000));
+        assert_eq!(slow_nodes(&latencies), []);
+        latencies.add_member(NodeId(1), SLOW_NS);
+        assert_eq!(slow_nodes(&latencies), [NodeId(1)]);
     }
 }

@@ -81,6 +81,7 @@ impl Shard {
                         Change::Exclude => proto::group_proposal::Change::Exclude,
                         Change::Lead => proto::group_proposal::Change::Lead,
                         Change::Settle => proto::group_proposal::Change::Settle,
+                        Change::Renew => proto::group_proposal::Change::Renew,
                     };
                     self.scratch.proposals.push(proto::GroupProposal {
                         group: group.0,

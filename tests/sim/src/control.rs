@@ -14,7 +14,7 @@ use xsan_controlplane::membership::heartbeat::Grant;
 use xsan_controlplane::placement::Proposal;
 use xsan_controlplane::placement::planner::Planner;
 use xsan_controlplane::state::ClusterState;
-use xsan_controlplane::state::command::{Command, GroupChange, NewNode, NewVolume};
+use xsan_controlplane::state::command::{Command, GroupChange, NewNode, NewVolume, SettingsChange};
 use xsan_controlplane::timing::{BEAT_INTERVAL, CONTROLLER_TICK, RaftTiming};
 use xsan_protocol::ids::{Incarnation, MapVersion, NodeId, StoreId};
 use xsan_protocol::map::{DataProcess, Durability, Member};
@@ -142,6 +142,8 @@ impl World {
             group_count: self.plan.group_count,
         }));
         assert_eq!(self.control.state.map().volumes.len(), 1);
+        let demote_slow_nodes = Some(self.plan.demotes);
+        self.control.apply(&Command::ChangeSettings(SettingsChange { demote_slow_nodes, ..Default::default() }));
         self.spread_state();
     }
 
@@ -507,7 +509,9 @@ impl World {
             return;
         }
         let proposals = std::mem::take(&mut leader.proposals);
-        let changes = leader.planner.plan(host.clock(now), &leader.known, &mut leader.leases, &proposals);
+        let slow = self.hosts.iter().filter(|host| host.found_slow_until > now).map(|host| host.node).collect();
+        let (clock, known) = (host.clock(now), &leader.known);
+        let changes = leader.planner.plan(clock, known, &mut leader.leases, &proposals, &slow);
         if changes.is_empty() {
             return;
         }

@@ -196,6 +196,11 @@ impl World {
         let time = self.random.below(2 * SECOND);
         self.log(|| format!("host {host}: its device is slow for {} ms", time / MS));
         self.hosts[host].slow_until = self.now + time;
+        if self.plan.demotes {
+            let found = self.random.below(2 * time + MS);
+            self.log(|| format!("host {host}: found slow for {} ms", found / MS));
+            self.hosts[host].found_slow_until = self.now + found;
+        }
     }
 
     /// Writes and flushes fail; after a while the device works again, and the process is started anew.
@@ -272,7 +277,7 @@ impl World {
             let this = &mut self.hosts[host];
             this.data_paused_until = this.data_paused_until.min(self.now);
             this.control_paused_until = this.control_paused_until.min(self.now);
-            this.slow_until = 0;
+            (this.slow_until, this.found_slow_until) = (0, 0);
             this.capacity.end_failures();
             if self.has_failed(host) {
                 self.kill_data(host);

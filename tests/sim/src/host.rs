@@ -31,6 +31,8 @@ pub struct Host {
     pub in_flight: BTreeMap<u64, InFlight>,
     /// Until then every device operation takes a hundred times as long.
     pub slow_until: u64,
+    /// Until then the others find it slow, whether it is or not.
+    pub found_slow_until: u64,
     pub control: Control,
     /// `None`: it does not run.
     pub process: Option<Process>,

@@ -37,6 +37,8 @@ pub struct Plan {
     pub network_ns: u64,
     pub device_ns: u64,
     pub drift_ppm: u64,
+    /// The operator wants nobody to wait for slow nodes.
+    pub demotes: bool,
     /// Relative frequency of each kind of fault.
     pub weights: Weights,
 }
@@ -112,6 +114,7 @@ impl Plan {
             device_ns: [15 * US, 80 * US, 1000 * US][random.index(3)],
             drift_ppm: if random.chance(50) { random.below(250) } else { 0 },
             weights,
+            demotes: random.chance(50),
         }
     }
 }

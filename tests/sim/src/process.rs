@@ -353,6 +353,7 @@ impl World {
                         Change::Exclude => ProposedChange::Exclude,
                         Change::Lead => ProposedChange::Lead,
                         Change::Settle => ProposedChange::Settle,
+                        Change::Renew => ProposedChange::Renew,
                     };
                     let proposal = Proposal { group, epoch, node, change };
                     let latency = self.latency();

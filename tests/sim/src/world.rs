@@ -649,6 +649,7 @@ fn new_host(index: usize, plan: &Plan, random: &mut Random) -> Host {
         cache: plan.cached.then(|| SimDevice::new(JOURNAL_BYTES + (1 << 20))),
         in_flight: BTreeMap::new(),
         slow_until: 0,
+        found_slow_until: 0,
         control: Control { alive: false, life: 0, link: Default::default(), known: Arc::default() },
         process: None,
         life: 0,

@@ -77,7 +77,8 @@ pub enum ClusterCommand {
     Status,
     /// Change a setting of the whole cluster
     #[command(after_help = "Examples:\n  xsan-cli cluster set down-out-interval 600s\n  \
-        xsan-cli cluster set scrub-rate 50MiB\n  xsan-cli cluster set deep-scrub-interval 7d")]
+        xsan-cli cluster set scrub-rate 50MiB\n  xsan-cli cluster set deep-scrub-interval 7d\n  \
+        xsan-cli cluster set slow-nodes demote")]
     Set {
         #[command(subcommand)]
         setting: Setting,
@@ -91,6 +92,10 @@ pub enum Setting {
         /// As 600s, 10min, 2h or 1d
         #[arg(value_parser = interval)]
         value: Duration,
+    },
+    /// What becomes of nodes that are far slower than their peers
+    SlowNodes {
+        value: SlowNodes,
     },
     /// How often each group's replicas are compared
     ScrubInterval {
@@ -110,6 +115,14 @@ pub enum Setting {
         #[arg(value_parser = size::parse)]
         value: u64,
     },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum SlowNodes {
+    /// They are reported, and clients wait for them
+    Report,
+    /// Clients wait for them only where too few replicas would be left; they get every write none the less
+    Demote,
 }
 
 #[derive(Clone, Debug, Subcommand)]

@@ -51,6 +51,7 @@ pub fn settings(settings: &ClusterSettings) -> Value {
         "scrub_bytes_per_second": settings.scrub_bytes_per_second,
         "scrub_interval_ms": settings.scrub_interval_ms,
         "deep_scrub_interval_ms": settings.deep_scrub_interval_ms,
+        "demote_slow_nodes": settings.demote_slow_nodes,
     })
 }
 

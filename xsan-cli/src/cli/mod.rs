@@ -16,7 +16,7 @@ mod scrub;
 mod show;
 
 pub use args::Args;
-use args::{ClusterCommand, Command, NodeCommand, Setting, VolumeCommand};
+use args::{ClusterCommand, Command, NodeCommand, Setting, SlowNodes, VolumeCommand};
 pub(crate) use show::durability;
 
 use crate::failure::{Failure, block_on, finish};
@@ -78,6 +78,7 @@ fn change(setting: &Setting) -> ChangeSettingsRequest {
     let mut change = ChangeSettingsRequest::default();
     match setting {
         Setting::DownOutInterval { value } => change.down_out_interval_ms = ms(value),
+        Setting::SlowNodes { value } => change.demote_slow_nodes = Some(*value == SlowNodes::Demote),
         Setting::ScrubInterval { value } => change.scrub_interval_ms = Some(ms(value)),
         Setting::DeepScrubInterval { value } => change.deep_scrub_interval_ms = Some(ms(value)),
         Setting::ScrubRate { value } => change.scrub_bytes_per_second = Some(*value),

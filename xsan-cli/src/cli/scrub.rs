@@ -214,6 +214,7 @@ mod tests {
                 scrub_bytes_per_second: 50 << 20,
                 scrub_interval_ms: 86_400_000,
                 deep_scrub_interval_ms: 0,
+                demote_slow_nodes: false,
             }),
             bytes_per_second: 12 << 20,
             groups: vec![GroupScrub { group: 1 << 16, ..running }, group(1, 0), group(2, 1)],

@@ -118,7 +118,8 @@ fn interval(settings: ClusterSettings) -> String {
 }
 
 pub fn settings(settings: &ClusterSettings) -> String {
-    let mut lines = vec![("Out after", interval(*settings))];
+    let slow = if settings.demote_slow_nodes { "demoted (slow-nodes)" } else { "reported (slow-nodes)" };
+    let mut lines = vec![("Out after", interval(*settings)), ("Slow nodes", slow.to_owned())];
     lines.extend(scrub_settings(settings));
     facts(&lines)
 }

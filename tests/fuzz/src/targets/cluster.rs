@@ -169,6 +169,7 @@ pub fn commands() -> Vec<Command> {
             scrub_bytes_per_second: Some(1 << 20),
             scrub_interval: Some(Duration::ZERO),
             deep_scrub_interval: Some(Duration::from_secs(60)),
+            demote_slow_nodes: Some(true),
             ..Default::default()
         }),
         Command::WishScrubs {

@@ -183,6 +183,10 @@ impl Cluster {
             let mut primary = group.primary;
             match proposal.change {
                 Change::Promote if member.learner => {}
+                Change::Renew if member.learner => {
+                    self.publish_group(group, primary, members);
+                    continue;
+                }
                 Change::Lead if !member.learner => {
                     let members = group.members.clone();
                     self.publish_group(group, Some(member.node), members);

@@ -1,0 +1,109 @@
+//! A node that works, but far slower than its peers: it is found and told; when the operator wants that, clients wait for it
+//! no more, and it acts again once it keeps up.
+//!
+//! Its links are slow: each node is in a network namespace of its own; needs root.
+
+use std::time::{Duration, Instant};
+
+use xsan_protocol::proto::{ClusterStatusReply, NodeStatus};
+use xsan_tests::cluster::{Cluster, RESYNC_DEADLINE, SETTLE_DEADLINE};
+use xsan_tests::crowd::{Crowd, Field};
+use xsan_tests::node::NodeOptions;
+use xsan_tests::random::Random;
+use xsan_tests::switch::Link;
+use xsan_tests::wait::{Look, until};
+
+const VOLUME: &str = "gray";
+const VOLUME_PAGES: u64 = (256 << 20) / 4096;
+/// One way; what a node writes comes twice that later to its disk, as its primary sees it.
+const DELAY: Duration = Duration::from_millis(30);
+const LATENCY_SLOW: Duration = Duration::from_millis(60);
+/// With nobody waiting for the node: far below what it takes.
+const LATENCY_DEMOTED_MAX: Duration = Duration::from_millis(30);
+const WRITES: usize = 200;
+const OPERATIONS_AFTER: u64 = 200;
+
+fn codes(cluster: &Cluster) -> Vec<(String, String)> {
+    let answer = cluster.cli(&["--json", "health"]).unwrap();
+    let findings: serde_json::Value = serde_json::from_str(&answer.stdout).unwrap();
+    let word = |finding: &serde_json::Value, field: &str| finding[field].as_str().unwrap().to_owned();
+    let findings = findings.as_array().unwrap();
+    findings.iter().map(|finding| (word(finding, "code"), word(finding, "object"))).collect()
+}
+
+fn events(cluster: &Cluster) -> Vec<String> {
+    let events = cluster.cli_json(&["events"]).unwrap();
+    let events = events["events"].as_array().unwrap();
+    events.iter().map(|event| event["event"].as_str().unwrap().to_owned()).collect()
+}
+
+fn node(status: &ClusterStatusReply, index: usize) -> &NodeStatus {
+    let name = xsan_tests::node::node_name(index);
+    status.nodes.iter().find(|node| node.node.as_ref().is_some_and(|node| node.name == name)).unwrap()
+}
+
+/// Median of single writes through a gateway.
+fn write_latency(cluster: &Cluster, gateway: usize) -> Duration {
+    let mut client = cluster.connect(gateway, VOLUME).unwrap();
+    let mut random = Random::new(1);
+    let page = vec![7; 4096];
+    let mut taken: Vec<Duration> = (0..WRITES)
+        .map(|_| {
+            let begun = Instant::now();
+            // Behind the pages that the crowd works on.
+            client.write((VOLUME_PAGES + random.within(0..1024)) * 4096, &page).unwrap();
+            begun.elapsed()
+        })
+        .collect();
+    taken.sort_unstable();
+    taken[taken.len() / 2]
+}
+
+#[test]
+fn clients_wait_for_a_slow_node_only_as_long_as_the_operator_wants_it() {
+    let options = NodeOptions { file_size: "1GiB".to_owned(), ..NodeOptions::default() };
+    let mut cluster = Cluster::start_switched(3, options, 41).unwrap();
+    cluster.create_volume(VOLUME, "512MiB", 3).unwrap();
+    let leader = cluster.leader().unwrap();
+    let (slow, gateway) = ((leader + 1) % 3, (leader + 2) % 3);
+    let name = xsan_tests::node::node_name(slow);
+    let field = Field { first: 0, pages: VOLUME_PAGES, round: 1 };
+    let crowd = Crowd::start(&cluster, VOLUME, field, 41).unwrap();
+    crowd.wait_operations(OPERATIONS_AFTER, SETTLE_DEADLINE, &[]).unwrap();
+
+    cluster.set_links(slow, Link::slow(DELAY));
+    let object = ("SLOW_MEMBER".to_owned(), format!("node {name}"));
+    until("the slow node to be told", SETTLE_DEADLINE, || {
+        let found = codes(&cluster);
+        Ok(if found.contains(&object) { Look::Done(()) } else { Look::NotYet(format!("{found:?}")) })
+    })
+    .unwrap();
+    // It is told, and no more than that: every write waits for it.
+    assert!(node(&cluster.status().unwrap(), slow).member_groups == 256);
+    let waited = write_latency(&cluster, gateway);
+    assert!(waited >= LATENCY_SLOW, "{waited:?}");
+
+    cluster.cli(&["cluster", "set", "slow-nodes", "demote"]).unwrap().succeeded().unwrap();
+    let demoted = Instant::now();
+    cluster
+        .wait_status("the slow node to be demoted", SETTLE_DEADLINE, |status| {
+            let node = node(status, slow);
+            let groups = status.groups.unwrap_or_default();
+            node.learner_groups == 256 && node.member_groups == 0 && groups.inactive == 0
+        })
+        .unwrap();
+    let demoted = demoted.elapsed();
+    let latency = write_latency(&cluster, gateway);
+    println!("median write {waited:?} with the slow node, {latency:?} without; demoted in {demoted:?}");
+    assert!(latency < LATENCY_DEMOTED_MAX, "{latency:?}");
+    assert!(events(&cluster).contains(&"node-slow".to_owned()));
+
+    cluster.heal();
+    let healed = Instant::now();
+    cluster.wait_healthy(RESYNC_DEADLINE).unwrap();
+    println!("acts again {:?} after it was mended", healed.elapsed());
+    assert!(events(&cluster).contains(&"node-slow-ended".to_owned()));
+    crowd.wait_operations(OPERATIONS_AFTER, SETTLE_DEADLINE, &[]).unwrap();
+    crowd.finish(&cluster, &[slow]).unwrap();
+    cluster.stop().unwrap();
+}
