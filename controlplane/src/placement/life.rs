@@ -46,8 +46,7 @@ fn relieve(view: &View<'_>, group: &Group, counts: &PrimaryCounts) -> Option<Gro
     };
     let able = || group.acting().filter(able).map(|member| member.node);
     // One that leaves the cluster would soon hand over again.
-    let to =
-        counts.least(able().filter(|node| !view.avoids(*node))).or_else(|| counts.least(able()))?;
+    let to = counts.least(able().filter(|node| !view.avoids(*node))).or_else(|| counts.least(able()))?;
     Some(GroupChange {
         group: group.id,
         expected: group.epoch,
@@ -79,8 +78,7 @@ fn go_on_without(view: &View<'_>, group: &Group) -> Option<GroupChange> {
     if rest.is_empty() && members.is_empty() {
         members = first_members(view, group.id);
     }
-    let primary =
-        members.iter().map(|member| member.node).min_by_key(|node| (view.avoids(*node), *node));
+    let primary = members.iter().map(|member| member.node).min_by_key(|node| (view.avoids(*node), *node));
     let primary = primary?;
     tracing::warn!(group = %group.id, %primary, "the group goes on without the node that was given up");
     let (group, expected, primary) = (group.id, group.epoch, Some(primary));

@@ -802,7 +802,8 @@ mod planner {
                     };
                     self.leases.on_beat(now, &beat, incarnation, true);
                 }
-                let changes = self.planner.plan(now, &self.cluster.state, &mut self.leases, &[], &BTreeSet::new());
+                let changes =
+                    self.planner.plan(now, &self.cluster.state, &mut self.leases, &[], &BTreeSet::new());
                 self.cluster.apply(changes);
                 self.cluster.settle();
                 self.leases.release();

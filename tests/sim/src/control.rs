@@ -143,7 +143,8 @@ impl World {
         }));
         assert_eq!(self.control.state.map().volumes.len(), 1);
         let demote_slow_nodes = Some(self.plan.demotes);
-        self.control.apply(&Command::ChangeSettings(SettingsChange { demote_slow_nodes, ..Default::default() }));
+        self.control
+            .apply(&Command::ChangeSettings(SettingsChange { demote_slow_nodes, ..Default::default() }));
         self.spread_state();
     }
 
@@ -509,7 +510,8 @@ impl World {
             return;
         }
         let proposals = std::mem::take(&mut leader.proposals);
-        let slow = self.hosts.iter().filter(|host| host.found_slow_until > now).map(|host| host.node).collect();
+        let slow =
+            self.hosts.iter().filter(|host| host.found_slow_until > now).map(|host| host.node).collect();
         let (clock, known) = (host.clock(now), &leader.known);
         let changes = leader.planner.plan(clock, known, &mut leader.leases, &proposals, &slow);
         if changes.is_empty() {

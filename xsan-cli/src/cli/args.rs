@@ -94,9 +94,7 @@ pub enum Setting {
         value: Duration,
     },
     /// What becomes of nodes that are far slower than their peers
-    SlowNodes {
-        value: SlowNodes,
-    },
+    SlowNodes { value: SlowNodes },
     /// How often each group's replicas are compared
     ScrubInterval {
         /// As 12h or 1d, or off
