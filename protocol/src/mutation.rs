@@ -45,7 +45,7 @@ mutations! {
     FencedRequestKept: "requests of a fenced session go on",
     MergeUnlocked: "other writes go on while a page is read to put sectors into it",
     PushUnlocked: "writes to a unit go on while it is read for a learner",
-    PromotedEarly: "a learner is proposed while units are on their way to it",
+    PromotedEarly: "a learner is proposed after one pass, whatever became of the units pushed to it",
     PushesNotFlushed: "a learner is proposed before what was pushed to it is on stable media",
     PreviousVersionIgnored: "a part of a unit is written over another content and gets the version nevertheless",
     ChecksumIgnored: "what a read brings is not compared with its checksum",

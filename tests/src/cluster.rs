@@ -63,9 +63,14 @@ impl Cluster {
 
     /// As `start_with`, each node in a network namespace of its own: see `switch`.
     pub fn start_switched(node_count: usize, options: NodeOptions, seed: u64) -> Result<Self> {
-        let mut cluster = Self::prepare_on(|| Network::switched(node_count, seed), options)?;
+        let mut cluster = Self::prepare_switched(node_count, options, seed)?;
         cluster.add_nodes(node_count)?;
         Ok(cluster)
+    }
+
+    /// As `prepare`, for so many nodes behind a switch.
+    pub fn prepare_switched(node_count: usize, options: NodeOptions, seed: u64) -> Result<Self> {
+        Self::prepare_on(|| Network::switched(node_count, seed), options)
     }
 
     /// A cluster without nodes, for what goes wrong before there is one.

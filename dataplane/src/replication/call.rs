@@ -213,9 +213,9 @@ impl Core {
         taken.into_iter().filter_map(mend).collect()
     }
 
-    /// Reads, repairs, flushes and pushes that have not ended.
-    pub fn under_way(&self) -> usize {
-        self.tokens.len()
+    /// May a scrub read so many bytes now: by its own rate, and by what clients at work allow?
+    pub fn grant_scrub(&mut self, now_ns: u64, bytes: usize) -> bool {
+        self.pace.has_room(now_ns) && self.scrubber.take(bytes as u64) && self.pace.grant(now_ns, bytes)
     }
 
     pub fn has_failed(&self, store: StoreId) -> bool {

@@ -75,7 +75,7 @@ impl Group {
             primary.members.iter().map(|member| member.node).filter(|node| *node != own).collect();
         let Some(scrub) = &primary.scrub else { return false };
         let Some(&(key, pages)) = scrub.ranges.front() else { return false };
-        if call.now_ns < scrub.resume_ns || !call.core.scrubber.take(pages.bytes() as u64) {
+        if call.now_ns < scrub.resume_ns || !call.core.grant_scrub(call.now_ns, pages.bytes()) {
             return false;
         }
         let number = call.core.fresh_token();

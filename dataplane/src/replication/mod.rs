@@ -401,10 +401,7 @@ impl Replication {
         if self.core.scrubber.is_idle() {
             return;
         }
-        let led = self.groups.values().filter_map(|group| group.primary.as_ref());
-        let requests: usize = led.map(|primary| primary.in_flight.len() + primary.waiting.len()).sum();
-        let resyncing = self.core.pushes > 0;
-        self.core.scrubber.refill(now_ns, requests + self.core.under_way(), resyncing);
+        self.core.scrubber.refill(now_ns, self.core.pushes > 0);
         if self.core.scrubber.running.is_some() {
             return;
         }

@@ -1,6 +1,6 @@
-//! Pace: how fast learners are brought up to date while clients are at work.
+//! Pace: how fast learners are brought up to date, or groups scrubbed, while clients are at work.
 //!
-//! Asked before every push; told the latency of every write and read of clients. While nothing is pushed the 99th percentile
+//! Asked before every push (in what follows also a range that a scrub reads); told the latency of every write and read of clients. While nothing is pushed the 99th percentile
 //! is learned; while something is, operations that take twice as long are counted: where they are more than few, the rate is
 //! halved, else it grows. Without clients nothing is held back. One of a shard; knows no group, learner or frame.
 //!

@@ -322,7 +322,7 @@ impl Group {
         if learner.pushing > 0 && !Mutation::PromotedEarly.is_on() {
             return;
         }
-        if learner.differences > 0 {
+        if learner.differences > 0 && !Mutation::PromotedEarly.is_on() {
             if call.now_ns < learner.resume_ns {
                 return;
             }

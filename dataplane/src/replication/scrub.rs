@@ -32,11 +32,7 @@ use crate::store::StoreView;
 /// Units read at once: one buffer of the class below the largest, and short enough not to hold up others' reads.
 const RANGE_UNITS: usize = 2;
 /// What a comparison of a batch takes of the rate.
-const COMPARE_BYTES: u64 = 64 << 10;
-/// Requests under way in the shard from which on the foreground is busy.
-const BUSY_REQUESTS: usize = 8;
-/// Share of the rate that is left while it is.
-const BUSY_SHARE: u64 = 8;
+const COMPARE_BYTES: usize = 64 << 10;
 /// Unused rate is kept for so long.
 const BURST_NS: u64 = 40_000_000;
 /// Outcomes that wait for the control plane; beyond, no other group is begun.
@@ -129,12 +125,11 @@ impl Scrubber {
         &self.outcomes
     }
 
-    /// Time has passed, with so many requests under way.
-    pub fn refill(&mut self, now_ns: u64, requests: usize, resyncing: bool) {
+    /// Time has passed; nothing is earned while learners are brought up to date.
+    pub fn refill(&mut self, now_ns: u64, resyncing: bool) {
         let passed_ns = now_ns.saturating_sub(self.refilled_ns).min(BURST_NS);
         self.refilled_ns = now_ns;
-        let share = if requests >= BUSY_REQUESTS { BUSY_SHARE } else { 1 };
-        let rate = if resyncing { 0 } else { self.bytes_per_second / share };
+        let rate = if resyncing { 0 } else { self.bytes_per_second };
         let bytes =
             |ns: u64| i64::try_from(u128::from(rate) * u128::from(ns) / 1_000_000_000).unwrap_or(i64::MAX);
         self.budget = self.budget.saturating_add(bytes(passed_ns)).min(bytes(BURST_NS));
@@ -376,7 +371,8 @@ impl Group {
     fn begin_comparison(&mut self, call: &mut Call<'_>) -> bool {
         // A write would make the view stale in its own turn: then the next tick looks again.
         let fresh = self.replica.is_view_fresh(call.core.turn);
-        if !fresh || self.replica.applied < self.replica.acked || !call.core.scrubber.take(COMPARE_BYTES) {
+        let applied = self.replica.applied == self.replica.acked;
+        if !fresh || !applied || !call.core.grant_scrub(call.now_ns, COMPARE_BYTES) {
             return false;
         }
         let (own, acked) = (call.node(), self.replica.acked);

@@ -3,6 +3,7 @@
 //! - Every sector is a linearizable register: `History`, which is itself tested on histories known to be bad.
 //! - After all hosts lost power at once, a sector holds what a flush (or FUA) that was answered covered, or something newer.
 //! - Replicas at rest are the same: blocks, versions, every byte.
+//! - At rest no buffer is held, and every store has given away what its blocks hold, to the unit.
 
 use std::collections::BTreeMap;
 
@@ -72,6 +73,8 @@ pub struct Ledger {
     /// After a loss of power: what each sector may hold, until it is read.
     possible: BTreeMap<Sector, Vec<u64>>,
     pub answered: u64,
+    /// Of them, those that promise stable media.
+    pub stable: u64,
     pub failed: u64,
     pub longest_ns: u64,
     pub violation: Option<String>,
@@ -102,9 +105,13 @@ impl Ledger {
                 }
             }
             Access::Write { sectors, value, durable } => {
+                self.stable += u64::from(durable);
                 self.wrote(sectors, Written { value, span, durable, repeated });
             }
-            Access::Flush => self.flushed.push(start),
+            Access::Flush => {
+                self.stable += 1;
+                self.flushed.push(start);
+            }
         }
     }
 
@@ -211,14 +218,15 @@ pub struct Content {
 
 pub type Contents = BTreeMap<GroupId, BTreeMap<BlockKey, Content>>;
 
-/// Opens a host's store, and reads all of it.
-pub fn contents(host: &Host, pool: &'static BufferPool) -> Result<Contents, String> {
+/// Opens a host's store, and reads all of it. Also tells how many bytes it has given away.
+pub fn contents(host: &Host, pool: &'static BufferPool) -> Result<(Contents, u64), String> {
     let cache = host.cache.as_ref().map(|device| device as &dyn Device);
     let opened = Store::open(&host.capacity, cache, pool, Options::default());
     let (mut store, recovered) = opened.map_err(|error| format!("node {}: {error}", host.node))?;
     for group in &recovered.groups {
         store.apply(group.group, group.tail.last.seq);
     }
+    let used_bytes = store.status().used_bytes;
     let mut contents = Contents::new();
     for group in &recovered.groups {
         let mut after = None;
@@ -232,7 +240,7 @@ pub fn contents(host: &Host, pool: &'static BufferPool) -> Result<Contents, Stri
             }
         }
     }
-    Ok(contents)
+    Ok((contents, used_bytes))
 }
 
 fn content(

@@ -29,7 +29,7 @@ impl World {
         let host = self.random.index(self.hosts.len());
         let other = (host + 1 + self.random.index(self.hosts.len() - 1)) % self.hosts.len();
         let weights = self.plan.weights;
-        let kinds: [(u64, Kind); 14] = [
+        let kinds: [(u64, Kind); 15] = [
             (weights.kill_data, Self::fault_kill_data),
             (weights.kill_control, Self::fault_kill_control),
             (weights.kill_host, Self::fault_kill_host),
@@ -44,6 +44,7 @@ impl World {
             (weights.fail_flush, Self::fault_fail_flush),
             (weights.damage, Self::fault_damage),
             (weights.add_node, Self::fault_add_node),
+            (weights.late_maps, Self::fault_late_maps),
         ];
         let mut choice = self.random.below(kinds.iter().map(|(weight, _)| weight).sum());
         for (weight, kind) in kinds {
@@ -201,6 +202,13 @@ impl World {
             self.log(|| format!("host {host}: found slow for {} ms", found / MS));
             self.hosts[host].found_slow_until = self.now + found;
         }
+    }
+
+    /// Its stream from the leader stands still, datagrams do not.
+    fn fault_late_maps(&mut self, host: usize, _: usize) {
+        let time = self.random.below(4 * SECOND);
+        self.log(|| format!("host {host}: maps are late for {} ms", time / MS));
+        self.hosts[host].maps_late_until = self.now + time;
     }
 
     /// Writes and flushes fail; after a while the device works again, and the process is started anew.

@@ -41,6 +41,8 @@ pub struct Host {
     /// Stopped (SIGSTOP) until then.
     pub data_paused_until: u64,
     pub control_paused_until: u64,
+    /// What the cluster agreed on reaches it no sooner; beats do.
+    pub maps_late_until: u64,
 }
 
 /// A device operation, with what a flush covers.

@@ -40,6 +40,10 @@ pub struct Plan {
     /// The operator wants nobody to wait for slow nodes.
     pub demotes: bool,
     /// Relative frequency of each kind of fault.
+    /// Power is lost right after something was promised to be on stable media.
+    pub strikes: bool,
+    /// Beats and grants take so much longer than everything else.
+    pub beat_ns: u64,
     pub weights: Weights,
 }
 
@@ -60,6 +64,7 @@ pub struct Weights {
     pub fail_flush: u64,
     pub damage: u64,
     pub add_node: u64,
+    pub late_maps: u64,
 }
 
 impl Plan {
@@ -89,6 +94,7 @@ impl Plan {
             fail_flush: if rot == 0 { sometimes(20, 2) } else { 0 },
             damage: rot,
             add_node: sometimes(20, 2),
+            late_maps: sometimes(30, 4),
         };
         let full = random.chance(8);
         // Many short parts: what a flush covers is only seen when all hosts lose their power.
@@ -115,6 +121,8 @@ impl Plan {
             drift_ppm: if random.chance(50) { random.below(250) } else { 0 },
             weights,
             demotes: random.chance(50),
+            strikes: random.chance(60),
+            beat_ns: if random.chance(20) { 50 * MS + random.below(400 * MS) } else { 0 },
         }
     }
 }

@@ -22,7 +22,7 @@ use crate::check::Ledger;
 use crate::control::ControlPlane;
 use crate::host::{Control, Host, InFlight};
 use crate::network::{ConnectionId, Network};
-use crate::plan::{MS, Plan, SECOND};
+use crate::plan::{MS, Plan, SECOND, US};
 use crate::process::{Input, Process};
 use crate::workload::Workload;
 
@@ -30,6 +30,10 @@ const JOURNAL_BYTES: u64 = 16 << 20;
 const TICK: u64 = 20 * MS;
 /// Lines of the log that are kept.
 const LOG_MAX: usize = 4000;
+/// How long a loss of power waits for something to be promised.
+const PROMISE_WAIT: u64 = 300 * MS;
+/// For destage to come to its end.
+const REST: u64 = 3 * SECOND;
 /// For a cluster without faults to be whole and quiet.
 const SETTLE_MAX: u64 = 120 * SECOND;
 /// A run that is not over after so many events goes round in circles.
@@ -210,12 +214,14 @@ impl World {
             let end = self.now + self.plan.part_ns;
             self.run_for(end)?;
             if part < self.plan.parts {
+                self.wait_for_promise()?;
                 self.blackout();
             }
             self.settle()?;
             self.read_everything()?;
         }
         self.ledger.check()?;
+        self.check_buffers()?;
         self.check_replicas()
     }
 
@@ -237,6 +243,19 @@ impl World {
             self.step()?;
         }
         Ok(())
+    }
+
+    /// Runs to a moment after the next answer that promises stable media, if there is one soon.
+    fn wait_for_promise(&mut self) -> Result<(), String> {
+        if !self.plan.strikes {
+            return Ok(());
+        }
+        let (promises, limit) = (self.ledger.stable, self.now + PROMISE_WAIT);
+        while self.now < limit && self.ledger.stable == promises {
+            self.step()?;
+        }
+        let moment = self.now + self.random.below(50 * US);
+        self.run_for(moment)
     }
 
     /// Runs until `done` has held for a while.
@@ -293,6 +312,11 @@ impl World {
             && self.hosts[host].control_paused_until > self.now
         {
             return self.at(self.hosts[host].control_paused_until, event);
+        }
+        if let Event::StateArrives { host, .. } = event
+            && self.hosts[host].maps_late_until > self.now
+        {
+            return self.at(self.hosts[host].maps_late_until, event);
         }
         match event {
             Event::Turn { host, life } => self.turn(host, life),
@@ -617,16 +641,32 @@ impl World {
         String::new()
     }
 
+    /// At rest nobody holds a buffer.
+    fn check_buffers(&mut self) -> Result<(), String> {
+        // Destage copies what is in the journals to its place.
+        self.run_for(self.now + REST)?;
+        let held: usize = self.pool.occupancy().iter().map(|(free, all)| all - free).sum();
+        if held > 0 { Err(format!("{held} buffers are held at rest: {}", self.unrest())) } else { Ok(()) }
+    }
+
     /// Content of every replica, by a process that opens the stores anew.
     pub fn check_replicas(&mut self) -> Result<(), String> {
         let map = self.control.state.map().clone();
         let mut contents = BTreeMap::new();
         for host in 0..self.hosts.len() {
+            let stores = self.hosts[host].process.iter().flat_map(|process| process.driver.stores());
+            let given_away: u64 = stores.map(|store| store.status().used_bytes).sum();
             self.kill_data(host);
             let node = self.hosts[host].node;
             // What a store lost to damage shows when it is opened; its peers would make up for it.
             if !self.hosts[host].damage_allowed {
-                contents.insert(node, crate::check::contents(&self.hosts[host], self.pool)?);
+                let (content, used_bytes) = crate::check::contents(&self.hosts[host], self.pool)?;
+                if used_bytes != given_away {
+                    return Err(format!(
+                        "node {node} has given away {given_away} bytes, its blocks hold {used_bytes}"
+                    ));
+                }
+                contents.insert(node, content);
             }
         }
         crate::check::compare(&map, &contents)
@@ -650,6 +690,7 @@ fn new_host(index: usize, plan: &Plan, random: &mut Random) -> Host {
         in_flight: BTreeMap::new(),
         slow_until: 0,
         found_slow_until: 0,
+        maps_late_until: 0,
         control: Control { alive: false, life: 0, link: Default::default(), known: Arc::default() },
         process: None,
         life: 0,

@@ -14,6 +14,7 @@ use anyhow::{Result, ensure};
 use clap::Parser;
 use xsan_tests::cluster::{Cluster, RESYNC_DEADLINE, SETTLE_DEADLINE};
 use xsan_tests::crowd::{Crowd, Field, Summary};
+use xsan_tests::device::LoopDevice;
 use xsan_tests::fio::{Job, Load};
 use xsan_tests::node::{NodeOptions, Part};
 use xsan_tests::random::Random;
@@ -27,6 +28,7 @@ const FIO_BYTES: u64 = 512 * MIB;
 /// Where the crowds work, behind what fio writes: enough for a fault every 8 seconds for a day.
 const FIELD_FIRST_PAGE: u64 = 600 * MIB / 4096;
 const FIELD_PAGES: u64 = (2048 - 600) * MIB / 4096;
+const DEVICE_BYTES: u64 = 4096 * MIB;
 const RECONNECT: Duration = Duration::from_secs(30);
 /// Answers that every client must have had before a fault, and after it.
 const OPERATIONS: u64 = 100;
@@ -43,7 +45,7 @@ struct Arguments {
     /// Seconds between two faults
     #[arg(long, default_value_t = 8.0)]
     interval: f64,
-    /// Not only kills: pauses, cut, lossy and slow links, and all nodes killed at once (needs root)
+    /// Not only kills: pauses, cut, lossy and slow links, failing devices, and all nodes killed at once (needs root)
     #[arg(long)]
     all: bool,
 }
@@ -67,6 +69,8 @@ enum Fault {
     CutPair,
     Lossy,
     Slow,
+    /// Its device turns read-only; it is mended, and the data process started again.
+    FailDevice,
     KillAll,
 }
 
@@ -84,6 +88,7 @@ const ALL: &[Fault] = &[
     Fault::CutPair,
     Fault::Lossy,
     Fault::Slow,
+    Fault::FailDevice,
     Fault::KillAll,
 ];
 
@@ -124,10 +129,21 @@ fn main() -> ExitCode {
     }
 }
 
+/// A cluster behind a switch, each of its nodes on a device that can be made to fail.
+fn on_devices(options: NodeOptions, seed: u64) -> Result<Cluster> {
+    let mut cluster = Cluster::prepare_switched(NODES, options, seed)?;
+    for node in 0..NODES {
+        let file = cluster.directory().join(format!("device-{node}.img"));
+        cluster.use_device(node, LoopDevice::over_file(&file, DEVICE_BYTES)?);
+    }
+    cluster.add_nodes(NODES)?;
+    Ok(cluster)
+}
+
 fn soak(arguments: &Arguments, seed: u64) -> Result<()> {
     let options = NodeOptions::default();
     let (mut cluster, kinds) = if arguments.all {
-        (Cluster::start_switched(NODES, options, seed)?, ALL)
+        (on_devices(options, seed)?, ALL)
     } else {
         (Cluster::start_with(NODES, options)?, KILLS)
     };
@@ -238,6 +254,12 @@ fn strike(
         }
         Fault::Lossy => switched(cluster, &both, Link::lossy(10)),
         Fault::Slow => switched(cluster, &both, Link::slow(Duration::from_millis(50))),
+        Fault::FailDevice => {
+            cluster.device(victim).set_read_only(true)?;
+            thread::sleep(held);
+            cluster.device(victim).set_read_only(false)?;
+            cluster.kill_data(victim)?;
+        }
         Fault::KillAll => {
             touched = (0..NODES).collect();
             cluster.kill_all()?;

@@ -7,11 +7,11 @@ fn order(group: u32, number: u64) -> ScrubOrder {
 }
 
 /// Bytes that may be read in so many ticks, each of them as much as it can in pieces of 128 KiB.
-fn read_in(scrubber: &mut Scrubber, ticks: u64, requests: usize, resyncing: bool) -> u64 {
+fn read_in(scrubber: &mut Scrubber, ticks: u64, resyncing: bool) -> u64 {
     let mut read = 0;
     for _ in 0..ticks {
         let now_ns = scrubber.refilled_ns + 20 * MS;
-        scrubber.refill(now_ns, requests, resyncing);
+        scrubber.refill(now_ns, resyncing);
         while scrubber.take(128 << 10) {
             read += 128 << 10;
         }
@@ -20,19 +20,17 @@ fn read_in(scrubber: &mut Scrubber, ticks: u64, requests: usize, resyncing: bool
 }
 
 #[test]
-fn the_rate_is_kept_and_gives_way() {
+fn the_rate_is_kept_and_gives_way_to_resync() {
     let mut scrubber = Scrubber::default();
     scrubber.set_orders(50 << 20, vec![order(1, 1)]);
-    scrubber.refill(1_000 * MS, 0, false);
-    // Half a second, and an eighth of it while the foreground is busy.
-    let (quiet, allowed) = (read_in(&mut scrubber, 25, 0, false), 25 << 20);
+    scrubber.refill(1_000 * MS, false);
+    // Half a second.
+    let (quiet, allowed) = (read_in(&mut scrubber, 25, false), 25 << 20);
     assert!(quiet.abs_diff(allowed) <= 3 << 20, "{quiet}");
-    let busy = read_in(&mut scrubber, 25, BUSY_REQUESTS, false);
-    assert!(busy.abs_diff(allowed / 8) <= 1 << 20, "{busy}");
-    assert_eq!(read_in(&mut scrubber, 25, 0, true) / (1 << 20), 0, "nothing beside a resync");
+    assert_eq!(read_in(&mut scrubber, 25, true) / (1 << 20), 0, "nothing beside a resync");
     // What was not used in an hour is not used at once.
-    scrubber.refill(scrubber.refilled_ns + 3_600_000 * MS, 0, false);
-    assert!(read_in(&mut scrubber, 1, 0, false) <= 4 << 20);
+    scrubber.refill(scrubber.refilled_ns + 3_600_000 * MS, false);
+    assert!(read_in(&mut scrubber, 1, false) <= 4 << 20);
 }
 
 #[test]
