@@ -261,7 +261,7 @@ impl World {
         let leaders = self.control.leader.iter().chain(&self.control.former);
         let leaders: Vec<(usize, u64)> = leaders.map(|leader| (leader.host, leader.term)).collect();
         for (to, term) in leaders {
-            let latency = self.datagram_latency() + self.plan.beat_ns;
+            let latency = self.datagram_latency();
             if self.net.hears(host, to) && !self.random.one_in(100) {
                 self.after(latency, Event::BeatArrives { from: host, term, beat });
             }
@@ -292,7 +292,7 @@ impl World {
             && self.net.hears(to, from)
             && !self.random.one_in(100)
         {
-            let latency = self.datagram_latency() + self.plan.beat_ns;
+            let latency = self.datagram_latency() + self.plan.grant_ns;
             self.after(
                 latency,
                 Event::Grant { host: from, grant: Grant::answer(&beat, incarnation, length, version) },

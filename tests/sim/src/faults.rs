@@ -190,6 +190,12 @@ impl World {
         }
         for (from, to) in blocked {
             self.unblock(from, to);
+            // Streams wait longer and longer between two tries, datagrams come at once.
+            if self.random.one_in(3) {
+                let late = self.now + self.random.below(SECOND);
+                let host = &mut self.hosts[to];
+                host.maps_late_until = host.maps_late_until.max(late);
+            }
         }
     }
 

@@ -40,11 +40,20 @@ pub struct Plan {
     /// The operator wants nobody to wait for slow nodes.
     pub demotes: bool,
     /// Relative frequency of each kind of fault.
-    /// Power is lost right after something was promised to be on stable media.
-    pub strikes: bool,
-    /// Beats and grants take so much longer than everything else.
-    pub beat_ns: u64,
+    pub strike: Strike,
+    /// Grants take so much longer than everything else.
+    pub grant_ns: u64,
     pub weights: Weights,
+}
+
+/// When all hosts go down.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Strike {
+    AnyTime,
+    /// Right after something was promised to be on stable media.
+    AtPromise,
+    /// While a store moves what is in its journal to its place.
+    AtDestage,
 }
 
 /// How often each kind of fault is chosen, in parts of their sum.
@@ -98,7 +107,7 @@ impl Plan {
         };
         let full = random.chance(8);
         // Many short parts: what a flush covers is only seen when all hosts lose their power.
-        let short = random.chance(30);
+        let short = random.chance(40);
         let nodes = [3, 3, 3, 4, 5][random.index(5)];
         Self {
             seed,
@@ -112,17 +121,22 @@ impl Plan {
             cached: !full && random.chance(25),
             device_bytes: if full { DEVICE_BYTES_FULL } else { DEVICE_BYTES },
             every_write: random.chance(15),
-            part_ns: if short { 100 * MS + random.below(700 * MS) } else { (1 + random.below(5)) * SECOND },
-            parts: if short { 4 + random.below(6) as u32 } else { 1 + random.below(3) as u32 },
+            part_ns: match (short, random.chance(50)) {
+                (true, true) => 2 * MS + random.below(50 * MS),
+                (true, false) => 100 * MS + random.below(700 * MS),
+                (false, _) => (1 + random.below(5)) * SECOND,
+            },
+            parts: if short { 5 + random.below(8) as u32 } else { 1 + random.below(3) as u32 },
             fault_ns: [30 * MS, 150 * MS, 600 * MS, 2 * SECOND][random.index(4)],
-            think_ns: [0, 100 * US, 2 * MS, 10 * MS][random.index(4)],
+            think_ns: [0, 100 * US, 2 * MS, 10 * MS, 200 * MS][random.index(5)],
             network_ns: [10 * US, 50 * US, 500 * US][random.index(3)],
             device_ns: [15 * US, 80 * US, 1000 * US][random.index(3)],
             drift_ppm: if random.chance(50) { random.below(250) } else { 0 },
             weights,
             demotes: random.chance(50),
-            strikes: random.chance(60),
-            beat_ns: if random.chance(20) { 50 * MS + random.below(400 * MS) } else { 0 },
+            strike: [Strike::AnyTime, Strike::AtPromise, Strike::AtPromise, Strike::AtDestage]
+                [random.index(4)],
+            grant_ns: if random.chance(20) { 100 * MS + random.below(700 * MS) } else { 0 },
         }
     }
 }

@@ -22,7 +22,7 @@ use crate::check::Ledger;
 use crate::control::ControlPlane;
 use crate::host::{Control, Host, InFlight};
 use crate::network::{ConnectionId, Network};
-use crate::plan::{MS, Plan, SECOND, US};
+use crate::plan::{MS, Plan, SECOND, Strike, US};
 use crate::process::{Input, Process};
 use crate::workload::Workload;
 
@@ -30,8 +30,8 @@ const JOURNAL_BYTES: u64 = 16 << 20;
 const TICK: u64 = 20 * MS;
 /// Lines of the log that are kept.
 const LOG_MAX: usize = 4000;
-/// How long a loss of power waits for something to be promised.
-const PROMISE_WAIT: u64 = 300 * MS;
+/// How long it may take until the moment to strike.
+const STRIKE_WAIT: u64 = SECOND;
 /// For destage to come to its end.
 const REST: u64 = 3 * SECOND;
 /// For a cluster without faults to be whole and quiet.
@@ -214,11 +214,12 @@ impl World {
             let end = self.now + self.plan.part_ns;
             self.run_for(end)?;
             if part < self.plan.parts {
-                self.wait_for_promise()?;
+                self.wait_to_strike()?;
                 self.blackout();
             }
             self.settle()?;
             self.read_everything()?;
+            self.check_checksums()?;
         }
         self.ledger.check()?;
         self.check_buffers()?;
@@ -245,17 +246,32 @@ impl World {
         Ok(())
     }
 
-    /// Runs to a moment after the next answer that promises stable media, if there is one soon.
-    fn wait_for_promise(&mut self) -> Result<(), String> {
-        if !self.plan.strikes {
-            return Ok(());
-        }
-        let (promises, limit) = (self.ledger.stable, self.now + PROMISE_WAIT);
-        while self.now < limit && self.ledger.stable == promises {
+    /// Runs to the moment at which all hosts are to go down, if it comes soon.
+    fn wait_to_strike(&mut self) -> Result<(), String> {
+        let strike = self.plan.strike;
+        let count = |world: &Self| match strike {
+            Strike::AnyTime => None,
+            Strike::AtPromise => Some(world.ledger.stable),
+            Strike::AtDestage => Some(world.bytes_destaged()),
+        };
+        // What is idle is destaged.
+        self.workload.running = strike != Strike::AtDestage;
+        let (before, limit) = (count(self), self.now + STRIKE_WAIT);
+        while before.is_some() && count(self) == before && self.now < limit {
             self.step()?;
         }
-        let moment = self.now + self.random.below(50 * US);
+        let moment = self.now
+            + self.random.below(if strike == Strike::AtDestage { 20 * self.plan.device_ns } else { 50 * US });
         self.run_for(moment)
+    }
+
+    fn bytes_destaged(&self) -> u64 {
+        let stores = self.processes().flat_map(|process| process.driver.stores());
+        stores.map(|store| store.status().counters.written_capacity_bytes).sum()
+    }
+
+    fn processes(&self) -> impl Iterator<Item = &Process> {
+        self.hosts.iter().filter_map(|host| host.process.as_ref())
     }
 
     /// Runs until `done` has held for a while.
@@ -639,6 +655,18 @@ impl World {
             return format!("{active} of {} groups serve", map.groups.len());
         }
         String::new()
+    }
+
+    /// What nobody damaged is as it should be, whatever was lost with the power.
+    fn check_checksums(&self) -> Result<(), String> {
+        for host in self.hosts.iter().filter(|host| !host.damage_allowed) {
+            let stores = host.process.iter().flat_map(|process| process.driver.stores());
+            let errors: u64 = stores.map(|store| store.status().counters.checksum_errors).sum();
+            if errors > 0 {
+                return Err(format!("node {} met {errors} damaged pages that nobody damaged", host.node));
+            }
+        }
+        Ok(())
     }
 
     /// At rest nobody holds a buffer.
