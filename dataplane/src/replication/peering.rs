@@ -270,8 +270,11 @@ impl Group {
     /// Without it: (1) A restarts, having lost nothing; (2) B has lost its power, which nobody knows yet, and
     /// the acting set becomes B alone; (3) B is back without what it had not flushed, and is all there is. With
     /// it A counts on, because B never answered at that epoch.
+    ///
+    /// A primary whose store has failed knows nothing of what is in its journal.
     pub(super) fn settle(&mut self, call: &mut Call<'_>) {
-        let Some(primary) = &mut self.primary else { return };
+        let failed = call.core.has_failed(self.replica.store);
+        let Some(primary) = self.primary.as_mut().filter(|_| !failed) else { return };
         let everywhere = primary.quorum.as_ref().map(Quorum::durable_everywhere);
         if everywhere.is_none_or(|everywhere| everywhere < primary.settles_at) {
             return;

@@ -203,6 +203,7 @@ impl World {
         let time = self.random.below(2 * SECOND);
         self.log(|| format!("host {host}: its device is slow for {} ms", time / MS));
         self.hosts[host].slow_until = self.now + time;
+        self.hosts[host].slow_cache = self.random.one_in(2);
         if self.plan.demotes {
             let found = self.random.below(2 * time + MS);
             self.log(|| format!("host {host}: found slow for {} ms", found / MS));
@@ -228,11 +229,12 @@ impl World {
 
     /// A flush fails and takes with it what it was to cover; the next one ends well.
     fn fault_fail_flush(&mut self, host: usize, _: usize) {
-        if self.hosts[host].process.is_none() || !self.bears_loss_of(host) {
-            return;
-        }
-        self.log(|| format!("host {host}: a flush fails"));
-        self.hosts[host].capacity.fail_next_flush();
+        self.hosts[host].flush_to_fail = true;
+    }
+
+    /// Is a flush of this host to fail now?
+    pub fn flush_may_fail(&self, host: usize) -> bool {
+        self.hosts[host].flush_to_fail && self.bears_loss_of(host)
     }
 
     /// A page of the one host that may rot: a flipped bit, an unreadable page, writes that do nothing or land elsewhere.
@@ -292,6 +294,7 @@ impl World {
             this.data_paused_until = this.data_paused_until.min(self.now);
             this.control_paused_until = this.control_paused_until.min(self.now);
             (this.slow_until, this.found_slow_until) = (0, 0);
+            this.flush_to_fail = false;
             this.capacity.end_failures();
             if self.has_failed(host) {
                 self.kill_data(host);

@@ -109,13 +109,19 @@ impl Plan {
         // Many short parts: what a flush covers is only seen when all hosts lose their power.
         let short = random.chance(40);
         let nodes = [3, 3, 3, 4, 5][random.index(5)];
+        let grant_ns = if random.chance(25) { 100 * MS + random.below(700 * MS) } else { 0 };
+        let mut weights = weights;
+        if grant_ns > 0 {
+            // Whose lease seems longer than it is shows only when it is cut off.
+            weights.partition += 5;
+        }
         Self {
             seed,
             nodes,
             replica_count: if random.chance(75) { 3 } else { 2 },
             group_count: 1 << random.below(4),
             clients: 1 + random.index(4),
-            readers: random.index(4),
+            readers: random.index(4) + if grant_ns > 0 { 2 } else { 0 },
             depth: 1 + random.index(8),
             blocks: if full { 30 + random.below(20) as u32 } else { 1 + random.below(6) as u32 },
             cached: !full && random.chance(25),
@@ -136,7 +142,7 @@ impl Plan {
             demotes: random.chance(50),
             strike: [Strike::AnyTime, Strike::AtPromise, Strike::AtPromise, Strike::AtDestage]
                 [random.index(4)],
-            grant_ns: if random.chance(20) { 100 * MS + random.below(700 * MS) } else { 0 },
+            grant_ns,
         }
     }
 }

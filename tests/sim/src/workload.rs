@@ -15,7 +15,7 @@ use xsan_protocol::map::{Durability, Pool};
 use xsan_protocol::units::{PAGE_SIZE, PAGES_PER_UNIT, PageRange, SECTOR_SIZE};
 
 use crate::check::{Access, SectorRange};
-use crate::plan::{MS, Plan, SECOND};
+use crate::plan::{MS, Plan, SECOND, US};
 use crate::process::data_of;
 use crate::world::{Event, World};
 
@@ -114,7 +114,8 @@ impl World {
 
     /// A client looks for something to do.
     pub fn client(&mut self, client: usize) {
-        let wait = self.plan.think_ns / 2 + self.random.below(self.plan.think_ns + 50_000);
+        let least = if self.workload.running { 50 * US } else { 5 * MS };
+        let wait = self.plan.think_ns / 2 + self.random.below(self.plan.think_ns + least);
         self.after(wait, Event::Client { client });
         let idle = self.workload.clients[client].under_way < self.plan.depth;
         if !self.workload.running || !idle {

@@ -10,7 +10,7 @@ use xsan_controlplane::placement::Proposal;
 use xsan_controlplane::state::ClusterState;
 use xsan_controlplane::state::command::Command;
 use xsan_dataplane::disk::buffers::BufferPool;
-use xsan_dataplane::io::{Device, DiskAction};
+use xsan_dataplane::io::{Device, DeviceRole, DiskAction};
 use xsan_dataplane::replication::{Driver, Replication};
 use xsan_dataplane::store::{FormatParameters, Options, Store};
 use xsan_dataplane::testing::{Random, SimDevice};
@@ -255,7 +255,7 @@ impl World {
             Strike::AtDestage => Some(world.bytes_destaged()),
         };
         // What is idle is destaged.
-        self.workload.running = strike != Strike::AtDestage;
+        self.workload.running = strike != Strike::AtDestage || self.random.one_in(2);
         let (before, limit) = (count(self), self.now + STRIKE_WAIT);
         while before.is_some() && count(self) == before && self.now < limit {
             self.step()?;
@@ -267,7 +267,8 @@ impl World {
 
     fn bytes_destaged(&self) -> u64 {
         let stores = self.processes().flat_map(|process| process.driver.stores());
-        stores.map(|store| store.status().counters.written_capacity_bytes).sum()
+        let counters = stores.map(|store| store.status().counters);
+        counters.map(|counters| counters.written_capacity_bytes + counters.written_checkpoint_bytes).sum()
     }
 
     fn processes(&self) -> impl Iterator<Item = &Process> {
@@ -412,7 +413,7 @@ impl World {
             wait += self.random.below(30 * MS);
         }
         let this = &mut self.hosts[host];
-        if this.slow_until > self.now {
+        if this.slow_until > self.now && (this.slow_cache || action.device() == DeviceRole::Capacity) {
             wait *= 100;
         }
         let mark = match &action {
@@ -430,7 +431,13 @@ impl World {
             return;
         }
         let Some(InFlight { action, mark }) = this.in_flight.remove(&number) else { return };
-        let completion = this.device(action.device()).clone().carry_out(action, mark);
+        let of_capacity = action.device() == DeviceRole::Capacity;
+        if matches!(action, DiskAction::Flush { .. }) && of_capacity && self.flush_may_fail(host) {
+            self.log(|| format!("host {host}: a flush fails"));
+            self.hosts[host].flush_to_fail = false;
+            self.hosts[host].capacity.fail_next_flush();
+        }
+        let completion = self.hosts[host].device(action.device()).clone().carry_out(action, mark);
         self.input(host, Input::Disk(completion));
     }
 
@@ -717,6 +724,8 @@ fn new_host(index: usize, plan: &Plan, random: &mut Random) -> Host {
         cache: plan.cached.then(|| SimDevice::new(JOURNAL_BYTES + (1 << 20))),
         in_flight: BTreeMap::new(),
         slow_until: 0,
+        flush_to_fail: false,
+        slow_cache: false,
         found_slow_until: 0,
         maps_late_until: 0,
         control: Control { alive: false, life: 0, link: Default::default(), known: Arc::default() },

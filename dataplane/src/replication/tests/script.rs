@@ -379,6 +379,7 @@ impl Script {
                     self.event(event);
                 }
             }
+            "fail" => self.event(StoreEvent::Failed),
             "flushed" => {
                 let event = self.store.complete_flush().expect("a flush is under way");
                 self.event(event);
