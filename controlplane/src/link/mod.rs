@@ -281,6 +281,14 @@ impl Link {
         inner.linked.as_ref().map(|linked| linked.status.clone().unwrap_or_default())
     }
 
+    /// Nodes that the data process finds slow, by what it said last; none when that is too long ago.
+    pub fn slow_nodes(&self, now: BootTime) -> BTreeSet<NodeId> {
+        let inner = self.lock();
+        let answering = inner.linked.as_ref().filter(|linked| now.since(linked.heard) < STATUS_AGE_MAX);
+        let members = answering.and_then(|linked| linked.status.as_ref()).map(|status| &status.slow_members);
+        members.into_iter().flatten().map(|member| NodeId(member.node)).collect()
+    }
+
     /// Bytes a second that resync has moved to or from the data process, lately.
     pub fn resync_rate(&self) -> u64 {
         self.lock().linked.as_ref().map_or(0, |linked| linked.moved.per_second())

@@ -285,18 +285,18 @@ impl LinkServer {
     pub async fn report_slow(self) {
         loop {
             tokio::time::sleep(SLOW_REPORT_INTERVAL).await;
-            let members = self.link.status().map(|status| status.slow_members).unwrap_or_default();
-            let nodes: Vec<u32> = members.iter().map(|member| member.node).collect();
+            let nodes = self.link.slow_nodes(BootTime::now());
             if nodes.is_empty() {
                 continue;
             }
             let from = self.handle.node();
             match self.handle.leader() {
                 Some((leader, _)) if leader == from => {
-                    self.leader.on_slow_report(BootTime::now(), from, nodes.into_iter().map(NodeId));
+                    self.leader.on_slow_report(BootTime::now(), from, nodes);
                 }
                 Some((_, address)) => {
                     let Ok(mut client) = self.channels.client(&address) else { continue };
+                    let nodes = nodes.iter().map(|node| node.0).collect();
                     let call = client.report_slow(proto::SlowReport { from: from.0, nodes });
                     if !matches!(tokio::time::timeout(FORWARD_WAIT, call).await, Ok(Ok(_))) {
                         tracing::debug!("the slow nodes were not passed on");

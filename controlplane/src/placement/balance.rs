@@ -58,9 +58,9 @@ fn condition(view: &View<'_>, pool: &Pool, group: &Group) -> Condition {
     };
     // A slow node's replica acts when it is needed.
     let held = group.learners().filter(|learner| view.is_slow(learner.node)).count();
-    let acting = group.acting().count() + held;
+    let acting = group.acting().count();
     let wanted = usize::from(pool.replica_count).min(view.targets.get(&group.id).map_or(0, Vec::len));
-    if acting < wanted.max(1) || !group.is_settled() || !group.members.iter().all(healthy) {
+    if acting + held < wanted.max(1) || !group.is_settled() || !group.members.iter().all(healthy) {
         return Condition::Unwell;
     }
     if group.learners().count() > held || acting > usize::from(pool.replica_count) {
@@ -86,11 +86,12 @@ fn move_primary(view: &View<'_>, group: &Group) -> Option<GroupChange> {
 
 /// A learner where the group belongs and is not; once promoted, `decide` lets the surplus member go.
 fn move_replica(view: &View<'_>, group: &Group) -> Option<GroupChange> {
-    if group.learners().count() > 0 {
+    if group.learners().any(|learner| !view.is_slow(learner.node)) {
         return None;
     }
     let targets = view.targets.get(&group.id)?;
-    let missing = targets.iter().find(|target| group.member(target.node).is_none())?;
+    let missing =
+        targets.iter().find(|target| group.member(target.node).is_none() && !view.is_slow(target.node))?;
     let learner = view.member(group.id, missing.node, missing.store, true)?;
     let mut members = group.members.clone();
     members.push(learner);

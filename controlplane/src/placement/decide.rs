@@ -199,7 +199,12 @@ fn steady(
     let wanted = usize::from(pool.replica_count);
     if members.iter().filter(|member| !member.learner).count() < wanted {
         for target in view.targets.get(&group.id).into_iter().flatten() {
-            if members.len() < wanted && members.iter().all(|member| member.node != target.node) {
+            // A slow learner that does not belong here stands in for none.
+            let counts = |member: &&Member| {
+                !member.learner || !view.is_slow(member.node) || view.is_target(group.id, member.node)
+            };
+            let enough = members.iter().filter(counts).count() >= wanted;
+            if !enough && members.iter().all(|member| member.node != target.node) {
                 members.extend(view.member(group.id, target.node, target.store, true));
             }
         }
@@ -217,12 +222,13 @@ fn grant(
     members: &mut [Member],
 ) -> Option<NodeId> {
     let acting = members.iter().filter(|member| !member.learner).count();
+    let serving = serving(view, members);
     let able = |member: &Member| !member.learner && view.standing(member) == Standing::Live;
     let member = members.iter_mut().find(|member| member.node == wish.node)?;
     match wish.change {
         ProposedChange::Promote => {
             // The cluster would wait for it again.
-            let held = view.is_slow(wish.node) && acting >= usize::from(pool.min_replicas);
+            let held = view.is_held(wish.node) && serving >= usize::from(pool.min_replicas);
             if member.learner && view.standing(member) == Standing::Live && !held {
                 (member.learner, member.damaged) = (false, false);
             }
@@ -249,10 +255,14 @@ fn grant(
     None
 }
 
+/// Acting members that are not in maintenance: those may be down at any time.
+fn serving(view: &View<'_>, members: &[Member]) -> usize {
+    members.iter().filter(|member| !member.learner && !view.state.is_in_maintenance(member.node)).count()
+}
+
 /// Slow members become learners while `min_replicas` are left: they get every write, and nobody waits for them.
 fn demote_slow(view: &View<'_>, pool: &Pool, group: &Group, members: &mut [Member]) {
-    let acting = members.iter().filter(|member| !member.learner).count();
-    let spare = acting.saturating_sub(usize::from(pool.min_replicas));
+    let spare = serving(view, members).saturating_sub(usize::from(pool.min_replicas));
     let slow = members.iter_mut().filter(|member| !member.learner && view.is_slow(member.node));
     let slow = slow.filter(|member| view.may_leave(group, member));
     slow.take(spare).for_each(|member| member.learner = true);

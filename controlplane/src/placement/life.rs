@@ -39,14 +39,18 @@ pub fn follow_wishes(view: &View<'_>, taken: &[GroupChange]) -> Vec<GroupChange>
 
 /// Another live acting member takes over from a primary that is in maintenance, or slow.
 fn relieve(view: &View<'_>, group: &Group, counts: &PrimaryCounts) -> Option<GroupChange> {
-    group.primary.filter(|primary| view.is_relieved(*primary))?;
+    let primary = group.primary.filter(|primary| view.is_relieved(*primary))?;
     let able = |member: &&Member| {
         let up = view.nodes.get(&member.node).is_some_and(|node| node.health == Health::Up);
-        up && view.standing(member) == Standing::Live && !view.is_relieved(member.node)
+        up && view.standing(member) == Standing::Live && !view.state.is_in_maintenance(member.node)
     };
     let able = || group.acting().filter(able).map(|member| member.node);
-    // One that leaves the cluster would soon hand over again.
-    let to = counts.least(able().filter(|node| !view.avoids(*node))).or_else(|| counts.least(able()))?;
+    let quick = || able().filter(|node| !view.is_slow(*node));
+    // One that leaves the cluster would soon hand over again. Maintenance does not wait for one that is not slow.
+    let to = counts
+        .least(quick().filter(|node| !view.avoids(*node)))
+        .or_else(|| counts.least(quick()))
+        .or_else(|| counts.least(able().filter(|_| view.state.is_in_maintenance(primary))))?;
     Some(GroupChange {
         group: group.id,
         expected: group.epoch,

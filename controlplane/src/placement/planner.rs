@@ -19,12 +19,15 @@ use crate::clock::BootTime;
 use crate::lease::{Health, LeaseTable};
 use crate::state::ClusterState;
 use crate::state::command::GroupChange;
+use crate::timing::SLOW_REPORT_AGE_MAX;
 
 /// What is remembered from one plan to the next, for one term of leadership.
 #[derive(Default)]
 pub struct Planner {
     memory: Memory,
     gone_since: BTreeMap<NodeId, BootTime>,
+    /// When the first plan was made.
+    began: Option<BootTime>,
     placed: Placed,
 }
 
@@ -71,7 +74,9 @@ impl Planner {
         let gone: BTreeSet<NodeId> = nodes.iter().filter(is_gone).map(|(node, _)| *node).collect();
         let left_out = self.left_out(now, state, &gone);
         self.placed.update(state, &left_out);
-        let view = View { now, state, nodes: &nodes, targets: &self.placed.targets };
+        let began = *self.began.get_or_insert(now);
+        let unsure = demotes && now.since(began) < SLOW_REPORT_AGE_MAX;
+        let view = View { now, state, nodes: &nodes, targets: &self.placed.targets, unsure };
         let mut changes = decide(&view, &mut self.memory, proposals);
         changes.extend(follow_wishes(&view, &changes));
         if changes.is_empty() {

@@ -153,7 +153,13 @@ impl Cluster {
 
     /// One decision, applied. Returns whether the group changed.
     fn step(&mut self) -> bool {
-        let view = View { now: self.now, state: &self.state, nodes: &self.nodes, targets: &self.targets };
+        let view = View {
+            now: self.now,
+            state: &self.state,
+            nodes: &self.nodes,
+            targets: &self.targets,
+            unsure: false,
+        };
         let changes = decide(&view, &mut self.memory, &std::mem::take(&mut self.proposals));
         let epoch = self.group().epoch;
         self.apply(changes);
@@ -173,7 +179,13 @@ impl Cluster {
             change: ProposedChange::Settle,
         };
         let wishes: Vec<Proposal> = open.map(wish).collect();
-        let view = View { now: self.now, state: &self.state, nodes: &self.nodes, targets: &self.targets };
+        let view = View {
+            now: self.now,
+            state: &self.state,
+            nodes: &self.nodes,
+            targets: &self.targets,
+            unsure: false,
+        };
         let changes = decide(&view, &mut self.memory, &wishes);
         self.apply(changes.into_iter().filter(|change| change.settle).collect());
     }
@@ -195,7 +207,13 @@ impl Cluster {
     }
 
     fn balance(&mut self) -> usize {
-        let view = View { now: self.now, state: &self.state, nodes: &self.nodes, targets: &self.targets };
+        let view = View {
+            now: self.now,
+            state: &self.state,
+            nodes: &self.nodes,
+            targets: &self.targets,
+            unsure: false,
+        };
         let changes = balance(&view, &mut self.memory);
         let count = changes.len();
         self.apply(changes);
@@ -372,6 +390,34 @@ fn a_slow_learner_with_everything_acts_at_once_where_it_is_needed() {
     assert!(cluster.acting().contains(&slow));
     assert!(cluster.acting().contains(&primary));
     assert_eq!(cluster.acting().len(), 2);
+}
+
+#[test]
+fn a_slow_node_can_be_removed() {
+    let mut cluster = Cluster::new(4, 3);
+    let slow = cluster.secondary();
+    cluster.set_slow(slow, true);
+    assert!(cluster.step());
+    assert_eq!(cluster.learners(), [slow]);
+    cluster.leave(slow, Departure::Leaving);
+    let new = *cluster.others(&[&cluster.acting()[..], &[slow]].concat()).first().expect("a fourth node");
+    assert!(cluster.step());
+    assert_eq!(cluster.learners().len(), 2);
+    cluster.wish(new, ProposedChange::Promote);
+    assert!(cluster.step());
+    cluster.step();
+    assert!(cluster.acting().contains(&new));
+    assert_eq!(cluster.group().member(slow), None);
+}
+
+#[test]
+fn a_slow_member_acts_on_while_another_is_in_maintenance() {
+    let mut cluster = Cluster::new(3, 3);
+    let slow = cluster.secondary();
+    let resting = cluster.others(&[slow, cluster.primary()])[0];
+    cluster.set_maintenance(resting, true);
+    cluster.set_slow(slow, true);
+    cluster.rest();
 }
 
 #[test]
@@ -608,7 +654,13 @@ impl Cluster {
     fn follow(&mut self) -> usize {
         let mut count = 0;
         loop {
-            let view = View { now: self.now, state: &self.state, nodes: &self.nodes, targets: &self.targets };
+            let view = View {
+                now: self.now,
+                state: &self.state,
+                nodes: &self.nodes,
+                targets: &self.targets,
+                unsure: false,
+            };
             let changes = super::life::follow_wishes(&view, &[]);
             if changes.is_empty() {
                 return count;

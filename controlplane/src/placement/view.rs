@@ -16,6 +16,8 @@ pub struct View<'a> {
     pub state: &'a ClusterState,
     pub nodes: &'a BTreeMap<NodeId, NodeView>,
     pub targets: &'a Targets,
+    /// Just elected: which nodes are slow is not known yet.
+    pub unsure: bool,
 }
 
 /// What the leader knows of a node beyond the state.
@@ -57,6 +59,11 @@ impl View<'_> {
 
     pub fn is_slow(&self, node: NodeId) -> bool {
         self.nodes.get(&node).is_some_and(|node| node.slow)
+    }
+
+    /// Is a learner on this node better left one, where enough others act?
+    pub fn is_held(&self, node: NodeId) -> bool {
+        self.unsure || self.is_slow(node)
     }
 
     /// Is another node the better primary?

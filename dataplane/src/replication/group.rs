@@ -314,11 +314,10 @@ impl Group {
     }
 
     /// Is there room for the entry in a learner's store? What an acting member is sent has its place in the order, and is
-    /// taken whatever it costs; a learner begins anew when there is room.
+    /// taken whatever it costs; a learner begins anew, and is asked again now and then.
     fn has_room_for(&self, call: &Call<'_>, entry: &Entry) -> bool {
         let view = call.stores.view(self.replica.store);
-        let wants = entry.data.is_some() && view.wants_room(self.id, entry.key, entry.pages);
-        !wants || view.admit_write(self.id, entry.key, entry.pages) != Err(StoreError::Full)
+        entry.data.is_none() || view.has_room(self.id, entry.key, entry.pages)
     }
 
     /// Tells the primary whether the store here has room for new places.
@@ -367,7 +366,7 @@ impl Group {
 
 /// Refuses a frame of the primary with a code, when its family has an answer.
 pub(super) fn refuse(call: &mut Call<'_>, to: NodeId, header: &Header, code: Code) {
-    if !matches!(code, Code::StaleEpoch | Code::Busy) {
+    if !matches!(code, Code::StaleEpoch | Code::Busy | Code::StorageFull) {
         tracing::warn!(group = %header.group, from = %to, opcode = ?header.opcode, ?code, "frame refused");
         call.core.counters.frames_refused += 1;
     }

@@ -206,7 +206,9 @@ impl Group {
         let Some(primary) = &mut self.primary else { return };
         if let Some(learner) = primary.learners.iter_mut().find(|learner| learner.node == from) {
             return match status {
-                Some(_) => self.lose_learner(call, from),
+                // What was on its way when it was lost is refused, too.
+                Some(_) if !learner.is_running() => {}
+                Some(code) => self.lose_learner(call, from, code == Code::StorageFull),
                 None => {
                     if learner.is_running() && durable <= learner.sent {
                         let taken_ns = learner.on_durable(durable, call.now_ns);
@@ -459,7 +461,7 @@ impl Group {
     pub(super) fn on_peer_lost(&mut self, call: &mut Call<'_>, node: NodeId) {
         let Some(primary) = &mut self.primary else { return };
         if primary.learners.iter().any(|learner| learner.node == node) {
-            self.lose_learner(call, node);
+            self.lose_learner(call, node, false);
             return self.on_progress(call);
         }
         let Some(member) = primary.members.iter_mut().find(|member| member.node == node) else { return };

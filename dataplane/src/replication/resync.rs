@@ -37,6 +37,8 @@ pub(super) const COMPARE_BLOCKS: usize = 64;
 /// Units on their way to learners, of a shard and of one learner.
 const PUSHES_MAX: usize = 16;
 const LEARNER_PUSHES_MAX: usize = 8;
+/// A learner whose store is full is asked no sooner than this, and the usual time between two questions, later.
+const FULL_WAIT_NS: u64 = 1_000_000_000;
 /// A pass that left units out is followed by the next one after this.
 const RESUME_AFTER_NS: u64 = 200_000_000;
 
@@ -155,6 +157,7 @@ impl Learner {
 
     /// The connection to it broke, or it lacks an entry.
     fn lose(&mut self, call: &mut Call<'_>) {
+        self.timed = None;
         match self.step {
             Step::Running(start) if self.proposed_ns.is_some() => {
                 self.step = Step::Resuming(start);
@@ -164,6 +167,12 @@ impl Learner {
             Step::Behind => {}
             _ => self.restart(call),
         }
+    }
+
+    /// Its store has no room: it is lost, and left alone for a while.
+    pub fn on_full(&mut self, call: &mut Call<'_>) {
+        self.lose(call);
+        self.asked_ns = Some(call.now_ns + FULL_WAIT_NS);
     }
 
     /// It is too far behind for entries to be kept for it.
@@ -269,11 +278,13 @@ impl Group {
     }
 
     /// The learner, or the connection to it, lost its state.
-    pub(super) fn lose_learner(&mut self, call: &mut Call<'_>, node: NodeId) {
+    pub(super) fn lose_learner(&mut self, call: &mut Call<'_>, node: NodeId, is_full: bool) {
         let Some(primary) = &mut self.primary else { return };
         primary.pushes.retain(|lock| lock.learner != node);
-        if let Some(learner) = self.learner(node) {
-            learner.lose(call);
+        match self.learner(node) {
+            Some(learner) if is_full => learner.on_full(call),
+            Some(learner) => learner.lose(call),
+            None => {}
         }
         call.core.ticking.insert(self.id);
     }
@@ -516,7 +527,7 @@ impl Group {
     pub(super) fn on_pushed(&mut self, call: &mut Call<'_>, from: NodeId, header: &Header) {
         let Some(learner) = self.learner(from) else { return };
         if header.status == Some(Code::ReplicaBehind) {
-            return self.lose_learner(call, from);
+            return self.lose_learner(call, from, false);
         }
         if let Some(code) = header.status {
             tracing::debug!(group = %header.group, %from, block = %header.key, ?code, "a learner did not take a unit");

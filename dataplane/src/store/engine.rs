@@ -79,6 +79,13 @@ impl Default for Options {
     }
 }
 
+/// How much of the reserve of capacity is to be left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Reserve {
+    Whole,
+    Half,
+}
+
 #[derive(Debug, Default)]
 pub(super) struct Flushes {
     waiting: Vec<u64>,
@@ -185,7 +192,10 @@ impl Store {
                 if let Some(data) = data {
                     assert!(data.checksums.len() == PAGES_PER_UNIT);
                     assert!(data.bytes.len() == UNIT_SIZE);
-                    self.check_capacity(self.index.wanted(*group, *key, PageRange::of_unit(*unit)))?;
+                    self.check_capacity(
+                        self.index.wanted(*group, *key, PageRange::of_unit(*unit)),
+                        Reserve::Half,
+                    )?;
                 }
                 Ok((0, 0))
             }
@@ -203,10 +213,12 @@ impl Store {
         if self.journal.has_room(pages, reserve) { Ok(()) } else { Err(StoreError::JournalFull) }
     }
 
-    /// Is there room for new units and blocks? A reserve is left to entries of acting members, which are never refused.
-    fn check_capacity(&self, (units, blocks): (u32, u32)) -> Result<(), StoreError> {
-        let unit_reserve = (self.units.count() / 64).clamp(16, 4096);
-        let slot_reserve = (self.slots.count() / 64).clamp(4, 1024);
+    /// Is there room for new units and blocks, leaving the reserve? New writes leave all of it, resync half: the rest is for
+    /// entries of acting members, which are never refused.
+    fn check_capacity(&self, (units, blocks): (u32, u32), reserve: Reserve) -> Result<(), StoreError> {
+        let part = if reserve == Reserve::Whole { 1 } else { 2 };
+        let unit_reserve = (self.units.count() / 64).clamp(16, 4096) / part;
+        let slot_reserve = (self.slots.count() / 64).clamp(4, 1024) / part;
         let units_used = self.index.promised_units() + self.reserved.0;
         let slots_used = self.index.slotless() + self.reserved.1;
         let units_fit = units == 0 || units_used + units + unit_reserve <= self.units.free();
@@ -499,7 +511,7 @@ impl StoreView for Store {
         }
         self.check_journal(pages, 8)?;
         let units = if pages == 0 { 0 } else { (pages - 1).div_ceil(PAGES_PER_UNIT) + 1 } as u32;
-        self.check_capacity((units, u32::from(pages > 0)))
+        self.check_capacity((units, u32::from(pages > 0)), Reserve::Whole)
     }
 
     fn admit_write(&self, group: GroupId, key: BlockKey, pages: PageRange) -> Result<(), StoreError> {
@@ -507,11 +519,15 @@ impl StoreView for Store {
             return Err(StoreError::Failed);
         }
         self.check_journal(usize::from(pages.count), 8)?;
-        self.check_capacity(self.index.wanted(group, key, pages))
+        self.check_capacity(self.index.wanted(group, key, pages), Reserve::Whole)
     }
 
     fn wants_room(&self, group: GroupId, key: BlockKey, pages: PageRange) -> bool {
         self.index.wanted(group, key, pages) != (0, 0)
+    }
+
+    fn has_room(&self, group: GroupId, key: BlockKey, pages: PageRange) -> bool {
+        self.check_capacity(self.index.wanted(group, key, pages), Reserve::Half).is_ok()
     }
 }
 

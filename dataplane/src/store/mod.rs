@@ -187,6 +187,10 @@ pub trait StoreView {
     fn admit_write(&self, _group: GroupId, _key: BlockKey, pages: PageRange) -> Result<(), StoreError> {
         self.admit(usize::from(pages.count))
     }
+    /// Is there capacity for a learner's entry of these pages?
+    fn has_room(&self, _group: GroupId, _key: BlockKey, pages: PageRange) -> bool {
+        self.admit(usize::from(pages.count)) != Err(StoreError::Full)
+    }
     /// Does a write of these pages take capacity that they do not have yet?
     fn wants_room(&self, _group: GroupId, _key: BlockKey, _pages: PageRange) -> bool {
         true

@@ -29,12 +29,12 @@ pub struct Host {
     pub cache: Option<SimDevice>,
     /// Device operations under way, by number.
     pub in_flight: BTreeMap<u64, InFlight>,
-    /// Until then every device operation takes a hundred times as long.
+    /// Until then every operation of the capacity device takes a hundred times as long.
     pub slow_until: u64,
-    /// The next flush that its loss can be borne of fails, and takes what it was to cover with it.
-    pub flush_to_fail: bool,
-    /// Those of the cache device, too.
+    /// And of the cache device.
     pub slow_cache: bool,
+    /// The next flush fails whose loss can be borne, and takes what it was to cover with it.
+    pub flush_to_fail: bool,
     /// Until then the others find it slow, whether it is or not.
     pub found_slow_until: u64,
     pub control: Control,

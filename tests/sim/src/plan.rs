@@ -39,10 +39,10 @@ pub struct Plan {
     pub drift_ppm: u64,
     /// The operator wants nobody to wait for slow nodes.
     pub demotes: bool,
-    /// Relative frequency of each kind of fault.
     pub strike: Strike,
     /// Grants take so much longer than everything else.
     pub grant_ns: u64,
+    /// Relative frequency of each kind of fault.
     pub weights: Weights,
 }
 
