@@ -254,7 +254,7 @@ impl Replica {
 
     /// Entries that are kept though they are acknowledged, and about how many bytes of data they have.
     pub fn acknowledged(&self) -> (usize, usize) {
-        let unacked = (self.last.seq.0 - self.acked.0) as usize;
+        let unacked = self.last.seq.0.saturating_sub(self.acked.0) as usize;
         let entries = self.pending.len().saturating_sub(unacked);
         (entries, (self.pending_bytes * entries).checked_div(self.pending.len()).unwrap_or(0))
     }
