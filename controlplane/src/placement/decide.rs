@@ -20,7 +20,7 @@ use xsan_protocol::map::{Group, Member, Pool};
 
 use super::{Memory, PrimaryCounts, Proposal, ProposedChange, Standing, View};
 use crate::state::command::GroupChange;
-use crate::timing::REGROUP_AFTER;
+use crate::timing::{REGROUP_AFTER, SHORT_FOR};
 
 /// Every change that is due. `proposals` that do not fit the present epochs are ignored: who made them looks
 /// at the new map and asks again.
@@ -39,6 +39,7 @@ pub fn decide(view: &View<'_>, memory: &mut Memory, proposals: &[Proposal]) -> V
         }
     }
     memory.waiting.retain(|group, _| map.groups.contains_key(group));
+    memory.short.retain(|_, said| view.now.since(*said) < SHORT_FOR);
     changes
 }
 
@@ -53,7 +54,7 @@ fn next(
     let live = group.acting().filter(|member| view.standing(member) == Standing::Live).count();
     let acting = if live == group.acting().count() {
         memory.waiting.remove(&group.id);
-        return steady(view, pool, group, wishes, counts);
+        return steady(view, memory, pool, group, wishes, counts);
     } else if group.is_settled() && live >= usize::from(pool.min_replicas) {
         memory.waiting.remove(&group.id);
         live_members(view, group)
@@ -163,6 +164,7 @@ fn as_learner(view: &View<'_>, group: &Group, member: &Member) -> Option<Member>
 /// Case 1: every acting member is live.
 fn steady(
     view: &View<'_>,
+    memory: &mut Memory,
     pool: &Pool,
     group: &Group,
     wishes: &[Proposal],
@@ -184,7 +186,7 @@ fn steady(
     members.extend(group.learners().filter_map(|learner| as_learner(view, group, learner)));
     let mut leads = None;
     for wish in wishes.iter().filter(of_epoch) {
-        leads = grant(view, pool, group, wish, &mut members).or(leads);
+        leads = grant(view, memory, pool, group, wish, &mut members).or(leads);
     }
     if leads.is_some_and(|node| group.primary != Some(node)) {
         // Nothing else in the same step: who leaves is told by the one that leads.
@@ -194,7 +196,9 @@ fn steady(
         // Each change of members begins peering anew: only what a wish asks for is worth that now.
         return change(view, group, members, counts);
     }
-    demote_slow(view, pool, group, &mut members);
+    if !memory.is_short(view.now, group.id) {
+        demote_slow(view, pool, group, &mut members);
+    }
     drop_surplus(view, pool, group, &mut members);
     let wanted = usize::from(pool.replica_count);
     if members.iter().filter(|member| !member.learner).count() < wanted {
@@ -216,6 +220,7 @@ fn steady(
 /// another.
 fn grant(
     view: &View<'_>,
+    memory: &mut Memory,
     pool: &Pool,
     group: &Group,
     wish: &Proposal,
@@ -228,7 +233,8 @@ fn grant(
     match wish.change {
         ProposedChange::Promote => {
             // The cluster would wait for it again.
-            let held = view.is_held(wish.node) && serving >= usize::from(pool.min_replicas);
+            let enough = serving >= usize::from(pool.min_replicas) && !memory.is_short(view.now, group.id);
+            let held = view.is_held(wish.node) && enough;
             if member.learner && view.standing(member) == Standing::Live && !held {
                 (member.learner, member.damaged) = (false, false);
             }
@@ -245,6 +251,8 @@ fn grant(
             let spare = enough || wish.change == ProposedChange::Exclude;
             if !member.learner && spare && view.may_leave(group, member) {
                 member.learner = true;
+            } else if !member.learner && acting <= usize::from(pool.min_replicas) {
+                memory.short.insert(group.id, view.now);
             }
         }
         // `steady` has looked at it.

@@ -27,6 +27,7 @@ use xsan_protocol::ids::{Epoch, GroupId, NodeId};
 use xsan_protocol::placement::Replica;
 
 use crate::clock::BootTime;
+use crate::timing::SHORT_FOR;
 
 /// Where each group belongs, the preferred primary first.
 pub type Targets = HashMap<GroupId, Vec<Replica>>;
@@ -63,10 +64,19 @@ pub enum ProposedChange {
 pub struct Memory {
     /// Since when each group has waited for members to come back.
     pub waiting: BTreeMap<GroupId, BootTime>,
+    /// Groups that do not get on with a member and have too few to leave it out, and when their primary last said so.
+    pub short: BTreeMap<GroupId, BootTime>,
     /// Since when every group has been well.
     pub well_since: Option<BootTime>,
     /// When balance was last worked on.
     pub balanced_at: BootTime,
+}
+
+impl Memory {
+    /// Does the group need every replica that it has?
+    pub fn is_short(&self, now: BootTime, group: GroupId) -> bool {
+        self.short.get(&group).is_some_and(|said| now.since(*said) < SHORT_FOR)
+    }
 }
 
 #[cfg(test)]

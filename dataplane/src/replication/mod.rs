@@ -54,6 +54,9 @@ use group::{Group, Role};
 use reclaim::{Lineages, is_needed};
 use replica::Replica;
 
+/// Of the shard's buffers, what acknowledged entries may hold for learners that have not journaled them.
+const RETAINED_PART: usize = 16;
+
 /// One group as a store recovered it.
 #[derive(Clone, Debug)]
 pub struct RecoveredGroup {
@@ -367,6 +370,8 @@ impl Replication {
     pub fn on_tick(&mut self, now_ns: u64, stores: &dyn Stores, out: &mut Vec<Action>) {
         self.begin(stores, now_ns, out);
         self.core.latencies.on_tick(now_ns);
+        let (_, arena) = self.core.pool.arena();
+        self.bound_retained(arena / RETAINED_PART, stores, now_ns, out);
         self.scrub(stores, now_ns, out);
         let ticking: Vec<GroupId> = self.core.ticking.iter().copied().collect();
         for id in ticking {
@@ -375,6 +380,21 @@ impl Replication {
             } else {
                 self.core.ticking.remove(&id);
             }
+        }
+    }
+
+    /// What all groups together keep for learners leaves the buffers to clients.
+    fn bound_retained(&mut self, bound: usize, stores: &dyn Stores, now_ns: u64, out: &mut Vec<Action>) {
+        let retained = |group: &Group| (group.retained_bytes(), group.id);
+        let mut groups: Vec<(usize, GroupId)> =
+            self.groups.values().map(retained).filter(|(bytes, _)| *bytes > 0).collect();
+        let mut total: usize = groups.iter().map(|(bytes, _)| bytes).sum();
+        groups.sort_unstable();
+        while total > bound
+            && let Some((bytes, id)) = groups.pop()
+        {
+            total -= bytes;
+            self.with(id, stores, now_ns, out, |group, call| group.outrun_slowest(call));
         }
     }
 

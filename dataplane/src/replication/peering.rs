@@ -535,7 +535,9 @@ impl Group {
     fn propose_out(&mut self, call: &mut Call<'_>) {
         let (id, last, own, now_ns) = (self.id, self.replica.last.seq, call.node(), call.now_ns);
         let Some(primary) = &mut self.primary else { return };
-        let spare = primary.members.len() > primary.min_replicas;
+        // A learner that has everything may stand in.
+        let ready = primary.learners.iter().any(Learner::has_everything);
+        let spare = primary.members.len() + usize::from(ready) > primary.min_replicas;
         let epoch: Epoch = primary.epoch;
         if let Some(successor) = primary.successor
             && is_due(primary.yielded_ns, PROPOSE_AGAIN_NS, now_ns)

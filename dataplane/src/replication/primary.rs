@@ -571,23 +571,34 @@ impl Group {
         if let Some(slowest) = primary.learners.iter().filter_map(Learner::needs_after).min()
             && slowest < floor
         {
-            let unacked = (self.replica.last.seq.0 - self.replica.acked.0) as usize;
-            let over = self.replica.pending_count().saturating_sub(unacked) > RETAINED_ENTRIES_MAX
-                || (self.replica.pending_count() > unacked
-                    && self.replica.pending_bytes() > RETAINED_BYTES_MAX);
-            if over {
-                for learner in
-                    primary.learners.iter_mut().filter(|learner| learner.needs_after() == Some(slowest))
-                {
-                    tracing::warn!(group = %self.id, node = %learner.node, "a learner fell too far behind");
-                    learner.outrun(call);
-                    primary.pushes.retain(|lock| lock.learner != learner.node);
-                }
+            let (entries, bytes) = self.replica.acknowledged();
+            if entries > RETAINED_ENTRIES_MAX || bytes > RETAINED_BYTES_MAX {
+                self.outrun_slowest(call);
             } else {
                 floor = slowest;
             }
         }
         self.replica.trim(call.core.turn, floor);
+    }
+
+    /// Bytes of acknowledged entries that are kept for learners, nearly.
+    pub fn retained_bytes(&self) -> usize {
+        let mut learners = self.primary.iter().flat_map(|primary| &primary.learners);
+        let (_, bytes) = self.replica.acknowledged();
+        if learners.any(|learner| learner.needs_after().is_some()) { bytes } else { 0 }
+    }
+
+    /// Keeps nothing more for the learner that is the furthest behind.
+    pub fn outrun_slowest(&mut self, call: &mut Call<'_>) {
+        let Some(primary) = &mut self.primary else { return };
+        let slowest = primary.learners.iter().filter_map(Learner::needs_after).min();
+        let slow = primary.learners.iter_mut().filter(|learner| learner.needs_after() == slowest);
+        for learner in slow.filter(|learner| learner.needs_after().is_some()) {
+            tracing::warn!(group = %self.id, node = %learner.node, "a learner fell too far behind");
+            learner.outrun(call);
+            primary.pushes.retain(|lock| lock.learner != learner.node);
+        }
+        call.core.ticking.insert(self.id);
     }
 
     /// Flushes the acting members as far as someone waits for it, and answers those whose writes are stable.

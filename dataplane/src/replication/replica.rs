@@ -252,12 +252,11 @@ impl Replica {
         }
     }
 
-    pub fn pending_count(&self) -> usize {
-        self.pending.len()
-    }
-
-    pub fn pending_bytes(&self) -> usize {
-        self.pending_bytes
+    /// Entries that are kept though they are acknowledged, and about how many bytes of data they have.
+    pub fn acknowledged(&self) -> (usize, usize) {
+        let unacked = self.last.seq.0.saturating_sub(self.acked.0) as usize;
+        let entries = self.pending.len().saturating_sub(unacked);
+        (entries, (self.pending_bytes * entries).checked_div(self.pending.len()).unwrap_or(0))
     }
 
     /// Has this replica entries in memory that are applied and seen, or not yet applied?

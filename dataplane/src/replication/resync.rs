@@ -146,6 +146,11 @@ impl Learner {
         Some(now_ns.saturating_sub(sent_ns))
     }
 
+    /// Has it everything, and gets what is new?
+    pub fn has_everything(&self) -> bool {
+        self.is_running() && self.proposed_ns.is_some()
+    }
+
     /// Entries behind this one are kept for it.
     pub fn needs_after(&self) -> Option<Seq> {
         match self.step {

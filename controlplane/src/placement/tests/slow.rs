@@ -61,6 +61,21 @@ fn a_slow_learner_with_everything_acts_at_once_where_it_is_needed() {
 }
 
 #[test]
+fn a_slow_learner_acts_where_another_member_does_not_get_on() {
+    let (mut cluster, slow) = with_demoted(3);
+    let silent = cluster.secondary();
+    cluster.wish(silent, ProposedChange::Demote);
+    cluster.rest();
+    cluster.wish(slow, ProposedChange::Promote);
+    assert!(cluster.step());
+    assert_eq!(cluster.acting().len(), 3);
+    cluster.rest();
+    cluster.wish(silent, ProposedChange::Demote);
+    assert!(cluster.step());
+    assert_eq!(cluster.learners(), [silent]);
+}
+
+#[test]
 fn a_slow_node_can_be_removed() {
     let (mut cluster, slow) = with_demoted(4);
     cluster.leave(slow, Departure::Leaving);

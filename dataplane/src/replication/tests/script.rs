@@ -706,6 +706,31 @@ fn run(transcript: &str) -> String {
 }
 
 #[test]
+fn what_is_kept_for_learners_is_bounded_over_all_groups() {
+    let mut script = Script::new();
+    let lines = [
+        "map epoch=1 primary=1 acting=1 learners=3 min=1",
+        "lease 100000",
+        "durable",
+        "write a b5 0+1 fill=a",
+        "durable",
+        "from 3 learn-started",
+        "write b b5 0+1 fill=b",
+        "write c b5 0+1 fill=c",
+        "durable",
+    ];
+    lines.iter().for_each(|line| script.run(line));
+    let bound = |script: &mut Script, bytes: usize| {
+        script.text.clear();
+        script.call(|replication, store, now_ns, out| replication.bound_retained(bytes, store, now_ns, out));
+        script.run("tick 200");
+        script.text.contains("LearnStart")
+    };
+    assert!(!bound(&mut script, 3 * PAGE_SIZE), "{}", script.text);
+    assert!(bound(&mut script, PAGE_SIZE), "{}", script.text);
+}
+
+#[test]
 fn transcripts_are_what_replication_does() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/scripts");
     let mut paths: Vec<PathBuf> = std::fs::read_dir(&folder)
