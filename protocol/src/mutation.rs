@@ -1,7 +1,8 @@
-//! Bugs sown on purpose, one at a time, to see that the simulator finds them (`tools/sim --mutations`).
+//! Bugs sown on purpose, one at a time, to see that the simulator (`tools/sim --mutations`) and the crashes of the store
+//! alone (`tools/crash --mutations`) find them.
 //!
 //! Each is asked for at the line that it spoils. Without the feature `mutations` the answer is a constant, and no build but
-//! the simulator's has the feature: see docs/testing.md.
+//! that of these two commands has the feature: see docs/testing.md.
 
 macro_rules! mutations {
     ($($name:ident: $what:literal,)+) => {
@@ -18,6 +19,11 @@ macro_rules! mutations {
                 match self {
                     $(Self::$name => $what,)+
                 }
+            }
+
+            /// Are the crashes of the store alone to find it? The moment is too short for the simulator, which comes by at random.
+            pub const fn needs_every_crash(self) -> bool {
+                matches!(self, Self::JournalFreedEarly)
             }
         }
     };
@@ -53,8 +59,8 @@ mutations! {
     TornBatchReplayed: "replay takes a batch whose data does not match its checksums",
     StaleBatchReplayed: "replay takes batches whatever session and position they follow",
     RecordBeforeData: "a block record is written before its data is on stable media",
-    JournalFreedEarly: "journal space is reused before the checkpoint that gives it up is on stable media",
-    UnitsFreedEarly: "units are reused before the record that gives them up is on stable media",
+    JournalFreedEarly: "journal space is reused before the checkpoint that gives it up is written",
+    CheckpointBeforeRecords: "journal space is given up before the records of what was in it are on stable media",
 }
 
 #[cfg(feature = "mutations")]

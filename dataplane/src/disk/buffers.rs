@@ -326,6 +326,11 @@ impl Buffer {
         self.pool
     }
 
+    /// Bytes of the pool that nobody else has as long as this handle lives.
+    pub fn held_bytes(&self) -> usize {
+        self.pool.class_of(self.slot).bytes
+    }
+
     /// The handle for writing again, if this is the only one and covers the slot from its start.
     pub fn try_into_mut(self) -> Result<BufferMut, Self> {
         if self.offset != 0 || self.pool.references[self.slot as usize].load(Ordering::Acquire) != 1 {
@@ -377,6 +382,7 @@ mod tests {
         buffer.fill(7);
         let shared = buffer.freeze();
         let part = shared.slice(10..20);
+        assert_eq!(part.held_bytes(), PAGE_SIZE);
         drop(shared);
         assert_ne!(pool.occupancy(), free);
         assert_eq!(&*part, &[7; 10]);

@@ -139,7 +139,7 @@ impl Group {
     /// A frame from the primary to this member.
     fn on_command(&mut self, call: &mut Call<'_>, from: NodeId, frame: Frame) {
         let header = frame.header;
-        if Mutation::OldEpochFollowed.is_on() && self.fence.is_some() {
+        if Mutation::OldEpochFollowed.is_on() && self.role != Role::None {
             self.fence = Some(Fence { epoch: header.epoch, primary: from });
         }
         let follows = self.fence.is_some_and(|fence| fence.epoch == header.epoch && fence.primary == from);

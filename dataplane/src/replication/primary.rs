@@ -36,7 +36,7 @@ use crate::store::{Entry, PageData};
 const GROUP_WAITING_MAX: usize = 512;
 /// What acknowledged entries may hold in memory for a learner that has not journaled them.
 const RETAINED_ENTRIES_MAX: usize = 1024;
-const RETAINED_BYTES_MAX: usize = 8 << 20;
+const RETAINED_BYTES_MAX: usize = 16 << 20;
 
 #[derive(Debug)]
 pub(super) struct InFlight {
@@ -581,7 +581,7 @@ impl Group {
         self.replica.trim(call.core.turn, floor);
     }
 
-    /// Bytes of acknowledged entries that are kept for learners, nearly.
+    /// Bytes of the pool that acknowledged entries hold for learners, nearly.
     pub fn retained_bytes(&self) -> usize {
         let mut learners = self.primary.iter().flat_map(|primary| &primary.learners);
         let (_, bytes) = self.replica.acknowledged();

@@ -36,7 +36,8 @@ pub(super) struct Replica {
     applied_before: Seq,
     turn: u64,
     pending: VecDeque<Entry>,
-    pending_bytes: usize,
+    /// Bytes of the pool that `pending` holds.
+    held_bytes: usize,
     /// Version of the entry before `pending`, where it is known.
     base: Option<Version>,
     /// The store refused this entry; it and those behind it are offered again at the next tick.
@@ -65,7 +66,7 @@ impl Replica {
             applied_before: tail.acked,
             turn: 0,
             pending: VecDeque::new(),
-            pending_bytes: 0,
+            held_bytes: 0,
             base: None,
             refused: None,
             refused_reset: false,
@@ -91,7 +92,7 @@ impl Replica {
     }
 
     fn keep(&mut self, entry: Entry) {
-        self.pending_bytes += entry.data.as_ref().map_or(0, |data| data.bytes.len());
+        self.held_bytes += held_bytes(&entry);
         self.pending.push_back(entry);
     }
 
@@ -247,16 +248,16 @@ impl Replica {
             && entry.version.seq <= floor
         {
             self.base = Some(entry.version);
-            self.pending_bytes -= entry.data.as_ref().map_or(0, |data| data.bytes.len());
+            self.held_bytes -= held_bytes(entry);
             self.pending.pop_front();
         }
     }
 
-    /// Entries that are kept though they are acknowledged, and about how many bytes of data they have.
+    /// Entries that are kept though they are acknowledged, and about how many bytes of the pool they hold.
     pub fn acknowledged(&self) -> (usize, usize) {
         let unacked = self.last.seq.0.saturating_sub(self.acked.0) as usize;
         let entries = self.pending.len().saturating_sub(unacked);
-        (entries, (self.pending_bytes * entries).checked_div(self.pending.len()).unwrap_or(0))
+        (entries, (self.held_bytes * entries).checked_div(self.pending.len()).unwrap_or(0))
     }
 
     /// Has this replica entries in memory that are applied and seen, or not yet applied?
@@ -277,7 +278,7 @@ impl Replica {
         assert!(self.is_settled());
         self.touch(call.core.turn);
         self.pending.clear();
-        self.pending_bytes = 0;
+        self.held_bytes = 0;
         self.must_sync.clear();
         self.syncing = None;
         self.refused = None;
@@ -333,6 +334,10 @@ impl Replica {
             }
         }
     }
+}
+
+fn held_bytes(entry: &Entry) -> usize {
+    entry.data.as_ref().map_or(0, |data| data.bytes.held_bytes())
 }
 
 /// Version of `unit` after `entry`, when it was `before`. An entry that covers the unit in part keeps the chain only when it

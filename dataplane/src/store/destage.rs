@@ -404,8 +404,11 @@ impl Store {
             self.destage.phase = Phase::Records;
             return;
         }
-        if phase == Phase::FlushRecords && Mutation::UnitsFreedEarly.is_on() {
+        if phase == Phase::FlushRecords && Mutation::CheckpointBeforeRecords.is_on() {
+            self.destage.checkpoint = Some(self.next_checkpoint(self.new_tail()));
             self.retire_blocks();
+            self.destage.phase = Phase::Checkpoint;
+            return;
         }
         self.destage.phase = phase;
         let capacity = phase != Phase::FlushJournal;
@@ -490,6 +493,9 @@ impl Store {
         let Some(mut buffer) = self.pool.alloc(Checkpoint::size(checkpoint.groups.len())) else { return };
         checkpoint.encode(&mut buffer);
         let offset = self.layout.checkpoint_offset(checkpoint.number);
+        if Mutation::JournalFreedEarly.is_on() {
+            self.journal.release(checkpoint.tail);
+        }
         self.counters.written_checkpoint_bytes += buffer.len() as u64;
         self.cycle_write(offset, vec![buffer.freeze()]);
     }
@@ -515,14 +521,7 @@ impl Store {
                 checkpoint.slots_mark = goal;
                 self.destage.phase = Phase::Checkpoint;
             }
-            Phase::Checkpoint => {
-                if let Some(checkpoint) = &self.destage.checkpoint
-                    && Mutation::JournalFreedEarly.is_on()
-                {
-                    self.journal.release(checkpoint.tail);
-                }
-                self.enter_flush(Phase::FlushCheckpoint);
-            }
+            Phase::Checkpoint => self.enter_flush(Phase::FlushCheckpoint),
             Phase::FlushCheckpoint => {
                 let checkpoint = self.destage.checkpoint.take().expect("it has just been written");
                 self.destage.checkpoint_number = checkpoint.number;

@@ -164,8 +164,9 @@ fn find_mutations(campaign: &Campaign) -> ExitCode {
     std::panic::set_hook(Box::new(|_| {}));
     println!("| bug | what goes wrong | found after seeds | as |");
     println!("| --- | --- | ---: | --- |");
-    let mut missed = 0;
-    for &mutation in Mutation::ALL {
+    let (mut all, mut missed) = (0, 0);
+    for &mutation in Mutation::ALL.iter().filter(|mutation| !mutation.needs_every_crash()) {
+        all += 1;
         let outcome = Campaign { mutation: Some(mutation), progress: false, ..*campaign }.run();
         let found = match outcome.failure {
             Some((seed, violation)) => {
@@ -178,7 +179,7 @@ fn find_mutations(campaign: &Campaign) -> ExitCode {
         };
         println!("| {mutation:?} | {} | {found} |", mutation.what());
     }
-    println!("\n{} of {} found", Mutation::ALL.len() - missed, Mutation::ALL.len());
+    println!("\n{} of {all} found", all - missed);
     if missed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 

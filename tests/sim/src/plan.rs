@@ -36,6 +36,8 @@ pub struct Plan {
     pub think_ns: u64,
     pub network_ns: u64,
     pub device_ns: u64,
+    /// Capacity takes so many times as long as the cache.
+    pub capacity_factor: u64,
     pub drift_ppm: u64,
     /// The operator wants nobody to wait for slow nodes.
     pub demotes: bool,
@@ -54,6 +56,8 @@ pub enum Strike {
     AtPromise,
     /// While a store moves what is in its journal to its place.
     AtDestage,
+    /// While a store writes the checkpoint that gives journal space up.
+    AtCheckpoint,
 }
 
 /// How often each kind of fault is chosen, in parts of their sum.
@@ -106,42 +110,68 @@ impl Plan {
             late_maps: sometimes(30, 4),
         };
         let full = random.chance(8);
-        // Many short parts: what a flush covers is only seen when all hosts lose their power.
-        let short = random.chance(40);
         let nodes = [3, 3, 3, 4, 5][random.index(5)];
         let grant_ns = if random.chance(25) { 100 * MS + random.below(700 * MS) } else { 0 };
+        // Few writes, and long cuts: what one primary has sent arrives after another has taken over, and before its first write.
+        let calm = !full && random.chance(10);
+        // So much is written that journals are full.
+        let wide = !full && !calm && random.chance(12);
+        // Many short parts: what a flush covers is only seen when all hosts lose their power.
+        let short = wide || !calm && random.chance(40);
+        let cached = !full && random.chance(if wide { 75 } else { 25 });
         let mut weights = weights;
-        if grant_ns > 0 {
+        if grant_ns > 0 || calm {
             // Whose lease seems longer than it is shows only when it is cut off.
             weights.partition += 5;
+        }
+        if calm {
+            weights.heal += 10;
+        }
+        if wide {
+            weights.slow += 5;
         }
         Self {
             seed,
             nodes,
             replica_count: if random.chance(75) { 3 } else { 2 },
-            group_count: 1 << random.below(4),
-            clients: 1 + random.index(4),
+            group_count: if calm { 8 } else { 1 << random.below(4) },
+            clients: if wide { 4 } else { 1 + random.index(4) },
             readers: random.index(4) + if grant_ns > 0 { 2 } else { 0 },
-            depth: 1 + random.index(8),
-            blocks: if full { 30 + random.below(20) as u32 } else { 1 + random.below(6) as u32 },
-            cached: !full && random.chance(25),
+            depth: if wide { 16 } else { 1 + random.index(8) },
+            blocks: if full || wide { 30 + random.below(20) as u32 } else { 1 + random.below(6) as u32 },
+            cached,
             device_bytes: if full { DEVICE_BYTES_FULL } else { DEVICE_BYTES },
             every_write: random.chance(15),
             part_ns: match (short, random.chance(50)) {
-                (true, true) => 2 * MS + random.below(50 * MS),
-                (true, false) => 100 * MS + random.below(700 * MS),
+                _ if calm => (10 + random.below(20)) * SECOND,
+                (true, true) if !wide => 2 * MS + random.below(50 * MS),
+                (true, _) => 100 * MS + random.below(700 * MS),
                 (false, _) => (1 + random.below(5)) * SECOND,
             },
             parts: if short { 5 + random.below(8) as u32 } else { 1 + random.below(3) as u32 },
-            fault_ns: [30 * MS, 150 * MS, 600 * MS, 2 * SECOND][random.index(4)],
-            think_ns: [0, 100 * US, 2 * MS, 10 * MS, 200 * MS][random.index(5)],
+            fault_ns: if calm {
+                2 * SECOND
+            } else {
+                [30 * MS, 150 * MS, 600 * MS, 2 * SECOND][random.index(4)]
+            },
+            think_ns: match random.index(5) {
+                _ if calm => SECOND,
+                _ if wide => 0,
+                index => [0, 100 * US, 2 * MS, 10 * MS, 200 * MS][index],
+            },
             network_ns: [10 * US, 50 * US, 500 * US][random.index(3)],
             device_ns: [15 * US, 80 * US, 1000 * US][random.index(3)],
+            capacity_factor: if cached && random.chance(50) { 20 } else { 1 },
             drift_ppm: if random.chance(50) { random.below(250) } else { 0 },
             weights,
             demotes: random.chance(50),
-            strike: [Strike::AnyTime, Strike::AtPromise, Strike::AtPromise, Strike::AtDestage]
-                [random.index(4)],
+            strike: match random.index(5) {
+                _ if wide && random.chance(70) => Strike::AtCheckpoint,
+                0 => Strike::AnyTime,
+                1 | 2 => Strike::AtPromise,
+                3 => Strike::AtDestage,
+                _ => Strike::AtCheckpoint,
+            },
             grant_ns,
         }
     }

@@ -12,7 +12,7 @@ use xsan_controlplane::state::command::Command;
 use xsan_dataplane::disk::buffers::BufferPool;
 use xsan_dataplane::io::{Device, DeviceRole, DiskAction};
 use xsan_dataplane::replication::{Driver, Replication};
-use xsan_dataplane::store::{FormatParameters, Options, Store};
+use xsan_dataplane::store::{FormatParameters, Options, Store, StoreStatus};
 use xsan_dataplane::testing::{Random, SimDevice};
 use xsan_protocol::ids::{BootId, Incarnation, MapVersion, NodeId, ShardIndex, StoreId};
 use xsan_protocol::map::{ClusterMap, DamagedStore};
@@ -32,8 +32,11 @@ const TICK: u64 = 20 * MS;
 const LOG_MAX: usize = 4000;
 /// How long it may take until the moment to strike.
 const STRIKE_WAIT: u64 = SECOND;
-/// For destage to come to its end.
-const REST: u64 = 3 * SECOND;
+/// How much longer every operation of a slow device takes.
+const SLOW_FACTOR: u64 = 100;
+/// For destage to begin, and to come to its end.
+const REST_MIN: u64 = 3 * SECOND;
+const REST_MAX: u64 = 60 * SECOND;
 /// For a cluster without faults to be whole and quiet.
 const SETTLE_MAX: u64 = 120 * SECOND;
 /// A run that is not over after so many events goes round in circles.
@@ -249,30 +252,41 @@ impl World {
     /// Runs to the moment at which all hosts are to go down, if it comes soon.
     fn wait_to_strike(&mut self) -> Result<(), String> {
         let strike = self.plan.strike;
+        let fullest = (0..self.hosts.len())
+            .max_by_key(|host| self.store_status(*host, |status| status.journal_used_bytes));
+        let fullest = fullest.expect("there are hosts");
         let count = |world: &Self| match strike {
-            Strike::AnyTime => None,
-            Strike::AtPromise => Some(world.ledger.stable),
-            Strike::AtDestage => Some(world.bytes_destaged()),
+            Strike::AnyTime => 0,
+            Strike::AtPromise => world.ledger.stable,
+            Strike::AtDestage => {
+                let copied = |host| world.store_status(host, |status| status.counters.written_capacity_bytes);
+                (0..world.hosts.len()).map(copied).sum()
+            }
+            Strike::AtCheckpoint => {
+                world.store_status(fullest, |status| status.counters.written_checkpoint_bytes)
+            }
         };
         // What is idle is destaged.
         self.workload.running = strike != Strike::AtDestage || self.random.one_in(2);
         let (before, limit) = (count(self), self.now + STRIKE_WAIT);
-        while before.is_some() && count(self) == before && self.now < limit {
+        while strike != Strike::AnyTime && count(self) == before && self.now < limit {
             self.step()?;
         }
-        let moment = self.now
-            + self.random.below(if strike == Strike::AtDestage { 20 * self.plan.device_ns } else { 50 * US });
+        let capacity_ns = self.plan.device_ns * self.plan.capacity_factor;
+        let most = match strike {
+            Strike::AnyTime | Strike::AtPromise => 50 * US,
+            Strike::AtDestage => 20 * capacity_ns,
+            Strike::AtCheckpoint => 3 * capacity_ns,
+        };
+        let slow = self.hosts[fullest].slow_until > self.now;
+        let moment = self.now + self.random.below(most) * if slow { SLOW_FACTOR } else { 1 };
         self.run_for(moment)
     }
 
-    fn bytes_destaged(&self) -> u64 {
-        let stores = self.processes().flat_map(|process| process.driver.stores());
-        let counters = stores.map(|store| store.status().counters);
-        counters.map(|counters| counters.written_capacity_bytes + counters.written_checkpoint_bytes).sum()
-    }
-
-    fn processes(&self) -> impl Iterator<Item = &Process> {
-        self.hosts.iter().filter_map(|host| host.process.as_ref())
+    /// Something that the store of a host tells; 0 while it has none.
+    fn store_status(&self, host: usize, of: fn(&StoreStatus) -> u64) -> u64 {
+        let stores = self.hosts[host].process.iter().flat_map(|process| process.driver.stores());
+        stores.map(|store| of(&store.status())).sum()
     }
 
     /// Runs until `done` has held for a while.
@@ -412,9 +426,12 @@ impl World {
         if self.random.one_in(300) {
             wait += self.random.below(30 * MS);
         }
+        if action.device() == DeviceRole::Capacity {
+            wait *= self.plan.capacity_factor;
+        }
         let this = &mut self.hosts[host];
         if this.slow_until > self.now && (this.slow_cache || action.device() == DeviceRole::Capacity) {
-            wait *= 100;
+            wait *= SLOW_FACTOR;
         }
         let mark = match &action {
             DiskAction::Flush { device, .. } => this.device(*device).mark(),
@@ -676,12 +693,21 @@ impl World {
         Ok(())
     }
 
-    /// At rest nobody holds a buffer.
+    /// At rest nobody holds a buffer: destage, which copies what is in the journals to its place, comes to its end.
     fn check_buffers(&mut self) -> Result<(), String> {
-        // Destage copies what is in the journals to its place.
-        self.run_for(self.now + REST)?;
-        let held: usize = self.pool.occupancy().iter().map(|(free, all)| all - free).sum();
-        if held > 0 { Err(format!("{held} buffers are held at rest: {}", self.unrest())) } else { Ok(()) }
+        self.run_for(self.now + REST_MIN)?;
+        let limit = self.now + REST_MAX;
+        while self.buffers_held() > 0 {
+            if self.now > limit {
+                return Err(format!("{} buffers are held at rest: {}", self.buffers_held(), self.unrest()));
+            }
+            self.step()?;
+        }
+        Ok(())
+    }
+
+    fn buffers_held(&self) -> usize {
+        self.pool.occupancy().iter().map(|(free, all)| all - free).sum()
     }
 
     /// Content of every replica, by a process that opens the stores anew.

@@ -1,6 +1,7 @@
-//! A crash after every single device operation of a recorded workload that destages, trims, resets and raises
-//! the mark of the block records: what was flushed is there after power loss, what was durable after a kill. Each with
-//! every subset of the pages that may be lost, or, when there are too many, with some random ones (`tools/crash`).
+//! A crash after every single device operation of two recorded workloads: one destages, trims, resets and raises the mark of
+//! the block records, the other writes as much as the journal takes while it is destaged. What was flushed is there after power
+//! loss, what was durable after a kill. Each with every subset of the pages that may be lost, or, when there are too many, with
+//! some random ones (`tools/crash`).
 //!
 //! It found that a page was overwritten in place whose newer entry came back as pending, because nothing on disk said
 //! that it had been acknowledged; hence the checkpoint before the copying (`destage`).
@@ -8,9 +9,9 @@
 use xsan_protocol::ids::{GroupId, Seq};
 use xsan_protocol::units::PageRange;
 
-use super::model::{Event, Model};
+use super::model::{Event, KEYS, Model, PAGES};
 use super::rig::{Rig, data, key, version};
-use crate::store::{Entry, Record, StoreEvent};
+use crate::store::{Entry, Record, StoreEvent, StoreView};
 use crate::testing::Random;
 
 const GROUP: GroupId = GroupId(0);
@@ -22,9 +23,18 @@ enum Step {
     Reset,
     Idle,
     Turn,
+    /// So many writes of whole blocks, each as soon as the journal has room; acknowledged as soon as they are durable.
+    Press(u64),
 }
 
-fn workload() -> Vec<Step> {
+/// Goes around the journal, which is full when its tail moves.
+fn full_journal() -> Vec<Step> {
+    let whole = PageRange::new(0, PAGES);
+    let fill = (0..6).map(|number| Step::Write(number % KEYS, whole, 1000 * (u64::from(number) + 1)));
+    fill.chain([Step::Acknowledge, Step::Flush, Step::Press(20), Step::Idle]).collect()
+}
+
+fn every_kind() -> Vec<Step> {
     let mut steps = Vec::new();
     for round in 0..3u64 {
         let content = 1000 * (round + 1);
@@ -144,6 +154,30 @@ impl Replay {
                 self.settle()
             }
             Step::Turn => self.settle(),
+            Step::Press(count) => self.press(*count),
+        }
+    }
+
+    fn press(&mut self, count: u64) -> bool {
+        let mut written = 0;
+        loop {
+            while written < count && self.rig.store.admit(usize::from(PAGES)).is_ok() {
+                written += 1;
+                let (index, content) = ((written % u64::from(KEYS)) as u32, 10_000 + 1000 * written);
+                self.step(&Step::Write(index, PageRange::new(0, PAGES), content));
+            }
+            self.rig.end_turn();
+            if self.rig.operations == self.left {
+                return false;
+            }
+            if !self.rig.complete_one() {
+                assert!(written == count);
+                return true;
+            }
+            self.learn();
+            let model = self.model.groups.get_mut(&GROUP).unwrap();
+            model.acked = model.last_durable();
+            self.rig.store.apply(GROUP, model.acked);
         }
     }
 }
@@ -163,11 +197,11 @@ struct Point {
 }
 
 /// Runs the workload up to `operation`, crashes into one of the possible states, checks, and goes on a little.
-fn crash_at(operation: u64, power: bool, cached: bool, state: u64) -> Point {
+fn crash_at(workload: &[Step], operation: u64, power: bool, cached: bool, state: u64) -> Point {
     // Each point with a seed of its own: another order of completions.
     let rig = Rig::new(operation + 1, cached);
     let mut replay = Replay { rig, model: Model::new(), flush_covers: None, left: operation };
-    let reached = workload().iter().any(|step| !replay.step(step));
+    let reached = workload.iter().any(|step| !replay.step(step));
     replay.learn();
     let Replay { mut rig, mut model, .. } = replay;
     let undecided = rig.undecided(power);
@@ -198,16 +232,16 @@ fn crash_at(operation: u64, power: bool, cached: bool, state: u64) -> Point {
     Point { reached, states }
 }
 
-fn crash_everywhere(power: bool, cached: bool) {
+fn crash_everywhere(workload: &[Step], power: bool, cached: bool) {
     let (mut points, mut checked, mut complete) = (0, 0, 0);
     loop {
-        let point = crash_at(points, power, cached, 0);
+        let point = crash_at(workload, points, power, cached, 0);
         if !point.reached {
             break;
         }
         let states = point.states.min(states_max());
         for state in 1..states {
-            crash_at(points, power, cached, state);
+            crash_at(workload, points, power, cached, state);
         }
         points += 1;
         checked += states;
@@ -219,17 +253,45 @@ fn crash_everywhere(power: bool, cached: bool) {
 
 #[test]
 fn power_loss_after_every_operation() {
-    crash_everywhere(true, false);
+    crash_everywhere(&every_kind(), true, false);
 }
 
 #[test]
 fn power_loss_after_every_operation_with_a_cache_device() {
-    crash_everywhere(true, true);
+    crash_everywhere(&every_kind(), true, true);
 }
 
 #[test]
 fn a_kill_after_every_operation() {
-    crash_everywhere(false, false);
+    crash_everywhere(&every_kind(), false, false);
+}
+
+#[test]
+fn power_loss_while_the_journal_is_full() {
+    crash_everywhere(&full_journal(), true, false);
+}
+
+#[test]
+fn power_loss_while_the_journal_of_a_cache_device_is_full() {
+    crash_everywhere(&full_journal(), true, true);
+}
+
+#[test]
+fn a_kill_while_the_journal_is_full() {
+    crash_everywhere(&full_journal(), false, false);
+}
+
+#[cfg(feature = "mutations")]
+#[test]
+fn sown_bugs_are_found() {
+    use xsan_protocol::mutation::Mutation;
+    for &mutation in Mutation::ALL.iter().filter(|mutation| mutation.needs_every_crash()) {
+        Mutation::sow(Some(mutation));
+        let found = std::panic::catch_unwind(|| crash_everywhere(&full_journal(), true, true));
+        Mutation::sow(None);
+        assert!(found.is_err(), "{mutation:?} (\"{}\") is not found", mutation.what());
+        println!("found: {mutation:?}, {}", mutation.what());
+    }
 }
 
 #[test]

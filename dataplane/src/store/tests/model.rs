@@ -122,6 +122,10 @@ impl Group {
         self.last_of(self.log.len())
     }
 
+    pub fn last_durable(&self) -> Seq {
+        self.last_of(self.durable).seq
+    }
+
     /// Entries of the first `count` records that no later one of them dropped.
     fn kept(&self, count: usize) -> Vec<Event> {
         let mut kept: Vec<Event> = Vec::new();
