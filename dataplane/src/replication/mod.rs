@@ -54,7 +54,7 @@ use group::{Group, Role};
 use reclaim::{Lineages, is_needed};
 use replica::Replica;
 
-/// Of the shard's buffers, what acknowledged entries may hold for learners that have not journaled them.
+/// Of the shard's memory, what acknowledged entries may hold for learners that are late.
 const RETAINED_PART: usize = 16;
 
 /// One group as a store recovered it.
@@ -383,18 +383,23 @@ impl Replication {
         }
     }
 
-    /// What all groups together keep for learners leaves the buffers to clients.
+    /// What all groups together keep for late learners leaves the buffers to clients. For a learner that is not late clients
+    /// wait, as they do for a member: it would never catch up if it had to start anew.
     fn bound_retained(&mut self, bound: usize, stores: &dyn Stores, now_ns: u64, out: &mut Vec<Action>) {
-        let retained = |group: &Group| (group.retained_bytes(), group.id);
-        let mut groups: Vec<(usize, GroupId)> =
-            self.groups.values().map(retained).filter(|(bytes, _)| *bytes > 0).collect();
-        let mut total: usize = groups.iter().map(|(bytes, _)| bytes).sum();
-        groups.sort_unstable();
+        let (mut total, mut late_groups) = (0, Vec::new());
+        for group in self.groups.values_mut() {
+            let Some((bytes, late)) = group.watch_learners(now_ns) else { continue };
+            total += bytes;
+            if late {
+                late_groups.push((bytes, group.id));
+            }
+        }
+        late_groups.sort_unstable();
         while total > bound
-            && let Some((bytes, id)) = groups.pop()
+            && let Some((bytes, id)) = late_groups.pop()
         {
             total -= bytes;
-            self.with(id, stores, now_ns, out, |group, call| group.outrun_slowest(call));
+            self.with(id, stores, now_ns, out, |group, call| group.outrun_late(call));
         }
     }
 

@@ -34,9 +34,6 @@ use crate::store::{Entry, PageData};
 
 /// Requests of one group that wait for others, or for the group to become active.
 const GROUP_WAITING_MAX: usize = 512;
-/// What acknowledged entries may hold in memory for a learner that has not journaled them.
-const RETAINED_ENTRIES_MAX: usize = 1024;
-const RETAINED_BYTES_MAX: usize = 16 << 20;
 
 #[derive(Debug)]
 pub(super) struct InFlight {
@@ -562,38 +559,30 @@ impl Group {
         before != primary.waiting.len() + primary.merges.len() + primary.flushes.len()
     }
 
-    /// Forgets entries that nobody needs: applied, and in the journal of every member and learner. A learner that is too far
-    /// behind starts anew, rather than hold them all in memory.
+    /// Forgets entries that nobody needs: applied, and in the journal of every member and learner.
     fn trim(&mut self, call: &mut Call<'_>) {
-        let Some(primary) = &mut self.primary else { return };
+        let Some(primary) = &self.primary else { return };
         let Some(quorum) = &primary.quorum else { return };
-        let mut floor = quorum.durable_everywhere();
-        if let Some(slowest) = primary.learners.iter().filter_map(Learner::needs_after).min()
-            && slowest < floor
-        {
-            let (entries, bytes) = self.replica.acknowledged();
-            if entries > RETAINED_ENTRIES_MAX || bytes > RETAINED_BYTES_MAX {
-                self.outrun_slowest(call);
-            } else {
-                floor = slowest;
-            }
-        }
+        let slowest = primary.learners.iter().filter_map(Learner::needs_after).min();
+        let floor = quorum.durable_everywhere().min(slowest.unwrap_or(Seq(u64::MAX)));
         self.replica.trim(call.core.turn, floor);
     }
 
-    /// Bytes of the pool that acknowledged entries hold for learners, nearly.
-    pub fn retained_bytes(&self) -> usize {
-        let mut learners = self.primary.iter().flat_map(|primary| &primary.learners);
-        let (_, bytes) = self.replica.acknowledged();
-        if learners.any(|learner| learner.needs_after().is_some()) { bytes } else { 0 }
+    /// What acknowledged entries hold for learners, and whether one of these is late; `None`: nothing.
+    pub fn watch_learners(&mut self, now_ns: u64) -> Option<(usize, bool)> {
+        let acked = self.replica.acked;
+        let primary = self.primary.as_mut()?;
+        primary.learners.iter_mut().for_each(|learner| learner.watch(acked, now_ns));
+        let needed = primary.learners.iter().any(|learner| learner.needs_after().is_some());
+        let late = primary.learners.iter().any(|learner| learner.is_late(now_ns));
+        needed.then(|| (self.replica.retained_bytes(), late))
     }
 
-    /// Keeps nothing more for the learner that is the furthest behind.
-    pub fn outrun_slowest(&mut self, call: &mut Call<'_>) {
+    /// Keeps nothing more for learners that are late: they start anew.
+    pub fn outrun_late(&mut self, call: &mut Call<'_>) {
         let Some(primary) = &mut self.primary else { return };
-        let slowest = primary.learners.iter().filter_map(Learner::needs_after).min();
-        let slow = primary.learners.iter_mut().filter(|learner| learner.needs_after() == slowest);
-        for learner in slow.filter(|learner| learner.needs_after().is_some()) {
+        let now_ns = call.now_ns;
+        for learner in primary.learners.iter_mut().filter(|learner| learner.is_late(now_ns)) {
             tracing::warn!(group = %self.id, node = %learner.node, "a learner fell too far behind");
             learner.outrun(call);
             primary.pushes.retain(|lock| lock.learner != learner.node);

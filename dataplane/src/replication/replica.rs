@@ -36,7 +36,7 @@ pub(super) struct Replica {
     applied_before: Seq,
     turn: u64,
     pending: VecDeque<Entry>,
-    /// Bytes of the pool that `pending` holds.
+    /// Memory that `pending` takes.
     held_bytes: usize,
     /// Version of the entry before `pending`, where it is known.
     base: Option<Version>,
@@ -253,11 +253,11 @@ impl Replica {
         }
     }
 
-    /// Entries that are kept though they are acknowledged, and about how many bytes of the pool they hold.
-    pub fn acknowledged(&self) -> (usize, usize) {
+    /// Memory of the entries that are kept though they are acknowledged, nearly.
+    pub fn retained_bytes(&self) -> usize {
         let unacked = self.last.seq.0.saturating_sub(self.acked.0) as usize;
         let entries = self.pending.len().saturating_sub(unacked);
-        (entries, (self.held_bytes * entries).checked_div(self.pending.len()).unwrap_or(0))
+        (self.held_bytes * entries).checked_div(self.pending.len()).unwrap_or(0)
     }
 
     /// Has this replica entries in memory that are applied and seen, or not yet applied?
@@ -337,7 +337,7 @@ impl Replica {
 }
 
 fn held_bytes(entry: &Entry) -> usize {
-    entry.data.as_ref().map_or(0, |data| data.bytes.held_bytes())
+    size_of::<Entry>() + entry.data.as_ref().map_or(0, |data| data.bytes.held_bytes())
 }
 
 /// Version of `unit` after `entry`, when it was `before`. An entry that covers the unit in part keeps the chain only when it

@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use xsan_dataplane::disk::buffers::{Buffer, Claim};
 use xsan_dataplane::replication::Operation;
 use xsan_dataplane::store::PageData;
 use xsan_dataplane::volume::calls::Answer;
@@ -126,10 +127,13 @@ impl World {
             self.workload.clients[client].host = self.random.index(self.hosts.len());
             return;
         }
-        self.workload.clients[client].under_way += 1;
-        match reads {
-            Some(block) => self.begin_read(client, host, block),
-            None => self.begin(client, host),
+        let operation = match reads {
+            Some(block) => Some(Operation::Read { key: key(block), pages: self.random_pages() }),
+            None => self.random_operation(),
+        };
+        if let Some(operation) = operation {
+            self.workload.clients[client].under_way += 1;
+            self.submit_operation(Some(client), host, operation);
         }
     }
 
@@ -144,8 +148,9 @@ impl World {
         }
     }
 
-    fn buffer(&mut self, bytes: usize, value: u64) -> Option<xsan_dataplane::disk::buffers::Buffer> {
-        let mut buffer = self.pool.alloc(bytes)?;
+    /// `None`: a gateway that has no buffers stops reading its clients.
+    fn buffer(&mut self, bytes: usize, value: u64) -> Option<Buffer> {
+        let mut buffer = self.pool.alloc_for(Claim::Client, bytes)?;
         buffer.fill(0);
         for sector in buffer.chunks_exact_mut(SECTOR_SIZE as usize) {
             sector[..8].copy_from_slice(&value.to_le_bytes());
@@ -153,8 +158,7 @@ impl World {
         Some(buffer.freeze())
     }
 
-    /// Begins a random operation.
-    fn begin(&mut self, client: usize, host: usize) {
+    fn random_operation(&mut self) -> Option<Operation> {
         let number = self.workload.next + 1;
         let block = self.random.below(u64::from(self.plan.blocks)) as u32;
         let (key, pages) = (key(block), self.random_pages());
@@ -166,21 +170,16 @@ impl World {
             6..8 => {
                 let sectors = 1 + self.random.below(3) as u32;
                 let offset = pages.byte_offset() + self.random.below(6) as u32 * SECTOR_SIZE;
-                let bytes = self.buffer((sectors * SECTOR_SIZE) as usize, number).expect("clients are few");
+                let bytes = self.buffer((sectors * SECTOR_SIZE) as usize, number)?;
                 Operation::WriteSectors { key, offset, bytes, fua }
             }
             _ => {
-                let bytes = self.buffer(pages.bytes(), number).expect("clients are few");
+                let bytes = self.buffer(pages.bytes(), number)?;
                 let checksums = page_checksums(&bytes);
                 Operation::Write { key, pages, data: PageData { bytes, checksums }, fua }
             }
         };
-        self.submit_operation(Some(client), host, operation);
-    }
-
-    fn begin_read(&mut self, client: usize, host: usize, block: u32) {
-        let pages = self.random_pages();
-        self.submit_operation(Some(client), host, Operation::Read { key: key(block), pages });
+        Some(operation)
     }
 
     /// Takes an operation up: notes that it began, and tries it.

@@ -34,9 +34,8 @@ const LOG_MAX: usize = 4000;
 const STRIKE_WAIT: u64 = SECOND;
 /// How much longer every operation of a slow device takes.
 const SLOW_FACTOR: u64 = 100;
-/// For destage to begin, and to come to its end.
-const REST_MIN: u64 = 3 * SECOND;
-const REST_MAX: u64 = 60 * SECOND;
+/// For destage to begin.
+const REST: u64 = 3 * SECOND;
 /// For a cluster without faults to be whole and quiet.
 const SETTLE_MAX: u64 = 120 * SECOND;
 /// A run that is not over after so many events goes round in circles.
@@ -695,15 +694,10 @@ impl World {
 
     /// At rest nobody holds a buffer: destage, which copies what is in the journals to its place, comes to its end.
     fn check_buffers(&mut self) -> Result<(), String> {
-        self.run_for(self.now + REST_MIN)?;
-        let limit = self.now + REST_MAX;
-        while self.buffers_held() > 0 {
-            if self.now > limit {
-                return Err(format!("{} buffers are held at rest: {}", self.buffers_held(), self.unrest()));
-            }
-            self.step()?;
-        }
-        Ok(())
+        self.run_for(self.now + REST)?;
+        let at_rest = |world: &Self| world.buffers_held() == 0 && world.is_quiet();
+        self.run_until(SETTLE_MAX, at_rest)
+            .map_err(|violation| format!("{violation}; {} buffers are held", self.buffers_held()))
     }
 
     fn buffers_held(&self) -> usize {

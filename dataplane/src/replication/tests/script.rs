@@ -726,7 +726,9 @@ fn what_is_kept_for_learners_is_bounded_over_all_groups() {
         script.run("tick 200");
         script.text.contains("LearnStart")
     };
-    assert!(!bound(&mut script, 3 * PAGE_SIZE), "{}", script.text);
+    assert!(!bound(&mut script, PAGE_SIZE), "for one that is not late all is kept: {}", script.text);
+    script.run("tick 500");
+    assert!(!bound(&mut script, 4 * PAGE_SIZE), "{}", script.text);
     assert!(bound(&mut script, PAGE_SIZE), "{}", script.text);
 }
 
