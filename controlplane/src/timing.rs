@@ -43,9 +43,9 @@ pub const SLOW_REPORT_INTERVAL: Duration = Duration::from_secs(1);
 pub const SLOW_REPORT_AGE_MAX: Duration = Duration::from_secs(5);
 /// A node counts as slow for this long after it was last seen to be: what failed slowly fails again.
 pub const SLOW_HOLD: Duration = Duration::from_secs(30);
-/// A primary's wish to leave a member out where too few would be left has slow replicas act for at least so long: enough
-/// for the primary to find the same in the next epoch.
-pub const SHORT_FOR: Duration = Duration::from_secs(30);
+/// A primary's wish to leave a member out where too few would be left has slow replicas act for so long: the primary says it
+/// again twice a second, and needs some seconds after a change of the acting set.
+pub const SHORT_FOR: Duration = Duration::from_secs(10);
 /// Looks at what is to be scrubbed, and commits of what was.
 pub const SCRUB_TICK: Duration = Duration::from_secs(1);
 /// Between two scrubs of a group, and two deep ones, where the cluster has no settings of its own.

@@ -23,7 +23,7 @@ macro_rules! mutations {
 
             /// Are the crashes of the store alone to find it? The moment is too short for the simulator, which comes by at random.
             pub const fn needs_every_crash(self) -> bool {
-                matches!(self, Self::JournalFreedEarly)
+                matches!(self, Self::JournalFreedEarly | Self::JournalFreedUnflushed)
             }
         }
     };
@@ -53,6 +53,7 @@ mutations! {
     PushUnlocked: "writes to a unit go on while it is read for a learner",
     PromotedEarly: "a learner is proposed after one pass, whatever became of the units pushed to it",
     PushesNotFlushed: "a learner is proposed before what was pushed to it is on stable media",
+    LaggardsKeptFor: "what late learners lack is kept for them without bound",
     PreviousVersionIgnored: "a part of a unit is written over another content and gets the version nevertheless",
     ChecksumIgnored: "what a read brings is not compared with its checksum",
     JournalOutOfOrder: "a journal batch counts as durable before those ahead of it",
@@ -60,6 +61,7 @@ mutations! {
     StaleBatchReplayed: "replay takes batches whatever session and position they follow",
     RecordBeforeData: "a block record is written before its data is on stable media",
     JournalFreedEarly: "journal space is reused before the checkpoint that gives it up is written",
+    JournalFreedUnflushed: "journal space is reused before the checkpoint that gives it up is on stable media",
     CheckpointBeforeRecords: "journal space is given up before the records of what was in it are on stable media",
 }
 

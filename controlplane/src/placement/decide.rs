@@ -240,6 +240,16 @@ fn grant(
             }
         }
         ProposedChange::Demote if group.primary == Some(wish.node) => {
+            if acting <= usize::from(pool.min_replicas) {
+                let asked_before = memory.is_short(view.now, group.id);
+                memory.short.insert(group.id, view.now);
+                // A new primary would not know whether a slow learner has everything: the old one has it act first.
+                let stands_in =
+                    |learner: &Member| view.is_held(learner.node) && view.standing(learner) == Standing::Live;
+                if !asked_before && group.learners().any(stands_in) {
+                    return None;
+                }
+            }
             let other = members.iter().find(|other| other.node != wish.node && able(other));
             return other.map(|other| other.node);
         }

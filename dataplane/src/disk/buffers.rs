@@ -326,7 +326,7 @@ impl Buffer {
         self.pool
     }
 
-    /// Bytes of the pool that nobody else has as long as this handle lives.
+    /// Bytes of the slot, which is not free as long as this handle lives.
     pub fn held_bytes(&self) -> usize {
         self.pool.class_of(self.slot).bytes
     }

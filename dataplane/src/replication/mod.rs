@@ -18,6 +18,7 @@ use std::sync::Arc;
 use xsan_protocol::error::Code;
 use xsan_protocol::ids::{Epoch, GroupId, Incarnation, MapVersion, NodeId, ShardIndex, StoreId};
 use xsan_protocol::map::ClusterMap;
+use xsan_protocol::mutation::Mutation;
 use xsan_protocol::wire::header::Opcode;
 
 mod action;
@@ -51,11 +52,15 @@ use crate::store::{Entry, GroupTail, Record, StoreError, StoreEvent};
 use call::{Call, Core, MendJob, ReadPurpose, Token};
 use flush::FlushWaiter;
 use group::{Group, Role};
+use primary::InQuestion;
 use reclaim::{Lineages, is_needed};
 use replica::Replica;
+use resync::Learner;
 
-/// Of the shard's memory, what acknowledged entries may hold for learners that are late.
-const RETAINED_PART: usize = 16;
+/// Of the shard's memory, what acknowledged entries may hold for learners that are late, and for those that have been brought up to
+/// date, which are slow, or act in a moment. Clients may use half of it.
+const LATE_PART: usize = 16;
+const UP_TO_DATE_PART: usize = 8;
 
 /// One group as a store recovered it.
 #[derive(Clone, Debug)]
@@ -371,7 +376,9 @@ impl Replication {
         self.begin(stores, now_ns, out);
         self.core.latencies.on_tick(now_ns);
         let (_, arena) = self.core.pool.arena();
-        self.bound_retained(arena / RETAINED_PART, stores, now_ns, out);
+        self.bound_retained(arena / LATE_PART, Learner::is_late, stores, now_ns, out);
+        let up_to_date: InQuestion = |learner, _| learner.has_everything();
+        self.bound_retained(arena / UP_TO_DATE_PART, up_to_date, stores, now_ns, out);
         self.scrub(stores, now_ns, out);
         let ticking: Vec<GroupId> = self.core.ticking.iter().copied().collect();
         for id in ticking {
@@ -383,23 +390,30 @@ impl Replication {
         }
     }
 
-    /// What all groups together keep for late learners leaves the buffers to clients. For a learner that is not late clients
-    /// wait, as they do for a member: it would never catch up if it had to start anew.
-    fn bound_retained(&mut self, bound: usize, stores: &dyn Stores, now_ns: u64, out: &mut Vec<Action>) {
-        let (mut total, mut late_groups) = (0, Vec::new());
-        for group in self.groups.values_mut() {
-            let Some((bytes, late)) = group.watch_learners(now_ns) else { continue };
-            total += bytes;
-            if late {
-                late_groups.push((bytes, group.id));
-            }
+    /// What all groups together keep for the learners `in_question` leaves buffers to clients. For one that is brought up to date,
+    /// and not late, clients wait as they do for a member: it would never catch up if it had to start anew.
+    fn bound_retained(
+        &mut self,
+        bound: usize,
+        in_question: InQuestion,
+        stores: &dyn Stores,
+        now_ns: u64,
+        out: &mut Vec<Action>,
+    ) {
+        let mut groups = Vec::new();
+        // Groups with learners tick.
+        for id in &self.core.ticking {
+            let group = self.groups.get_mut(id);
+            groups.extend(group.and_then(|group| Some((group.retains_for(now_ns, in_question)?, *id))));
         }
-        late_groups.sort_unstable();
+        let mut total: usize = groups.iter().map(|(bytes, _)| bytes).sum();
+        groups.sort_unstable();
         while total > bound
-            && let Some((bytes, id)) = late_groups.pop()
+            && !Mutation::LaggardsKeptFor.is_on()
+            && let Some((bytes, id)) = groups.pop()
         {
             total -= bytes;
-            self.with(id, stores, now_ns, out, |group, call| group.outrun_late(call));
+            self.with(id, stores, now_ns, out, |group, call| group.outrun(call, in_question));
         }
     }
 

@@ -35,6 +35,9 @@ use crate::store::{Entry, PageData};
 /// Requests of one group that wait for others, or for the group to become active.
 const GROUP_WAITING_MAX: usize = 512;
 
+/// Is this learner one for which nothing more may be kept, now?
+pub(super) type InQuestion = fn(&Learner, u64) -> bool;
+
 #[derive(Debug)]
 pub(super) struct InFlight {
     pub seq: Seq,
@@ -568,21 +571,20 @@ impl Group {
         self.replica.trim(call.core.turn, floor);
     }
 
-    /// What acknowledged entries hold for learners, and whether one of these is late; `None`: nothing.
-    pub fn watch_learners(&mut self, now_ns: u64) -> Option<(usize, bool)> {
+    /// Notes how far learners are behind. Returns what acknowledged entries hold for them, if any of them is `in_question`.
+    pub fn retains_for(&mut self, now_ns: u64, in_question: InQuestion) -> Option<usize> {
         let acked = self.replica.acked;
         let primary = self.primary.as_mut()?;
         primary.learners.iter_mut().for_each(|learner| learner.watch(acked, now_ns));
-        let needed = primary.learners.iter().any(|learner| learner.needs_after().is_some());
-        let late = primary.learners.iter().any(|learner| learner.is_late(now_ns));
-        needed.then(|| (self.replica.retained_bytes(), late))
+        let any = primary.learners.iter().any(|learner| in_question(learner, now_ns));
+        any.then(|| self.replica.retained_bytes())
     }
 
-    /// Keeps nothing more for learners that are late: they start anew.
-    pub fn outrun_late(&mut self, call: &mut Call<'_>) {
+    /// Keeps nothing more for learners that are `in_question`: they start anew.
+    pub fn outrun(&mut self, call: &mut Call<'_>, in_question: InQuestion) {
         let Some(primary) = &mut self.primary else { return };
         let now_ns = call.now_ns;
-        for learner in primary.learners.iter_mut().filter(|learner| learner.is_late(now_ns)) {
+        for learner in primary.learners.iter_mut().filter(|learner| in_question(learner, now_ns)) {
             tracing::warn!(group = %self.id, node = %learner.node, "a learner fell too far behind");
             learner.outrun(call);
             primary.pushes.retain(|lock| lock.learner != learner.node);

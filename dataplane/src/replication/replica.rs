@@ -36,8 +36,6 @@ pub(super) struct Replica {
     applied_before: Seq,
     turn: u64,
     pending: VecDeque<Entry>,
-    /// Memory that `pending` takes.
-    held_bytes: usize,
     /// Version of the entry before `pending`, where it is known.
     base: Option<Version>,
     /// The store refused this entry; it and those behind it are offered again at the next tick.
@@ -66,7 +64,6 @@ impl Replica {
             applied_before: tail.acked,
             turn: 0,
             pending: VecDeque::new(),
-            held_bytes: 0,
             base: None,
             refused: None,
             refused_reset: false,
@@ -92,7 +89,6 @@ impl Replica {
     }
 
     fn keep(&mut self, entry: Entry) {
-        self.held_bytes += held_bytes(&entry);
         self.pending.push_back(entry);
     }
 
@@ -248,16 +244,14 @@ impl Replica {
             && entry.version.seq <= floor
         {
             self.base = Some(entry.version);
-            self.held_bytes -= held_bytes(entry);
             self.pending.pop_front();
         }
     }
 
-    /// Memory of the entries that are kept though they are acknowledged, nearly.
+    /// Memory of the entries that are kept though they are acknowledged.
     pub fn retained_bytes(&self) -> usize {
-        let unacked = self.last.seq.0.saturating_sub(self.acked.0) as usize;
-        let entries = self.pending.len().saturating_sub(unacked);
-        (self.held_bytes * entries).checked_div(self.pending.len()).unwrap_or(0)
+        let acknowledged = self.pending.iter().take_while(|entry| entry.version.seq <= self.acked);
+        acknowledged.map(held_bytes).sum()
     }
 
     /// Has this replica entries in memory that are applied and seen, or not yet applied?
@@ -278,7 +272,6 @@ impl Replica {
         assert!(self.is_settled());
         self.touch(call.core.turn);
         self.pending.clear();
-        self.held_bytes = 0;
         self.must_sync.clear();
         self.syncing = None;
         self.refused = None;

@@ -521,7 +521,14 @@ impl Store {
                 checkpoint.slots_mark = goal;
                 self.destage.phase = Phase::Checkpoint;
             }
-            Phase::Checkpoint => self.enter_flush(Phase::FlushCheckpoint),
+            Phase::Checkpoint => {
+                if Mutation::JournalFreedUnflushed.is_on()
+                    && let Some(checkpoint) = &self.destage.checkpoint
+                {
+                    self.journal.release(checkpoint.tail);
+                }
+                self.enter_flush(Phase::FlushCheckpoint);
+            }
             Phase::FlushCheckpoint => {
                 let checkpoint = self.destage.checkpoint.take().expect("it has just been written");
                 self.destage.checkpoint_number = checkpoint.number;

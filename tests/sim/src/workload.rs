@@ -21,6 +21,8 @@ use crate::process::data_of;
 use crate::world::{Event, World};
 
 const IO_TIMEOUT: u64 = 30 * SECOND;
+/// Clients wait for buffers no longer than this.
+const STARVED_MAX: u64 = 5 * SECOND;
 const BACKOFF_FIRST: u64 = 2 * MS;
 const BACKOFF_MAX: u64 = 50 * MS;
 pub const POOL: PoolId = PoolId(1);
@@ -36,6 +38,8 @@ pub struct Workload {
     clients: Vec<Client>,
     operations: BTreeMap<u64, UnderWay>,
     next: u64,
+    /// A client got no buffer then, and none has got any since.
+    starved_since: Option<u64>,
 }
 
 struct Client {
@@ -77,7 +81,13 @@ impl Workload {
             Client { host: client % plan.nodes, under_way: 0, reads }
         };
         let clients = (0..plan.clients + plan.readers).map(client);
-        Self { running: false, clients: clients.collect(), operations: BTreeMap::new(), next: 0 }
+        Self {
+            running: false,
+            clients: clients.collect(),
+            operations: BTreeMap::new(),
+            next: 0,
+            starved_since: None,
+        }
     }
 
     /// The operation that waits the longest, in words; `None` when there is none.
@@ -150,7 +160,14 @@ impl World {
 
     /// `None`: a gateway that has no buffers stops reading its clients.
     fn buffer(&mut self, bytes: usize, value: u64) -> Option<Buffer> {
-        let mut buffer = self.pool.alloc_for(Claim::Client, bytes)?;
+        let buffer = self.pool.alloc_for(Claim::Client, bytes);
+        if buffer.is_some() {
+            self.workload.starved_since = None;
+        } else if self.now > *self.workload.starved_since.get_or_insert(self.now) + STARVED_MAX {
+            let free = self.pool.occupancy();
+            self.ledger.violation = Some(format!("clients have had no buffers for a while: {free:?}"));
+        }
+        let mut buffer = buffer?;
         buffer.fill(0);
         for sector in buffer.chunks_exact_mut(SECTOR_SIZE as usize) {
             sector[..8].copy_from_slice(&value.to_le_bytes());

@@ -277,7 +277,7 @@ impl World {
             Strike::AtDestage => 20 * capacity_ns,
             Strike::AtCheckpoint => 3 * capacity_ns,
         };
-        let slow = self.hosts[fullest].slow_until > self.now;
+        let slow = strike == Strike::AtCheckpoint && self.hosts[fullest].slow_until > self.now;
         let moment = self.now + self.random.below(most) * if slow { SLOW_FACTOR } else { 1 };
         self.run_for(moment)
     }

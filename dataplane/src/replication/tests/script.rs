@@ -706,7 +706,7 @@ fn run(transcript: &str) -> String {
 }
 
 #[test]
-fn what_is_kept_for_learners_is_bounded_over_all_groups() {
+fn what_is_kept_for_late_learners_is_bounded() {
     let mut script = Script::new();
     let lines = [
         "map epoch=1 primary=1 acting=1 learners=3 min=1",
@@ -722,7 +722,9 @@ fn what_is_kept_for_learners_is_bounded_over_all_groups() {
     lines.iter().for_each(|line| script.run(line));
     let bound = |script: &mut Script, bytes: usize| {
         script.text.clear();
-        script.call(|replication, store, now_ns, out| replication.bound_retained(bytes, store, now_ns, out));
+        script.call(|replication, store, now_ns, out| {
+            replication.bound_retained(bytes, crate::replication::Learner::is_late, store, now_ns, out);
+        });
         script.run("tick 200");
         script.text.contains("LearnStart")
     };

@@ -16,6 +16,9 @@ use crate::testing::Random;
 
 const GROUP: GroupId = GroupId(0);
 
+/// Of whole blocks: more than the journal holds.
+const WRITES: u64 = 20;
+
 enum Step {
     Write(u32, PageRange, u64),
     Acknowledge,
@@ -23,15 +26,16 @@ enum Step {
     Reset,
     Idle,
     Turn,
-    /// So many writes of whole blocks, each as soon as the journal has room; acknowledged as soon as they are durable.
+    /// So many writes of whole blocks, each as soon as the journal has room; acknowledged as soon as they are durable, and
+    /// flushed one flush after the other.
     Press(u64),
 }
 
 /// Goes around the journal, which is full when its tail moves.
-fn full_journal() -> Vec<Step> {
+fn full_journal(writes: u64) -> Vec<Step> {
     let whole = PageRange::new(0, PAGES);
     let fill = (0..6).map(|number| Step::Write(number % KEYS, whole, 1000 * (u64::from(number) + 1)));
-    fill.chain([Step::Acknowledge, Step::Flush, Step::Press(20), Step::Idle]).collect()
+    fill.chain([Step::Acknowledge, Step::Flush, Step::Press(writes), Step::Idle]).collect()
 }
 
 fn every_kind() -> Vec<Step> {
@@ -134,9 +138,7 @@ impl Replay {
                 true
             }
             Step::Flush => {
-                let token = self.rig.token();
-                self.flush_covers = Some((token, self.model.groups[&GROUP].durable));
-                self.rig.store.flush(token);
+                self.begin_flush();
                 self.settle()
             }
             Step::Reset => {
@@ -158,6 +160,12 @@ impl Replay {
         }
     }
 
+    fn begin_flush(&mut self) {
+        let token = self.rig.token();
+        self.flush_covers = Some((token, self.model.groups[&GROUP].durable));
+        self.rig.store.flush(token);
+    }
+
     fn press(&mut self, count: u64) -> bool {
         let mut written = 0;
         loop {
@@ -165,6 +173,9 @@ impl Replay {
                 written += 1;
                 let (index, content) = ((written % u64::from(KEYS)) as u32, 10_000 + 1000 * written);
                 self.step(&Step::Write(index, PageRange::new(0, PAGES), content));
+            }
+            if written < count && self.flush_covers.is_none() {
+                self.begin_flush();
             }
             self.rig.end_turn();
             if self.rig.operations == self.left {
@@ -268,26 +279,31 @@ fn a_kill_after_every_operation() {
 
 #[test]
 fn power_loss_while_the_journal_is_full() {
-    crash_everywhere(&full_journal(), true, false);
+    crash_everywhere(&full_journal(WRITES), true, false);
 }
 
 #[test]
 fn power_loss_while_the_journal_of_a_cache_device_is_full() {
-    crash_everywhere(&full_journal(), true, true);
+    crash_everywhere(&full_journal(WRITES), true, true);
 }
 
 #[test]
 fn a_kill_while_the_journal_is_full() {
-    crash_everywhere(&full_journal(), false, false);
+    crash_everywhere(&full_journal(WRITES), false, false);
 }
 
 #[cfg(feature = "mutations")]
 #[test]
 fn sown_bugs_are_found() {
     use xsan_protocol::mutation::Mutation;
-    for &mutation in Mutation::ALL.iter().filter(|mutation| mutation.needs_every_crash()) {
+    let sown: Vec<_> = Mutation::ALL.iter().filter(|mutation| mutation.needs_every_crash()).collect();
+    assert!(!sown.is_empty());
+    // What is found without the bug, too, the bug did not do.
+    let run = || crash_everywhere(&full_journal(4 * WRITES), true, true);
+    run();
+    for &mutation in sown {
         Mutation::sow(Some(mutation));
-        let found = std::panic::catch_unwind(|| crash_everywhere(&full_journal(), true, true));
+        let found = std::panic::catch_unwind(run);
         Mutation::sow(None);
         assert!(found.is_err(), "{mutation:?} (\"{}\") is not found", mutation.what());
         println!("found: {mutation:?}, {}", mutation.what());
