@@ -53,7 +53,7 @@ mutations! {
     PushUnlocked: "writes to a unit go on while it is read for a learner",
     PromotedEarly: "a learner is proposed after one pass, whatever became of the units pushed to it",
     PushesNotFlushed: "a learner is proposed before what was pushed to it is on stable media",
-    LaggardsKeptFor: "what late learners lack is kept for them without bound",
+    KeptWithoutBound: "what late learners lack is kept for them without bound",
     PreviousVersionIgnored: "a part of a unit is written over another content and gets the version nevertheless",
     ChecksumIgnored: "what a read brings is not compared with its checksum",
     JournalOutOfOrder: "a journal batch counts as durable before those ahead of it",

@@ -409,7 +409,7 @@ impl Replication {
         let mut total: usize = groups.iter().map(|(bytes, _)| bytes).sum();
         groups.sort_unstable();
         while total > bound
-            && !Mutation::LaggardsKeptFor.is_on()
+            && !Mutation::KeptWithoutBound.is_on()
             && let Some((bytes, id)) = groups.pop()
         {
             total -= bytes;

@@ -144,11 +144,13 @@ impl Plan {
             every_write: random.chance(15),
             part_ns: match (short, random.chance(50)) {
                 _ if calm => (10 + random.below(20)) * SECOND,
-                (true, true) if !wide => 2 * MS + random.below(50 * MS),
-                (true, _) => 100 * MS + random.below(700 * MS),
+                // Long enough for a slow learner to fall far behind.
+                (_, true) if wide => (2 + random.below(3)) * SECOND,
+                (true, true) => 2 * MS + random.below(50 * MS),
+                (true, false) => 100 * MS + random.below(700 * MS),
                 (false, _) => (1 + random.below(5)) * SECOND,
             },
-            parts: if short { 5 + random.below(8) as u32 } else { 1 + random.below(3) as u32 },
+            parts: if short && !wide { 5 + random.below(8) as u32 } else { 1 + random.below(3) as u32 },
             fault_ns: if calm {
                 2 * SECOND
             } else {

@@ -22,7 +22,7 @@ use crate::world::{Event, World};
 
 const IO_TIMEOUT: u64 = 30 * SECOND;
 /// Clients wait for buffers no longer than this.
-const STARVED_MAX: u64 = 5 * SECOND;
+const STARVED_MAX: u64 = SECOND;
 const BACKOFF_FIRST: u64 = 2 * MS;
 const BACKOFF_MAX: u64 = 50 * MS;
 pub const POOL: PoolId = PoolId(1);

@@ -421,12 +421,10 @@ impl World {
         self.next_operation += 1;
         let number = self.next_operation;
         let mean = self.plan.device_ns;
-        let mut wait = mean / 2 + self.random.below(mean);
+        let factor = if action.device() == DeviceRole::Capacity { self.plan.capacity_factor } else { 1 };
+        let mut wait = (mean / 2 + self.random.below(mean)) * factor;
         if self.random.one_in(300) {
             wait += self.random.below(30 * MS);
-        }
-        if action.device() == DeviceRole::Capacity {
-            wait *= self.plan.capacity_factor;
         }
         let this = &mut self.hosts[host];
         if this.slow_until > self.now && (this.slow_cache || action.device() == DeviceRole::Capacity) {
