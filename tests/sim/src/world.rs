@@ -2,7 +2,7 @@
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap, VecDeque};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use xsan_controlplane::lease::Beat;
 use xsan_controlplane::membership::heartbeat::Grant;
@@ -126,9 +126,23 @@ pub struct World {
     log: VecDeque<String>,
 }
 
+/// Pools of threads that have ended: arenas are never freed.
+static POOLS: Mutex<Vec<&'static BufferPool>> = Mutex::new(Vec::new());
+
+/// Memory of every run of one thread, and then of another.
+struct Lent(&'static BufferPool);
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        POOLS.lock().unwrap_or_else(PoisonError::into_inner).push(self.0);
+    }
+}
+
 thread_local! {
-    /// Memory of every run of this thread: arenas are never freed.
-    static POOL: &'static BufferPool = BufferPool::anonymous(512 << 20);
+    static POOL: Lent = {
+        let lent = POOLS.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        Lent(lent.unwrap_or_else(|| BufferPool::anonymous(512 << 20)))
+    };
 }
 
 impl World {
@@ -141,7 +155,7 @@ impl World {
             now: 0,
             queue: BinaryHeap::new(),
             scheduled: 0,
-            pool: POOL.with(|pool| *pool),
+            pool: POOL.with(|pool| pool.0),
             hosts,
             net: Network::default(),
             control: ControlPlane::new(),
