@@ -57,8 +57,8 @@ use reclaim::{Lineages, is_needed};
 use replica::Replica;
 use resync::Learner;
 
-/// Of the shard's memory, what acknowledged entries may hold for learners that are late, and for those that have been brought up to
-/// date, which are slow, or act in a moment. Clients may use half of it.
+/// Of the shard's memory, what acknowledged entries may hold for learners that are late, and for those that were brought up to
+/// date (they are slow, or act in a moment). Clients get half of that memory at most.
 const LATE_PART: usize = 16;
 const UP_TO_DATE_PART: usize = 8;
 
@@ -390,8 +390,8 @@ impl Replication {
         }
     }
 
-    /// What all groups together keep for the learners `in_question` leaves buffers to clients. For one that is brought up to date,
-    /// and not late, clients wait as they do for a member: it would never catch up if it had to start anew.
+    /// What all groups together keep for the learners `in_question` leaves buffers to clients. For one that is still being brought
+    /// up to date, and not late, clients wait as they do for a member: it would never catch up if it had to start anew.
     fn bound_retained(
         &mut self,
         bound: usize,
@@ -403,7 +403,7 @@ impl Replication {
         let mut groups = Vec::new();
         // Groups with learners tick.
         for id in &self.core.ticking {
-            let group = self.groups.get_mut(id);
+            let group = self.groups.get(id);
             groups.extend(group.and_then(|group| Some((group.retains_for(now_ns, in_question)?, *id))));
         }
         let mut total: usize = groups.iter().map(|(bytes, _)| bytes).sum();

@@ -501,6 +501,10 @@ impl Group {
         self.settle(call);
         self.propose_out(call);
         self.announce(call);
+        let acked = self.replica.acked;
+        for learner in self.primary.iter_mut().flat_map(|primary| &mut primary.learners) {
+            learner.watch(acked, call.now_ns);
+        }
         if call.has_lease()
             && let Some(primary) = &mut self.primary
         {

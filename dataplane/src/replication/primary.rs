@@ -571,12 +571,10 @@ impl Group {
         self.replica.trim(call.core.turn, floor);
     }
 
-    /// Notes how far learners are behind. Returns what acknowledged entries hold for them, if any of them is `in_question`.
-    pub fn retains_for(&mut self, now_ns: u64, in_question: InQuestion) -> Option<usize> {
-        let acked = self.replica.acked;
-        let primary = self.primary.as_mut()?;
-        primary.learners.iter_mut().for_each(|learner| learner.watch(acked, now_ns));
-        let any = primary.learners.iter().any(|learner| in_question(learner, now_ns));
+    /// What acknowledged entries hold for learners, if any of them is `in_question`.
+    pub fn retains_for(&self, now_ns: u64, in_question: InQuestion) -> Option<usize> {
+        let learners = &self.primary.as_ref()?.learners;
+        let any = learners.iter().any(|learner| in_question(learner, now_ns));
         any.then(|| self.replica.retained_bytes())
     }
 

@@ -117,7 +117,7 @@ impl Plan {
         // So much is written that journals are full.
         let wide = !full && !calm && random.chance(12);
         // Many short parts: what a flush covers is only seen when all hosts lose their power.
-        let short = wide || !calm && random.chance(40);
+        let short = !wide && !calm && random.chance(40);
         let cached = !full && random.chance(if wide { 75 } else { 25 });
         let mut weights = weights;
         if grant_ns > 0 || calm {
@@ -146,11 +146,11 @@ impl Plan {
                 _ if calm => (10 + random.below(20)) * SECOND,
                 // Long enough for a slow learner to fall far behind.
                 (_, true) if wide => (2 + random.below(3)) * SECOND,
-                (true, true) => 2 * MS + random.below(50 * MS),
-                (true, false) => 100 * MS + random.below(700 * MS),
+                (_, false) if wide || short => 100 * MS + random.below(700 * MS),
+                (true, _) => 2 * MS + random.below(50 * MS),
                 (false, _) => (1 + random.below(5)) * SECOND,
             },
-            parts: if short && !wide { 5 + random.below(8) as u32 } else { 1 + random.below(3) as u32 },
+            parts: if short { 5 + random.below(8) as u32 } else { 1 + random.below(3) as u32 },
             fault_ns: if calm {
                 2 * SECOND
             } else {
