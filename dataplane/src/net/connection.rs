@@ -299,23 +299,28 @@ async fn read_frame<R: AsyncReadRent>(
     if shape.data == 0 {
         return Ok(Frame::decode(header, shape, head, None)?);
     }
-    let buffer = if matches!(header.opcode, Opcode::Write | Opcode::ReadReply) {
-        let Some(buffer) = memory.pool.alloc_for(Claim::Request, shape.data) else {
+    let claim = claim_of(header.opcode);
+    let buffer = match memory.alloc(claim, shape.data) {
+        Some(buffer) => buffer,
+        None if claim == Claim::Replication => {
+            hand_over(batch, on_frames);
+            memory.wait(claim, shape.data).await
+        }
+        None => {
             receiver.skip(shape.data as u32).await?;
-            return Ok(Frame::new(Header { status: Some(Code::Busy), ..header }));
-        };
-        buffer
-    } else {
-        match memory.replication(shape.data) {
-            Some(buffer) => buffer,
-            None => {
-                hand_over(batch, on_frames);
-                memory.wait(shape.data).await
-            }
+            return Ok(Frame::busy(header));
         }
     };
     let data = receiver.payload(buffer, 0).await?.freeze();
     Ok(Frame::decode(header, shape, head, Some(data))?)
+}
+
+/// What the payload of a frame may take of a pool.
+pub const fn claim_of(opcode: Opcode) -> Claim {
+    match opcode {
+        Opcode::Write | Opcode::ReadReply => Claim::Request,
+        _ => Claim::Replication,
+    }
 }
 
 /// Where received payloads go.
@@ -326,14 +331,15 @@ pub struct Memory {
 }
 
 impl Memory {
-    fn replication(&self, length: usize) -> Option<BufferMut> {
-        self.pool.alloc_for(Claim::Replication, length).or_else(|| self.overflow.alloc(length))
+    fn alloc(&self, claim: Claim, length: usize) -> Option<BufferMut> {
+        let buffer = self.pool.alloc_for(claim, length);
+        if claim == Claim::Replication { buffer.or_else(|| self.overflow.alloc(length)) } else { buffer }
     }
 
-    async fn wait(&self, length: usize) -> BufferMut {
+    async fn wait(&self, claim: Claim, length: usize) -> BufferMut {
         loop {
             monoio::time::sleep(POOL_RETRY).await;
-            if let Some(buffer) = self.replication(length) {
+            if let Some(buffer) = self.alloc(claim, length) {
                 return buffer;
             }
         }

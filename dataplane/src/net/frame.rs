@@ -5,6 +5,7 @@
 use std::sync::Arc;
 
 use xsan_protocol::checksum::crc32c;
+use xsan_protocol::error::Code;
 use xsan_protocol::limits::PAGES_PER_WRITE_MAX;
 use xsan_protocol::units::PAGE_SIZE;
 use xsan_protocol::wire::header::{HEADER_SIZE, Header, Opcode, flags};
@@ -75,6 +76,11 @@ pub const fn carries_pages(opcode: Opcode, flag_bits: u16) -> bool {
 impl Frame {
     pub fn new(header: Header) -> Self {
         Self { header, meta: Meta::None, checksums: None, data: None }
+    }
+
+    /// What is left of a frame whose data found no buffer.
+    pub fn busy(header: Header) -> Self {
+        Self::new(Header { status: Some(Code::Busy), ..header })
     }
 
     /// Header, meta and checksum table as bytes; the data follows them on the wire.

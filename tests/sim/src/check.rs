@@ -7,7 +7,6 @@
 
 use std::collections::BTreeMap;
 
-use xsan_dataplane::disk::buffers::BufferPool;
 use xsan_dataplane::io::{Device, DiskAction};
 use xsan_dataplane::store::{Options, ReadError, Store, StoreEvent, StoreView};
 use xsan_dataplane::testing::{History, Span};
@@ -219,9 +218,9 @@ pub struct Content {
 pub type Contents = BTreeMap<GroupId, BTreeMap<BlockKey, Content>>;
 
 /// Opens a host's store, and reads all of it. Also tells how many bytes it has given away.
-pub fn contents(host: &Host, pool: &'static BufferPool) -> Result<(Contents, u64), String> {
+pub fn contents(host: &Host) -> Result<(Contents, u64), String> {
     let cache = host.cache.as_ref().map(|device| device as &dyn Device);
-    let opened = Store::open(&host.capacity, cache, pool, Options::default());
+    let opened = Store::open(&host.capacity, cache, host.pool, Options::default());
     let (mut store, recovered) = opened.map_err(|error| format!("node {}: {error}", host.node))?;
     for group in &recovered.groups {
         store.apply(group.group, group.tail.last.seq);
@@ -235,7 +234,7 @@ pub fn contents(host: &Host, pool: &'static BufferPool) -> Result<(Contents, u64
             let Some((last, _)) = blocks.last() else { break };
             after = Some(*last);
             for (key, _) in blocks {
-                let content = content(&mut store, host, group.group, key, pool)?;
+                let content = content(&mut store, host, group.group, key)?;
                 contents.entry(group.group).or_default().insert(key, content);
             }
         }
@@ -243,18 +242,12 @@ pub fn contents(host: &Host, pool: &'static BufferPool) -> Result<(Contents, u64
     Ok((contents, used_bytes))
 }
 
-fn content(
-    store: &mut Store,
-    host: &Host,
-    group: GroupId,
-    key: BlockKey,
-    pool: &'static BufferPool,
-) -> Result<Content, String> {
+fn content(store: &mut Store, host: &Host, group: GroupId, key: BlockKey) -> Result<Content, String> {
     let versions = store.unit_versions(group, key);
     let mut pages = BTreeMap::new();
     for unit in (0..UNITS_PER_BLOCK as u8).filter(|unit| versions[usize::from(*unit)] != Version::ZERO) {
         let range = PageRange::of_unit(unit);
-        let buffer = pool.alloc(range.bytes()).expect("the pool is large");
+        let buffer = host.pool.alloc(range.bytes()).expect("the pool is large");
         store.read(1, group, key, range, buffer);
         let read = loop {
             let (mut actions, mut events) = (Vec::new(), Vec::new());

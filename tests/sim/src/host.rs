@@ -6,6 +6,7 @@ use std::sync::Arc;
 use xsan_controlplane::clock::BootTime;
 use xsan_controlplane::link::Link;
 use xsan_controlplane::state::ClusterState;
+use xsan_dataplane::disk::buffers::BufferPool;
 use xsan_dataplane::io::DiskAction;
 use xsan_dataplane::testing::SimDevice;
 use xsan_protocol::ids::{BootId, NodeId, StoreId};
@@ -38,6 +39,8 @@ pub struct Host {
     /// Until then the others find it slow, whether it is or not.
     pub found_slow_until: u64,
     pub control: Control,
+    /// Memory of the data process.
+    pub pool: &'static BufferPool,
     /// `None`: it does not run.
     pub process: Option<Process>,
     /// Counts the lives of the data process: events of an earlier one are void.

@@ -245,6 +245,7 @@ impl World {
         out: &mut Vec<Output>,
     ) {
         let Some(&peer) = process.peers.get(&connection) else { return };
+        let frame = self.receive(host, frame);
         let number = frame.header.request_id;
         match frame.header.opcode {
             Opcode::ReadReply | Opcode::WriteReply | Opcode::FlushReply | Opcode::BlockStatusReply => {
@@ -255,6 +256,10 @@ impl World {
                 self.start_flush(host, process, Asker::Connection(connection, number), pool, out);
             }
             Opcode::Read | Opcode::Write | Opcode::WriteZeroes | Opcode::Trim | Opcode::BlockStatus => {
+                if let Some(code) = frame.header.status {
+                    let answer = wire::answer_opcode(frame.header.opcode);
+                    return self.send_on(connection, host, wire::failure_frame(answer, number, code));
+                }
                 let id = RequestId { origin: Origin::Connection(connection), number };
                 let request = wire::frame_request(id, frame).expect("clients of the simulation ask well");
                 process.driver.call(now, out, |replication, stores, now, out| {
@@ -340,7 +345,8 @@ impl World {
                     }
                     Origin::Connection(connection) => {
                         let number = request.number;
-                        let frame = result.and_then(|reply| wire::reply_frame(self.pool, number, reply));
+                        let frame =
+                            result.and_then(|reply| wire::reply_frame(self.hosts[host].pool, number, reply));
                         let frame = frame
                             .unwrap_or_else(|code| wire::failure_frame(Opcode::WriteReply, number, code));
                         self.send_on(connection, host, frame);
@@ -429,7 +435,7 @@ impl World {
         match flush.asker {
             Asker::Own(call) => self.complete(host, process, call, Ok(Answer::Flushed(flush.covered))),
             Asker::Connection(connection, number) => {
-                let frame = wire::flushed_frame(self.pool, number, &flush.covered);
+                let frame = wire::flushed_frame(self.hosts[host].pool, number, &flush.covered);
                 let frame =
                     frame.unwrap_or_else(|code| wire::failure_frame(Opcode::FlushReply, number, code));
                 self.send_on(connection, host, frame);

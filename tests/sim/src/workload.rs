@@ -38,8 +38,8 @@ pub struct Workload {
     clients: Vec<Client>,
     operations: BTreeMap<u64, UnderWay>,
     next: u64,
-    /// A client got no buffer then, and none has got any since.
-    starved_since: Option<u64>,
+    /// Since when a host has had no buffer of so many bytes for its clients.
+    starved_since: BTreeMap<(usize, usize), u64>,
 }
 
 struct Client {
@@ -86,7 +86,7 @@ impl Workload {
             clients: clients.collect(),
             operations: BTreeMap::new(),
             next: 0,
-            starved_since: None,
+            starved_since: BTreeMap::new(),
         }
     }
 
@@ -139,7 +139,7 @@ impl World {
         }
         let operation = match reads {
             Some(block) => Some(Operation::Read { key: key(block), pages: self.random_pages() }),
-            None => self.random_operation(),
+            None => self.random_operation(host),
         };
         if let Some(operation) = operation {
             self.workload.clients[client].under_way += 1;
@@ -159,15 +159,19 @@ impl World {
     }
 
     /// `None`: a gateway that has no buffers stops reading its clients.
-    fn buffer(&mut self, bytes: usize, value: u64) -> Option<Buffer> {
-        let buffer = self.pool.alloc_for(Claim::Client, bytes);
-        if buffer.is_some() {
-            self.workload.starved_since = None;
-        } else if self.now > *self.workload.starved_since.get_or_insert(self.now) + STARVED_MAX {
-            let free = self.pool.occupancy();
-            self.ledger.violation = Some(format!("clients have had no buffers for a while: {free:?}"));
-        }
-        let mut buffer = buffer?;
+    fn buffer(&mut self, host: usize, bytes: usize, value: u64) -> Option<Buffer> {
+        let pool = self.hosts[host].pool;
+        let Some(mut buffer) = pool.alloc_for(Claim::Client, bytes) else {
+            let since = *self.workload.starved_since.entry((host, bytes)).or_insert(self.now);
+            if self.now > since + STARVED_MAX {
+                let free = pool.occupancy();
+                let what =
+                    format!("clients of host {host} wait for buffers of {bytes} bytes: {free:?} are free");
+                self.ledger.violation = Some(what);
+            }
+            return None;
+        };
+        self.workload.starved_since.remove(&(host, bytes));
         buffer.fill(0);
         for sector in buffer.chunks_exact_mut(SECTOR_SIZE as usize) {
             sector[..8].copy_from_slice(&value.to_le_bytes());
@@ -175,7 +179,7 @@ impl World {
         Some(buffer.freeze())
     }
 
-    fn random_operation(&mut self) -> Option<Operation> {
+    fn random_operation(&mut self, host: usize) -> Option<Operation> {
         let number = self.workload.next + 1;
         let block = self.random.below(u64::from(self.plan.blocks)) as u32;
         let (key, pages) = (key(block), self.random_pages());
@@ -187,11 +191,11 @@ impl World {
             6..8 => {
                 let sectors = 1 + self.random.below(3) as u32;
                 let offset = pages.byte_offset() + self.random.below(6) as u32 * SECTOR_SIZE;
-                let bytes = self.buffer((sectors * SECTOR_SIZE) as usize, number)?;
+                let bytes = self.buffer(host, (sectors * SECTOR_SIZE) as usize, number)?;
                 Operation::WriteSectors { key, offset, bytes, fua }
             }
             _ => {
-                let bytes = self.buffer(pages.bytes(), number)?;
+                let bytes = self.buffer(host, pages.bytes(), number)?;
                 let checksums = page_checksums(&bytes);
                 Operation::Write { key, pages, data: PageData { bytes, checksums }, fua }
             }
@@ -315,6 +319,7 @@ impl World {
 
     /// The gateway of a host is gone, and with it what was under way through it.
     pub fn lose_operations(&mut self, host: usize) {
+        self.workload.starved_since.retain(|(starved, _), _| *starved != host);
         let lost: Vec<u64> = self
             .workload
             .operations

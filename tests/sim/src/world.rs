@@ -9,8 +9,10 @@ use xsan_controlplane::membership::heartbeat::Grant;
 use xsan_controlplane::placement::Proposal;
 use xsan_controlplane::state::ClusterState;
 use xsan_controlplane::state::command::Command;
-use xsan_dataplane::disk::buffers::BufferPool;
+use xsan_dataplane::disk::buffers::{BufferPool, Claim};
 use xsan_dataplane::io::{Device, DeviceRole, DiskAction};
+use xsan_dataplane::net::connection::claim_of;
+use xsan_dataplane::net::frame::Frame;
 use xsan_dataplane::replication::{Driver, Replication};
 use xsan_dataplane::store::{FormatParameters, Options, Store, StoreStatus};
 use xsan_dataplane::testing::{Random, SimDevice};
@@ -26,6 +28,8 @@ use crate::plan::{MS, Plan, SECOND, Strike, US};
 use crate::process::{Input, Process};
 use crate::workload::Workload;
 
+/// Of a cluster, with the host that joins.
+const HOSTS_MAX: usize = 6;
 const JOURNAL_BYTES: u64 = 16 << 20;
 const TICK: u64 = 20 * MS;
 /// Lines of the log that are kept.
@@ -110,7 +114,7 @@ pub struct World {
     pub now: u64,
     queue: BinaryHeap<Reverse<Scheduled>>,
     scheduled: u64,
-    pub pool: &'static BufferPool,
+    memory: Memory,
     pub hosts: Vec<Host>,
     pub net: Network,
     pub control: ControlPlane,
@@ -126,36 +130,53 @@ pub struct World {
     log: VecDeque<String>,
 }
 
-/// Pools of threads that have ended: arenas are never freed.
-static POOLS: Mutex<Vec<&'static BufferPool>> = Mutex::new(Vec::new());
+/// Buffers of the data processes.
+#[derive(Clone, Copy)]
+struct Memory {
+    /// Of each host as much as a shard has by default.
+    pools: [&'static BufferPool; HOSTS_MAX],
+    /// What all of them together take beside.
+    overflow: &'static BufferPool,
+}
+
+impl Memory {
+    fn new() -> Self {
+        let pool = |_| BufferPool::anonymous(64 << 20);
+        Self { pools: std::array::from_fn(pool), overflow: BufferPool::anonymous(512 << 20) }
+    }
+}
+
+/// Memory of threads that have ended: arenas are never freed.
+static MEMORIES: Mutex<Vec<Memory>> = Mutex::new(Vec::new());
 
 /// Memory of every run of one thread, and then of another.
-struct Lent(&'static BufferPool);
+struct Lent(Memory);
 
 impl Drop for Lent {
     fn drop(&mut self) {
-        POOLS.lock().unwrap_or_else(PoisonError::into_inner).push(self.0);
+        MEMORIES.lock().unwrap_or_else(PoisonError::into_inner).push(self.0);
     }
 }
 
 thread_local! {
-    static POOL: Lent = {
-        let lent = POOLS.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        Lent(lent.unwrap_or_else(|| BufferPool::anonymous(512 << 20)))
+    static MEMORY: Lent = {
+        let lent = MEMORIES.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        Lent(lent.unwrap_or_else(Memory::new))
     };
 }
 
 impl World {
     pub fn new(plan: Plan) -> Self {
         let mut random = Random::new(plan.seed ^ 0x5851_f42d_4c95_7f2d);
-        // Some seeds add a node later: its host is there from the start, without a cluster.
-        let hosts = (0..plan.nodes).map(|index| new_host(index, &plan, &mut random)).collect();
+        let memory = MEMORY.with(|memory| memory.0);
+        let host = |index| new_host(index, &plan, memory.pools[index], &mut random);
+        let hosts = (0..plan.nodes).map(host).collect();
         Self {
             random,
             now: 0,
             queue: BinaryHeap::new(),
             scheduled: 0,
-            pool: POOL.with(|pool| pool.0),
+            memory,
             hosts,
             net: Network::default(),
             control: ControlPlane::new(),
@@ -174,7 +195,7 @@ impl World {
 
     pub fn add_host(&mut self) -> usize {
         let index = self.hosts.len();
-        let host = new_host(index, &self.plan, &mut self.random);
+        let host = new_host(index, &self.plan, self.memory.pools[index], &mut self.random);
         self.hosts.push(host);
         index
     }
@@ -480,7 +501,7 @@ impl World {
             journal_bytes: Some(JOURNAL_BYTES),
         };
         let cache = this.cache.as_ref().map(|device| device as &dyn Device);
-        Store::format(&this.capacity, cache, &parameters, self.pool).expect("the devices are large enough");
+        Store::format(&this.capacity, cache, &parameters, this.pool).expect("the devices are large enough");
     }
 
     // Processes.
@@ -497,7 +518,7 @@ impl World {
             ..Options::default()
         };
         let cache = this.cache.as_ref().map(|device| device as &dyn Device);
-        let (store, recovered) = match Store::open(&this.capacity, cache, self.pool, options) {
+        let (store, recovered) = match Store::open(&this.capacity, cache, this.pool, options) {
             Ok(opened) => opened,
             Err(error) if this.damage_allowed => {
                 // The operator replaces the device.
@@ -517,7 +538,7 @@ impl World {
         this.damaged_stores = is_damaged.then_some(damaged).into_iter().collect();
         this.life += 1;
         let (node, life) = (this.node, this.life);
-        let replication = Replication::new(node, incarnation, ShardIndex(0), self.pool);
+        let replication = Replication::new(node, incarnation, ShardIndex(0), this.pool);
         let mut driver = Driver::new(replication);
         driver.add_store(store, recovered);
         this.process = Some(Process::new(incarnation, driver));
@@ -531,6 +552,23 @@ impl World {
         this.capacity = SimDevice::new(self.plan.device_bytes);
         this.cache = this.cache.is_some().then(|| SimDevice::new(JOURNAL_BYTES + (1 << 20)));
         self.format(host);
+    }
+
+    /// Takes a frame's data into the memory of the host that it reaches, as a connection does.
+    pub fn receive(&self, host: usize, frame: Frame) -> Frame {
+        let Some(sent) = &frame.data else { return frame };
+        let claim = claim_of(frame.header.opcode);
+        let buffer = self.hosts[host].pool.alloc_for(claim, sent.len());
+        let buffer = match claim {
+            Claim::Replication => {
+                let buffer = buffer.or_else(|| self.memory.overflow.alloc(sent.len()));
+                Some(buffer.expect("there is enough beside the pools"))
+            }
+            _ => buffer,
+        };
+        let Some(mut buffer) = buffer else { return Frame::busy(frame.header) };
+        buffer.copy_from_slice(sent);
+        Frame { data: Some(buffer.freeze()), ..frame }
     }
 
     /// SIGKILL: what the device was doing may end in part.
@@ -713,7 +751,8 @@ impl World {
     }
 
     fn buffers_held(&self) -> usize {
-        self.pool.occupancy().iter().map(|(free, all)| all - free).sum()
+        let pools = self.memory.pools.iter().chain([&self.memory.overflow]);
+        pools.flat_map(|pool| pool.occupancy()).map(|(free, all)| all - free).sum()
     }
 
     /// Content of every replica, by a process that opens the stores anew.
@@ -727,7 +766,7 @@ impl World {
             let node = self.hosts[host].node;
             // What a store lost to damage shows when it is opened; its peers would make up for it.
             if !self.hosts[host].damage_allowed {
-                let (content, used_bytes) = crate::check::contents(&self.hosts[host], self.pool)?;
+                let (content, used_bytes) = crate::check::contents(&self.hosts[host])?;
                 if used_bytes != given_away {
                     return Err(format!(
                         "node {node} has given away {given_away} bytes, its blocks hold {used_bytes}"
@@ -740,7 +779,7 @@ impl World {
     }
 }
 
-fn new_host(index: usize, plan: &Plan, random: &mut Random) -> Host {
+fn new_host(index: usize, plan: &Plan, pool: &'static BufferPool, random: &mut Random) -> Host {
     let drift = random.below(2 * plan.drift_ppm + 1) as i64 - plan.drift_ppm as i64;
     Host {
         node: NodeId(index as u32 + 1),
@@ -761,6 +800,7 @@ fn new_host(index: usize, plan: &Plan, random: &mut Random) -> Host {
         found_slow_until: 0,
         maps_late_until: 0,
         control: Control { alive: false, life: 0, link: Default::default(), known: Arc::default() },
+        pool,
         process: None,
         life: 0,
         data_paused_until: 0,
