@@ -2,7 +2,7 @@
 //!
 //! Every write of data has a value of its own, so the check is exact for them: Gibbons and Korach, "Testing Shared Memories", 1997
 //! (zones). Zeroes are written by many; a read of zero is checked against each of them.
-//! A write that was tried again may be seen more than once while it is not answered (docs/decisions/0009).
+//! A write that was tried again may be seen more than once while it is not answered (docs/decisions/0010).
 
 use std::collections::BTreeMap;
 

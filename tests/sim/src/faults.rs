@@ -14,6 +14,9 @@ type Kind = fn(&mut World, usize, usize);
 
 /// Hosts that a run may add.
 const NODES_ADDED_MAX: usize = 1;
+/// As long as hosts that are cut off are waited for.
+const TAKEOVER_MAX: u64 = 6 * SECOND;
+const TAKEOVER_POLL: u64 = 5 * MS;
 
 impl World {
     pub fn next_fault(&mut self) {
@@ -29,7 +32,7 @@ impl World {
         let host = self.random.index(self.hosts.len());
         let other = (host + 1 + self.random.index(self.hosts.len() - 1)) % self.hosts.len();
         let weights = self.plan.weights;
-        let kinds: [(u64, Kind); 15] = [
+        let kinds: [(u64, Kind); 16] = [
             (weights.kill_data, Self::fault_kill_data),
             (weights.kill_control, Self::fault_kill_control),
             (weights.kill_host, Self::fault_kill_host),
@@ -38,6 +41,7 @@ impl World {
             (weights.reset, Self::fault_reset),
             (weights.partition, Self::fault_partition),
             (weights.one_way, Self::fault_one_way),
+            (weights.takeover, Self::fault_takeover),
             (weights.heal, Self::fault_heal),
             (weights.slow, Self::fault_slow),
             (weights.fail_device, Self::fault_fail_device),
@@ -177,6 +181,34 @@ impl World {
         self.log(|| format!("host {other} does not hear host {host}"));
         self.block(host, other);
         self.maybe_let_be();
+    }
+
+    /// A host is cut off until others lead its groups, and not a moment longer: what it sent as their primary arrives when its
+    /// successors begin.
+    fn fault_takeover(&mut self, host: usize, _: usize) {
+        self.log(|| format!("host {host} is cut off until others lead its groups"));
+        for other in 0..self.hosts.len() {
+            self.block(host, other);
+            self.block(other, host);
+        }
+        let until = self.now + TAKEOVER_MAX;
+        self.quiet_until = until;
+        self.takeover(host, until);
+    }
+
+    /// Do others lead the groups of a host that is cut off?
+    pub fn takeover(&mut self, host: usize, until: u64) {
+        if self.quiet_until != until {
+            // The faults have ended meanwhile.
+            return;
+        }
+        let node = self.hosts[host].node;
+        let leads = self.control.state.map().groups.values().any(|group| group.primary == Some(node));
+        if leads && self.now < until {
+            return self.after(TAKEOVER_POLL, Event::Takeover { host, until });
+        }
+        self.quiet_until = self.now;
+        self.heal_network();
     }
 
     fn fault_heal(&mut self, _: usize, _: usize) {

@@ -71,6 +71,7 @@ pub struct Weights {
     pub reset: u64,
     pub partition: u64,
     pub one_way: u64,
+    pub takeover: u64,
     pub heal: u64,
     pub slow: u64,
     pub fail_device: u64,
@@ -101,6 +102,7 @@ impl Plan {
             reset: sometimes(70, 10),
             partition: sometimes(50, 6),
             one_way: sometimes(40, 6),
+            takeover: 0,
             heal: 6,
             slow: sometimes(40, 4),
             fail_device: if rot == 0 { sometimes(20, 2) } else { 0 },
@@ -130,7 +132,7 @@ impl Plan {
         if wide {
             weights.slow += 5;
         }
-        Self {
+        let mut plan = Self {
             seed,
             nodes,
             replica_count: if random.chance(75) { 3 } else { 2 },
@@ -175,6 +177,11 @@ impl Plan {
                 _ => Strike::AtCheckpoint,
             },
             grant_ns,
+        };
+        // Drawn last: the runs of other seeds stay what they were.
+        if random.chance(if calm { 60 } else { 20 }) {
+            plan.weights.takeover = 1 + random.below(6);
         }
+        plan
     }
 }

@@ -76,6 +76,7 @@ pub enum Event {
     StartData { host: usize, life: u64 },
     StartControl { host: usize, life: u64 },
     PowerOn { host: usize, boot: BootId },
+    Takeover { host: usize, until: u64 },
     Client { client: usize },
     Retry { operation: u64 },
     Fault,
@@ -443,6 +444,7 @@ impl World {
                     self.power_on(host);
                 }
             }
+            Event::Takeover { host, until } => self.takeover(host, until),
             Event::Client { client } => self.client(client),
             Event::Retry { operation } => self.try_operation(operation),
             Event::Fault => self.next_fault(),
