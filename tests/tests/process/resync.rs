@@ -1,7 +1,9 @@
 //! A node that was away is brought up to date by difference, and then stands in for the others.
 
+use std::time::Instant;
+
 use xsan_tests::cluster::{Cluster, RESYNC_DEADLINE, SETTLE_DEADLINE};
-use xsan_tests::fio::{Job, Target};
+use xsan_tests::fio::{Job, Load, Target};
 use xsan_tests::writer::{Work, Writer};
 
 const GIB: u64 = 1 << 30;
@@ -82,4 +84,40 @@ fn a_returned_node_holds_everything_when_another_is_killed() {
         cluster.restart(victim).unwrap();
         cluster.wait_healthy(RESYNC_DEADLINE).unwrap();
     }
+}
+
+#[test]
+fn a_node_catches_up_with_large_writes_that_never_pause() {
+    let mut cluster = Cluster::start(3).unwrap();
+    cluster.create_volume("stream", "2GiB", 3).unwrap();
+    let known =
+        Work::new(vec![cluster.node(0).nbd], "stream", GIB / WRITE_BYTES..GIB / WRITE_BYTES + 2000, 17);
+    let writer = Writer::start(known).unwrap();
+    // What is kept for a learner takes the large buffers, and clients need them: neither may starve the other.
+    let uri = cluster.uri(0, "stream");
+    let job = Job {
+        target: Target::Nbd(&uri),
+        pattern: "randwrite",
+        block_size: "256k-1024k",
+        depth: 16,
+        offset: 0,
+        size: GIB,
+        runtime: Some(2 * RESYNC_DEADLINE),
+        verify: false,
+        seed: 3,
+    };
+    let mut load = Load::start(&job, &cluster.directory().join("stream.json")).unwrap();
+    writer.wait_operations(50, SETTLE_DEADLINE).unwrap();
+    cluster.kill_node(2).unwrap();
+    writer.wait_operations(200, SETTLE_DEADLINE).unwrap();
+    let began = Instant::now();
+    cluster.restart(2).unwrap();
+    let healthy = cluster.wait_healthy(RESYNC_DEADLINE);
+    println!("whole again after {:?}", began.elapsed());
+    assert!(load.exit_status().unwrap().is_none(), "the load goes on");
+    healthy.unwrap();
+    let report = writer.stop().unwrap();
+    println!("stall {:?}, {} operations", report.stall, report.operations);
+    cluster.kill_node(1).unwrap();
+    report.verify(&mut cluster.connect(2, "stream").unwrap(), 17).unwrap();
 }
