@@ -273,7 +273,7 @@ impl Controller {
         let reply = self.handle.propose_until(self.term, Command::ReconfigureGroups(changes)).await;
         match reply {
             Ok(reply) => {
-                tracing::info!(count, ?reply, "groups reconfigured");
+                tracing::debug!(count, ?reply, "groups reconfigured");
                 if let Reply::Groups { changed, .. } = reply {
                     self.leader.lock().events.reconfigured(unix_ms(), u64::from(changed));
                 }

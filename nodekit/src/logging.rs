@@ -130,15 +130,16 @@ fn filter(level: Level) -> EnvFilter {
     from_environment.unwrap_or_else(|| EnvFilter::new(directives(level)))
 }
 
-/// Our own crates at `level`; the libraries below them one step quieter than they like to be.
+/// Our own crates at `level`; the libraries below them one step quieter than they like to be. openraft warns of each message that
+/// does not reach its node, ten times a second while a node is down: that is an event of ours, told once.
 fn directives(level: Level) -> String {
-    let libraries = match level {
-        Level::Error => LevelFilter::ERROR,
-        Level::Warn | Level::Info => LevelFilter::WARN,
-        Level::Debug => LevelFilter::INFO,
-        Level::Trace => LevelFilter::DEBUG,
+    let (libraries, openraft) = match level {
+        Level::Error => (LevelFilter::ERROR, LevelFilter::ERROR),
+        Level::Warn | Level::Info => (LevelFilter::WARN, LevelFilter::ERROR),
+        Level::Debug => (LevelFilter::INFO, LevelFilter::INFO),
+        Level::Trace => (LevelFilter::DEBUG, LevelFilter::DEBUG),
     };
-    format!("{libraries},xsan={}", level.word())
+    format!("{libraries},openraft={openraft},xsan={}", level.word())
 }
 
 fn log_panics() {
@@ -165,8 +166,8 @@ mod tests {
 
     #[test]
     fn our_crates_are_louder_than_the_libraries() {
-        assert_eq!(directives(Level::Info), "warn,xsan=info");
-        assert_eq!(directives(Level::Error), "error,xsan=error");
+        assert_eq!(directives(Level::Info), "warn,openraft=error,xsan=info");
+        assert_eq!(directives(Level::Error), "error,openraft=error,xsan=error");
         assert_eq!(EnvFilter::new(directives(Level::Trace)).max_level_hint(), Some(LevelFilter::TRACE));
     }
 }

@@ -46,13 +46,27 @@ pub fn eventfd() -> io::Result<File> {
 
 /// Ends the connection of `socket` when sent data stays unacknowledged for `timeout`.
 pub fn set_user_timeout(socket: &impl AsRawFd, timeout: Duration) -> io::Result<()> {
-    let millis = libc::c_uint::try_from(timeout.as_millis()).unwrap_or(libc::c_uint::MAX);
+    set_tcp_option(socket, libc::TCP_USER_TIMEOUT, timeout)
+}
+
+/// Sent data that stays unacknowledged is sent again after `interval` at the latest, however often it was before.
+///
+/// # Errors
+/// `ENOPROTOOPT` before Linux 6.15: the kernel waits twice as long each time.
+pub fn set_retransmission_interval(socket: &impl AsRawFd, interval: Duration) -> io::Result<()> {
+    // TCP_RTO_MAX_MS, which libc does not name yet.
+    set_tcp_option(socket, 44, interval)
+}
+
+/// Sets an option that is a number of milliseconds.
+fn set_tcp_option(socket: &impl AsRawFd, option: libc::c_int, time: Duration) -> io::Result<()> {
+    let millis = libc::c_uint::try_from(time.as_millis()).unwrap_or(libc::c_uint::MAX);
     // SAFETY: the option takes one c_uint, which lives across the call.
     let result = unsafe {
         libc::setsockopt(
             socket.as_raw_fd(),
             libc::IPPROTO_TCP,
-            libc::TCP_USER_TIMEOUT,
+            option,
             (&raw const millis).cast(),
             size_of::<libc::c_uint>() as libc::socklen_t,
         )

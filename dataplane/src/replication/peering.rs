@@ -442,7 +442,7 @@ impl Group {
         }
         let since_ns = primary.since_ns;
         call.sample(Stage::Peering, since_ns);
-        tracing::info!(group = %self.id, epoch = %self.epoch, last = %self.replica.last, "the group is active");
+        tracing::debug!(group = %self.id, epoch = %self.epoch, last = %self.replica.last, "the group is active");
         self.search_for_deleted(call);
         self.start_learners(call);
         self.on_progress(call);

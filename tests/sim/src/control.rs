@@ -16,7 +16,7 @@ use xsan_controlplane::placement::planner::Planner;
 use xsan_controlplane::state::ClusterState;
 use xsan_controlplane::state::command::{Command, GroupChange, NewNode, NewVolume, SettingsChange};
 use xsan_controlplane::timing::{BEAT_INTERVAL, CONTROLLER_TICK, RaftTiming};
-use xsan_protocol::ids::{Incarnation, MapVersion, NodeId, StoreId};
+use xsan_protocol::ids::{GroupId, Incarnation, MapVersion, NodeId, StoreId};
 use xsan_protocol::map::{DataProcess, Durability, Member};
 use xsan_protocol::proto;
 
@@ -387,6 +387,21 @@ impl World {
         self.spread_state();
     }
 
+    /// Is it agreed, or only `decided`, that others lead the groups of a host?
+    pub fn is_replaced(&self, host: usize, decided: bool) -> bool {
+        let node = self.hosts[host].node;
+        let groups = &self.control.state.map().groups;
+        let leads = |group: &GroupId| groups.get(group).is_some_and(|group| group.primary == Some(node));
+        let on_its_way = |command: &Command| match command {
+            Command::ReconfigureGroups(changes) => changes
+                .iter()
+                .any(|change| !change.settle && change.primary != Some(node) && leads(&change.group)),
+            _ => false,
+        };
+        let soon = decided && self.control.under_way.iter().any(|(_, command)| on_its_way(command));
+        soon || !groups.keys().any(leads)
+    }
+
     /// A command from the control process of `host`, for the leader: lost when it can not be reached.
     fn propose(&mut self, host: usize, command: Command) {
         let Some((leader, term)) = self.control.leader.as_ref().map(|leader| (leader.host, leader.term))
@@ -416,7 +431,8 @@ impl World {
     fn commit_later(&mut self, term: u64, number: u64) {
         let wait = 200 * US + self.random.below(4 * MS);
         let wait = if self.random.one_in(30) { wait + self.random.below(300 * MS) } else { wait };
-        self.after(wait, Event::Commit { term, number });
+        let slow = if self.plan.commit_ns > 0 { self.random.below(self.plan.commit_ns) } else { 0 };
+        self.after(wait + slow, Event::Commit { term, number });
     }
 
     pub fn on_commit(&mut self, term: u64, number: u64) {

@@ -183,8 +183,8 @@ impl World {
         self.maybe_let_be();
     }
 
-    /// A host is cut off until others lead its groups, and not a moment longer: what it sent as their primary arrives when its
-    /// successors begin.
+    /// A host is cut off until others lead its groups, or it is decided that they do, and not a moment longer: what it sent as
+    /// their primary arrives when its successors begin.
     fn fault_takeover(&mut self, host: usize, _: usize) {
         self.log(|| format!("host {host} is cut off until others lead its groups"));
         for other in 0..self.hosts.len() {
@@ -193,19 +193,18 @@ impl World {
         }
         let until = self.now + TAKEOVER_MAX;
         self.quiet_until = until;
-        self.takeover(host, until);
+        let decided = self.random.one_in(2);
+        self.takeover(host, decided, until);
     }
 
     /// Do others lead the groups of a host that is cut off?
-    pub fn takeover(&mut self, host: usize, until: u64) {
+    pub fn takeover(&mut self, host: usize, decided: bool, until: u64) {
         if self.quiet_until != until {
             // The faults have ended meanwhile.
             return;
         }
-        let node = self.hosts[host].node;
-        let leads = self.control.state.map().groups.values().any(|group| group.primary == Some(node));
-        if leads && self.now < until {
-            return self.after(TAKEOVER_POLL, Event::Takeover { host, until });
+        if !self.is_replaced(host, decided) && self.now < until {
+            return self.after(TAKEOVER_POLL, Event::Takeover { host, decided, until });
         }
         self.quiet_until = self.now;
         self.heal_network();

@@ -44,6 +44,8 @@ pub struct Plan {
     pub strike: Strike,
     /// Grants take so much longer than everything else.
     pub grant_ns: u64,
+    /// What the control plane agrees on takes up to so much longer.
+    pub commit_ns: u64,
     /// Relative frequency of each kind of fault.
     pub weights: Weights,
 }
@@ -177,10 +179,12 @@ impl Plan {
                 _ => Strike::AtCheckpoint,
             },
             grant_ns,
+            commit_ns: 0,
         };
         // Drawn last: the runs of other seeds stay what they were.
         if random.chance(if calm { 60 } else { 20 }) {
             plan.weights.takeover = 1 + random.below(6);
+            plan.commit_ns = if random.chance(50) { 400 * MS } else { 0 };
         }
         plan
     }
