@@ -183,31 +183,43 @@ impl World {
         self.maybe_let_be();
     }
 
-    /// A host is cut off until others lead its groups, or it is decided that they do, and not a moment longer: what it sent as
-    /// their primary arrives when its successors begin.
+    /// A host is away until others lead its groups, and not a moment longer. Either it is cut off: what it sent as their primary
+    /// arrives when its successors begin. Or its control process stands still, goes on as soon as it is decided that others are to
+    /// lead, and hears of everything but of that.
     fn fault_takeover(&mut self, host: usize, _: usize) {
-        self.log(|| format!("host {host} is cut off until others lead its groups"));
-        for other in 0..self.hosts.len() {
-            self.block(host, other);
-            self.block(other, host);
+        let cut = self.random.one_in(2);
+        self.log(|| format!("host {host} is away until others lead its groups (cut off: {cut})"));
+        if cut {
+            for other in 0..self.hosts.len() {
+                self.block(host, other);
+                self.block(other, host);
+            }
         }
         let until = self.now + TAKEOVER_MAX;
         self.quiet_until = until;
-        let decided = self.random.one_in(2);
-        self.takeover(host, decided, until);
+        self.takeover(host, cut, until);
     }
 
-    /// Do others lead the groups of a host that is cut off?
-    pub fn takeover(&mut self, host: usize, decided: bool, until: u64) {
+    /// Do others lead the groups of a host that is away?
+    pub fn takeover(&mut self, host: usize, cut: bool, until: u64) {
         if self.quiet_until != until {
             // The faults have ended meanwhile.
             return;
         }
-        if !self.is_replaced(host, decided) && self.now < until {
-            return self.after(TAKEOVER_POLL, Event::Takeover { host, decided, until });
+        if !self.is_replaced(host, !cut) && self.now < until {
+            if !cut {
+                self.hosts[host].control_paused_until = self.now + TAKEOVER_POLL;
+            }
+            return self.after(TAKEOVER_POLL, Event::Takeover { host, cut, until });
         }
         self.quiet_until = self.now;
-        self.heal_network();
+        if cut {
+            self.heal_network();
+        } else {
+            let late = self.now + self.random.below(1500 * MS);
+            let maps_late_until = &mut self.hosts[host].maps_late_until;
+            *maps_late_until = late.max(*maps_late_until);
+        }
     }
 
     fn fault_heal(&mut self, _: usize, _: usize) {

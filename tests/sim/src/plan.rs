@@ -182,8 +182,8 @@ impl Plan {
             commit_ns: 0,
         };
         // Drawn last: the runs of other seeds stay what they were.
-        if random.chance(if calm { 60 } else { 20 }) {
-            plan.weights.takeover = 1 + random.below(6);
+        if random.chance(if calm { 60 } else { 25 }) {
+            plan.weights.takeover = 5 + random.below(15);
             plan.commit_ns = if random.chance(50) { 400 * MS } else { 0 };
         }
         plan

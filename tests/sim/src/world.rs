@@ -76,7 +76,7 @@ pub enum Event {
     StartData { host: usize, life: u64 },
     StartControl { host: usize, life: u64 },
     PowerOn { host: usize, boot: BootId },
-    Takeover { host: usize, decided: bool, until: u64 },
+    Takeover { host: usize, cut: bool, until: u64 },
     Client { client: usize },
     Retry { operation: u64 },
     Fault,
@@ -444,7 +444,7 @@ impl World {
                     self.power_on(host);
                 }
             }
-            Event::Takeover { host, decided, until } => self.takeover(host, decided, until),
+            Event::Takeover { host, cut, until } => self.takeover(host, cut, until),
             Event::Client { client } => self.client(client),
             Event::Retry { operation } => self.try_operation(operation),
             Event::Fault => self.next_fault(),
