@@ -311,7 +311,7 @@ async fn read_frame<R: AsyncReadRent>(
         Some(buffer) => buffer,
         None if claim == Claim::Replication => {
             hand_over(batch, on_frames);
-            memory.wait(claim, shape.data).await
+            memory.wait(shape.data).await
         }
         None => {
             receiver.skip(shape.data as u32).await?;
@@ -343,10 +343,10 @@ impl Memory {
         if claim == Claim::Replication { buffer.or_else(|| self.overflow.alloc(length)) } else { buffer }
     }
 
-    async fn wait(&self, claim: Claim, length: usize) -> BufferMut {
+    async fn wait(&self, length: usize) -> BufferMut {
         loop {
             monoio::time::sleep(POOL_RETRY).await;
-            if let Some(buffer) = self.alloc(claim, length) {
+            if let Some(buffer) = self.alloc(Claim::Replication, length) {
                 return buffer;
             }
         }
