@@ -15,7 +15,7 @@ use xsan_protocol::mutation::Mutation;
 use xsan_protocol::wire::header::{Header, Opcode, flags};
 use xsan_protocol::wire::replication::PeerInfo;
 
-use super::call::{Call, ReadJob, ReadPurpose, Token};
+use super::call::{Call, Core, ReadJob, ReadPurpose, Token};
 use super::flush::FlushWaiter;
 use super::frames;
 use super::learner::Learning;
@@ -110,8 +110,16 @@ impl Group {
             self.replica.apply_limit = None;
             self.reign(call, group, min_replicas, continues);
         }
+        self.give_up_failed(call.core);
         self.replica.maybe_sync(call);
         call.core.ticking.insert(self.id);
+    }
+
+    /// Nobody asks for what a replica on a failed store had in memory once it is no member; others need the memory.
+    pub fn give_up_failed(&mut self, core: &Core) {
+        if self.role == Role::None && core.has_failed(self.replica.store) {
+            self.replica.discard();
+        }
     }
 
     /// Does it lead an epoch that the control plane has not settled?

@@ -273,6 +273,9 @@ impl Replication {
             StoreEvent::Failed => {
                 tracing::error!(%store, "the store has failed: its groups go on without it");
                 self.core.stores.insert(store, true);
+                for group in self.groups.values_mut() {
+                    group.give_up_failed(&self.core);
+                }
             }
         }
     }

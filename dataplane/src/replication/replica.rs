@@ -287,6 +287,13 @@ impl Replica {
             .push(Action::Append { store: self.store, record: Record::Reset { group: self.group, last } });
     }
 
+    /// Drops what is in memory: the store has failed, and what it holds is known when it is opened again.
+    pub fn discard(&mut self) {
+        self.pending.clear();
+        self.must_sync.clear();
+        self.refused = None;
+    }
+
     /// The store did not take an entry: it is offered again, in order, at the next tick.
     pub fn on_refused(&mut self, call: &mut Call<'_>, seq: Seq) {
         if seq > self.durable && seq <= self.last.seq {

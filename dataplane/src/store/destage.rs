@@ -128,6 +128,11 @@ impl Destage {
         }
     }
 
+    /// The store has failed: what is being copied stays where it was.
+    pub fn discard_copies(&mut self) {
+        self.copying.clear();
+    }
+
     pub fn is_idle(&self) -> bool {
         self.phase == Phase::Idle
     }

@@ -341,6 +341,9 @@ impl Store {
             self.events.push(StoreEvent::Failed);
             self.actions.clear();
             self.fail_reads();
+            // Others need the memory.
+            self.journal.discard_queued();
+            self.destage.discard_copies();
         }
     }
 

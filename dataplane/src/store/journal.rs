@@ -213,6 +213,12 @@ impl Journal {
         self.queue.is_empty() && self.in_flight.is_empty()
     }
 
+    /// The store has failed: nothing more is written.
+    pub fn discard_queued(&mut self) {
+        self.queue.clear();
+        self.queued_pages = 0;
+    }
+
     pub fn push(&mut self, queued: Queued) {
         self.queued_pages += queued.data_pages();
         self.queue.push_back(queued);
