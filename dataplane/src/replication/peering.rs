@@ -535,7 +535,7 @@ impl Group {
         }
     }
 
-    /// Proposes out who is silent, stalled, or not of this group's past.
+    /// Proposes out who is silent, stalled (a flush too, that others have ended), or not of this group's past.
     fn propose_out(&mut self, call: &mut Call<'_>) {
         let (id, last, own, now_ns) = (self.id, self.replica.last.seq, call.node(), call.now_ns);
         let Some(primary) = &mut self.primary else { return };
@@ -550,6 +550,7 @@ impl Group {
             tracing::warn!(group = %id, node = %successor, "proposing the member with the longest journal as primary");
             call.propose(id, epoch, successor, Change::Lead);
         }
+        let member_count = primary.members.len();
         for member in &mut primary.members {
             let durable = primary.quorum.as_ref().and_then(|quorum| quorum.durable(member.node));
             let silent = member.node != own
@@ -559,11 +560,15 @@ impl Group {
             let stalled = member.synced
                 && durable.is_some_and(|durable| durable < last)
                 && now_ns.saturating_sub(member.progress_ns) >= STALLED_MAX_NS;
-            let wanted = member.outcast || (spare && (silent || stalled));
+            let flushes = primary
+                .round
+                .as_ref()
+                .is_some_and(|round| round.waits_for(member.node, member_count, STALLED_MAX_NS, now_ns));
+            let wanted = member.outcast || (spare && (silent || stalled || flushes));
             if wanted && is_due(member.proposed_ns, PROPOSE_AGAIN_NS, now_ns) {
                 member.proposed_ns = Some(now_ns);
                 tracing::warn!(
-                    group = %id, node = %member.node, outcast = member.outcast, silent, stalled,
+                    group = %id, node = %member.node, outcast = member.outcast, silent, stalled, flushes,
                     "proposing a member out of the acting set"
                 );
                 let change = if member.outcast { Change::Exclude } else { Change::Demote };

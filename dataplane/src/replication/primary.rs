@@ -76,9 +76,18 @@ pub(super) struct FlushWait {
 pub(super) struct FlushRound {
     pub number: u64,
     pub covers: Seq,
+    pub since_ns: u64,
     pub awaiting: Vec<NodeId>,
     /// A member refused or was lost: a new round is needed.
     pub failed: bool,
+}
+
+impl FlushRound {
+    /// Have at least half of the members answered, and this one not for so long?
+    pub fn waits_for(&self, node: NodeId, members: usize, time_ns: u64, now_ns: u64) -> bool {
+        let one_of_few = self.awaiting.contains(&node) && 2 * self.awaiting.len() <= members;
+        one_of_few && now_ns.saturating_sub(self.since_ns) >= time_ns
+    }
 }
 
 #[derive(Debug)]
@@ -618,7 +627,9 @@ impl Group {
         if Mutation::FlushOfPrimaryOnly.is_on() {
             awaiting.retain(|node| *node == call.node());
         }
-        primary.round = Some(FlushRound { number, covers: acked, awaiting: awaiting.clone(), failed: false });
+        let since_ns = call.now_ns;
+        primary.round =
+            Some(FlushRound { number, covers: acked, since_ns, awaiting: awaiting.clone(), failed: false });
         let epoch = primary.epoch;
         for node in awaiting {
             if node == call.node() {
