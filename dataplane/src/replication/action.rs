@@ -18,6 +18,8 @@ pub enum Action {
     Send { to: NodeId, frame: Frame },
     /// `Store::append`; an error comes back through `Replication::on_append_refused`.
     Append { store: StoreId, record: Record },
+    /// `Store::withdraw`; what is left is told by `Replication::on_withdrawn`.
+    Withdraw { store: StoreId, group: GroupId },
     /// `Store::apply`: entries up to `through` are acknowledged.
     Apply { store: StoreId, group: GroupId, through: Seq },
     /// `Store::read`; ends with `StoreEvent::ReadDone`.

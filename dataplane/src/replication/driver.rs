@@ -17,7 +17,7 @@ use super::call::Stores;
 use super::{RecoveredGroup, Replication};
 use crate::io::{DiskAction, DiskCompletion};
 use crate::net::frame::Frame;
-use crate::store::{Recovered, Refused, Store, StoreEvent, StoreView};
+use crate::store::{Recovered, Refused, Store, StoreEvent, StoreView, Withdrawn};
 
 /// Flush token of a clean stop; replication's tokens count from 1.
 const STOP_TOKEN: u64 = u64::MAX;
@@ -111,11 +111,16 @@ impl Driver {
         call: impl FnOnce(&mut Replication, &StoreTable, u64, &mut Vec<Action>),
     ) {
         let mut actions = std::mem::take(&mut self.actions);
-        let mut refused = VecDeque::new();
+        let (mut refused, mut withdrawn) = (VecDeque::new(), Vec::new());
         call(&mut self.replication, &self.stores, now_ns, &mut actions);
         loop {
             for action in actions.drain(..) {
-                self.carry_out(action, &mut refused, out);
+                self.carry_out(action, &mut refused, &mut withdrawn, out);
+            }
+            if !withdrawn.is_empty() {
+                let withdrawn = std::mem::take(&mut withdrawn);
+                self.replication.on_withdrawn(withdrawn, &self.stores, now_ns, &mut actions);
+                continue;
             }
             let Some((store, Refused { record, error })) = refused.pop_front() else { break };
             self.replication.on_append_refused(store, *record, error, &self.stores, now_ns, &mut actions);
@@ -127,6 +132,7 @@ impl Driver {
         &mut self,
         action: Action,
         refused: &mut VecDeque<(StoreId, Refused)>,
+        withdrawn: &mut Vec<(GroupId, Withdrawn)>,
         out: &mut Vec<Output>,
     ) {
         match action {
@@ -138,6 +144,9 @@ impl Driver {
                     None => self.stores.get(store).append(record),
                 };
                 refused.extend(result.err().map(|refusal| (store, refusal)));
+            }
+            Action::Withdraw { store, group } => {
+                withdrawn.push((group, self.stores.get(store).withdraw(group)));
             }
             Action::Apply { store, group, through } => self.stores.get(store).apply(group, through),
             Action::Read { store, token, group, key, pages, buffer } => {

@@ -9,7 +9,7 @@
 //!   taken: a member is fenced by its own answer, so nothing that it vouched for before is missing from that answer.
 
 use xsan_protocol::error::Code;
-use xsan_protocol::ids::{Epoch, GroupId, NodeId, Seq};
+use xsan_protocol::ids::{Epoch, GroupId, NodeId, Seq, Version};
 use xsan_protocol::map;
 use xsan_protocol::mutation::Mutation;
 use xsan_protocol::wire::header::{Header, Opcode, flags};
@@ -227,7 +227,8 @@ impl Group {
     fn on_peer(&mut self, call: &mut Call<'_>, from: NodeId, header: &Header) {
         let resumes = self.role == Role::Learner
             && self.fence.is_some_and(|fence| fence.epoch == header.epoch)
-            && self.learning.as_ref().is_some_and(Learning::is_started);
+            && self.learning.as_ref().is_some_and(Learning::is_started)
+            && !self.replica.is_late(call.now_ns);
         if self.role != Role::Acting && !resumes {
             return refuse(call, from, header, Code::ReplicaBehind);
         }
@@ -335,6 +336,23 @@ impl Group {
         if full { flags::STORE_FULL } else { 0 }
     }
 
+    /// What a learner holds in memory, and whether its journal is late with it.
+    pub fn learner_holds(&self, now_ns: u64) -> Option<(usize, bool)> {
+        let learner = self.role == Role::Learner && !self.replica.is_reset_refused();
+        learner.then(|| (self.replica.held_bytes(), self.replica.is_late(now_ns)))
+    }
+
+    /// What was sent to this learner and is not on its way to the device is gone: the primary sends it again, or begins anew.
+    pub fn on_withdrawn(&mut self, call: &mut Call<'_>, last: Version) {
+        self.replica.on_withdrawn(last);
+        if let Some(Fence { epoch, primary }) = self.fence
+            && !std::mem::replace(&mut self.broken, true)
+        {
+            let header = frames::frame(Opcode::Append, self.id, epoch).header;
+            refuse(call, primary, &header, Code::Busy);
+        }
+    }
+
     /// This node starts anew as a learner: nothing was reported yet.
     pub fn restart_reports(&mut self) {
         self.reported = self.replica.last.seq;
@@ -348,6 +366,7 @@ impl Group {
         } else {
             self.learn(call);
             self.replica.trim(call.core.turn, Seq(u64::MAX));
+            self.replica.watch(call.now_ns);
             self.go_on_forgetting(call);
         }
         let busy = match &self.primary {

@@ -48,7 +48,7 @@ pub use status::{Counters, ReplicationStatus, SlowMember, Stage};
 
 use crate::disk::buffers::BufferPool;
 use crate::net::frame::Frame;
-use crate::store::{Entry, GroupTail, Record, StoreError, StoreEvent};
+use crate::store::{Entry, GroupTail, Record, StoreError, StoreEvent, Withdrawn};
 use call::{Call, Core, MendJob, ReadPurpose, Token};
 use flush::FlushWaiter;
 use group::{Group, Role};
@@ -383,6 +383,11 @@ impl Replication {
         let up_to_date: InQuestion = |learner, _| learner.has_everything();
         self.bound_retained(arena / UP_TO_DATE_PART, up_to_date, stores, now_ns, out);
         self.scrub(stores, now_ns, out);
+        self.tick_groups(stores, now_ns, out);
+        self.bound_learned(arena / LATE_PART, now_ns, out);
+    }
+
+    fn tick_groups(&mut self, stores: &dyn Stores, now_ns: u64, out: &mut Vec<Action>) {
         let ticking: Vec<GroupId> = self.core.ticking.iter().copied().collect();
         for id in ticking {
             if self.groups.contains_key(&id) {
@@ -417,6 +422,41 @@ impl Replication {
         {
             total -= bytes;
             self.with(id, stores, now_ns, out, |group, call| group.outrun(call, in_question));
+        }
+    }
+
+    /// What all learners here were sent leaves buffers to clients, too: those whose device does not take it forget what is not on
+    /// its way there. Nothing behind it may be asked of these stores in the same call.
+    fn bound_learned(&mut self, bound: usize, now_ns: u64, out: &mut Vec<Action>) {
+        let (mut total, mut late) = (0, Vec::new());
+        // Groups that hold something tick.
+        for group in self.core.ticking.iter().filter_map(|id| self.groups.get(id)) {
+            let Some((bytes, is_late)) = group.learner_holds(now_ns) else { continue };
+            total += bytes;
+            if is_late && bytes > 0 {
+                late.push(Action::Withdraw { store: group.replica.store, group: group.id });
+            }
+        }
+        if total > bound {
+            out.append(&mut late);
+        }
+    }
+
+    /// The stores have taken back what was on no way to their devices. Before anything else is done: groups and stores differ until
+    /// then.
+    pub fn on_withdrawn(
+        &mut self,
+        withdrawn: Vec<(GroupId, Withdrawn)>,
+        stores: &dyn Stores,
+        now_ns: u64,
+        out: &mut Vec<Action>,
+    ) {
+        for (group, Withdrawn { last, pushes }) in withdrawn {
+            for token in pushes {
+                let mut call = Call { core: &mut self.core, stores, now_ns, out };
+                group::answer_push(&mut call, token, Some(Code::Busy));
+            }
+            self.with(group, stores, now_ns, out, |group, call| group.on_withdrawn(call, last));
         }
     }
 

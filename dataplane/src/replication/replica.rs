@@ -41,10 +41,32 @@ pub(super) struct Replica {
     /// The store refused this entry; it and those behind it are offered again at the next tick.
     refused: Option<Seq>,
     refused_reset: bool,
+    /// How its journal gets on with what it was sent.
+    lag: Lag,
     /// Entries that count only once they are on stable media.
     must_sync: VecDeque<Seq>,
     /// The flush under way for this replica, and what it covers.
     syncing: Option<(u64, Seq)>,
+}
+
+/// How long a part of something has been missing.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Lag(Option<(Seq, u64)>);
+
+impl Lag {
+    /// What is missing for so long is late.
+    const LATE_NS: u64 = 500_000_000;
+
+    /// Up to `has` is there, of what goes up to `wanted`.
+    pub fn watch(&mut self, has: Seq, wanted: Seq, now_ns: u64) {
+        if self.0.is_none_or(|(seq, _)| has >= seq) {
+            self.0 = (has < wanted).then_some((wanted, now_ns));
+        }
+    }
+
+    pub fn is_late(&self, now_ns: u64) -> bool {
+        self.0.is_some_and(|(_, since_ns)| now_ns >= since_ns + Self::LATE_NS)
+    }
 }
 
 impl Replica {
@@ -67,6 +89,7 @@ impl Replica {
             base: None,
             refused: None,
             refused_reset: false,
+            lag: Lag::default(),
             must_sync: VecDeque::new(),
             syncing: None,
         };
@@ -252,6 +275,33 @@ impl Replica {
     pub fn retained_bytes(&self) -> usize {
         let acknowledged = self.pending.iter().take_while(|entry| entry.version.seq <= self.acked);
         acknowledged.map(held_bytes).sum()
+    }
+
+    /// Memory of the entries here.
+    pub fn held_bytes(&self) -> usize {
+        self.pending.iter().map(held_bytes).sum()
+    }
+
+    /// Notes how far the journal is behind what came.
+    pub fn watch(&mut self, now_ns: u64) {
+        self.lag.watch(self.durable, self.last.seq, now_ns);
+    }
+
+    /// Has the journal not got what came some time ago?
+    pub fn is_late(&self, now_ns: u64) -> bool {
+        self.lag.is_late(now_ns)
+    }
+
+    /// The store has taken back what comes behind `last`: it never came.
+    pub fn on_withdrawn(&mut self, last: Version) {
+        while self.pending.pop_back_if(|entry| entry.version.seq > last.seq).is_some() {}
+        self.must_sync.retain(|seq| *seq <= last.seq);
+        self.refused = None;
+        self.last = last;
+        self.acked = self.acked.min(last.seq);
+        if self.durable == last.seq {
+            self.lag = Lag::default();
+        }
     }
 
     /// Has this replica entries in memory that are applied and seen, or not yet applied?

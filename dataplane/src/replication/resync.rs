@@ -29,6 +29,7 @@ use super::call::{Call, ReadJob, ReadPurpose};
 use super::frames::{self, KEY_MAX};
 use super::group::Group;
 use super::peering::{ASK_AGAIN_NS, PROPOSE_AGAIN_NS, is_due};
+use super::replica::Lag;
 use crate::net::frame::Frame;
 use crate::store::PageData;
 
@@ -39,8 +40,6 @@ const PUSHES_MAX: usize = 16;
 const LEARNER_PUSHES_MAX: usize = 8;
 /// A learner whose store is full is asked no sooner than this, and the usual time between two questions, later.
 const FULL_WAIT_NS: u64 = 1_000_000_000;
-/// A learner that lacks what was acknowledged so long ago is late.
-const LATE_NS: u64 = 500_000_000;
 /// A pass that left units out is followed by the next one after this.
 const RESUME_AFTER_NS: u64 = 200_000_000;
 
@@ -79,8 +78,8 @@ pub(super) struct Learner {
     asked_ns: Option<u64>,
     pub sent: Seq,
     pub durable: Seq,
-    /// Up to here was acknowledged, and not all of it in its journal, at that time.
-    behind: Option<(Seq, u64)>,
+    /// How it gets on with what is acknowledged.
+    lag: Lag,
     /// An entry whose way to its journal is being timed, and when it was sent.
     timed: Option<(Seq, u64)>,
     pass: Pass,
@@ -116,7 +115,7 @@ impl Learner {
             asked_ns: None,
             sent: Seq(0),
             durable: Seq(0),
-            behind: None,
+            lag: Lag::default(),
             timed: None,
             pass: Pass::From(BlockKey::default()),
             differences: 0,
@@ -167,18 +166,15 @@ impl Learner {
 
     /// Notes how far it is behind what is acknowledged.
     pub fn watch(&mut self, acked: Seq, now_ns: u64) {
-        let Some(after) = self.needs_after() else {
-            self.behind = None;
-            return;
-        };
-        if self.behind.is_none_or(|(seq, _)| after >= seq) {
-            self.behind = (after < acked).then_some((acked, now_ns));
+        match self.needs_after() {
+            Some(after) => self.lag.watch(after, acked, now_ns),
+            None => self.lag = Lag::default(),
         }
     }
 
     /// Does it lack what was acknowledged some time ago?
     pub fn is_late(&self, now_ns: u64) -> bool {
-        self.behind.is_some_and(|(_, since)| now_ns >= since + LATE_NS)
+        self.lag.is_late(now_ns)
     }
 
     /// The connection to it broke, or it lacks an entry.

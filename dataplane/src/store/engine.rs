@@ -27,7 +27,7 @@ use super::journal::{Held, Journal, Placed, Queued};
 use super::layout::Layout;
 use super::read::Reads;
 use super::status::{Counters, StoreStatus, UnitLocation};
-use super::{GroupTail, Record, Refused, StoreError, StoreEvent, StoreView};
+use super::{GroupTail, Record, Refused, StoreError, StoreEvent, StoreView, Withdrawn};
 use crate::disk::buffers::BufferPool;
 use crate::io::{DeviceRole, DiskAction, DiskCompletion, DiskError, DiskOk};
 
@@ -166,6 +166,18 @@ impl Store {
         self.last_append_ns = self.now_ns;
         self.journal.push(Queued { record, life, applied });
         Ok(())
+    }
+
+    /// Takes back what of a group is on no way to the device yet, as if it had never come.
+    pub fn withdraw(&mut self, group: GroupId) -> Withdrawn {
+        let pushes = self.journal.withdraw(group);
+        let Some(state) = self.groups.get_mut(&group) else {
+            return Withdrawn { last: Version::ZERO, pushes };
+        };
+        let released = state.withdraw();
+        let last = state.last;
+        self.release_reserved(released);
+        Withdrawn { last, pushes }
     }
 
     /// Is there room for the record? Returns the units and blocks that an entry may need.

@@ -141,6 +141,16 @@ impl Group {
         released
     }
 
+    /// Takes back the entries that are in no batch; returns their reservations.
+    pub fn withdraw(&mut self) -> (u32, u32) {
+        let mut released = (0, 0);
+        while let Some(entry) = self.pending.pop_back_if(|entry| entry.position == 0) {
+            released = (released.0 + entry.reserved.0, released.1 + entry.reserved.1);
+        }
+        self.last = self.pending.back().map_or(self.applied, |entry| entry.version);
+        released
+    }
+
     /// Journal position that must be kept for the oldest entry that is pending, or dropped by a reset that is not
     /// durable.
     pub fn oldest_position(&self) -> Option<u64> {

@@ -219,6 +219,22 @@ impl Journal {
         self.queued_pages = 0;
     }
 
+    /// Takes back what no batch has yet of a group, but for resets; returns the tokens of the pushes among it.
+    pub fn withdraw(&mut self, group: GroupId) -> Vec<u64> {
+        let mut tokens = Vec::new();
+        let pages = &mut self.queued_pages;
+        self.queue.retain(|queued| {
+            match &queued.record {
+                Record::Entry(entry) if entry.group == group => {}
+                Record::Push { group: of, token, .. } if *of == group => tokens.push(*token),
+                _ => return true,
+            }
+            *pages -= queued.data_pages();
+            false
+        });
+        tokens
+    }
+
     pub fn push(&mut self, queued: Queued) {
         self.queued_pages += queued.data_pages();
         self.queue.push_back(queued);

@@ -143,6 +143,15 @@ pub struct GroupTail {
     pub acked: Seq,
 }
 
+/// What `Store::withdraw` has left of a group.
+#[derive(Debug)]
+pub struct Withdrawn {
+    /// The newest entry.
+    pub last: Version,
+    /// Tokens of the pushes that it took back.
+    pub pushes: Vec<u64>,
+}
+
 /// A record that the store did not take.
 #[derive(Debug)]
 pub struct Refused {

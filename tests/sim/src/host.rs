@@ -55,7 +55,6 @@ pub struct Host {
 /// A device operation, with what a flush covers.
 pub struct InFlight {
     pub action: DiskAction,
-    pub since: u64,
     pub mark: u64,
 }
 
@@ -82,11 +81,6 @@ impl Host {
                 self.cache.as_ref().expect("the store was opened with it")
             }
         }
-    }
-
-    /// Has its device been at something for so long?
-    pub fn device_hangs(&self, now: u64, time: u64) -> bool {
-        self.in_flight.values().any(|operation| now >= operation.since + time)
     }
 
     /// Are there processes that can answer?

@@ -21,10 +21,8 @@ use crate::process::data_of;
 use crate::world::{Event, World};
 
 const IO_TIMEOUT: u64 = 30 * SECOND;
-/// Clients wait for buffers no longer than this, on a host whose device gets on.
+/// Clients wait for buffers no longer than this.
 const STARVED_MAX: u64 = SECOND;
-/// An operation of a device that gets on takes no longer.
-const HANGS_AFTER: u64 = 200 * MS;
 const BACKOFF_FIRST: u64 = 2 * MS;
 const BACKOFF_MAX: u64 = 50 * MS;
 pub const POOL: PoolId = PoolId(1);
@@ -164,10 +162,6 @@ impl World {
     fn buffer(&mut self, host: usize, bytes: usize, value: u64) -> Option<Buffer> {
         let pool = self.hosts[host].pool;
         let Some(mut buffer) = pool.alloc_for(Claim::Client, bytes) else {
-            if self.hosts[host].device_hangs(self.now, HANGS_AFTER) {
-                self.workload.starved_since.remove(&(host, bytes));
-                return None;
-            }
             let since = *self.workload.starved_since.entry((host, bytes)).or_insert(self.now);
             if self.now > since + STARVED_MAX {
                 let free = pool.occupancy();

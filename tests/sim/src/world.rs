@@ -471,7 +471,7 @@ impl World {
             DiskAction::Flush { device, .. } => this.device(*device).mark(),
             DiskAction::Read { .. } | DiskAction::Write { .. } => 0,
         };
-        this.in_flight.insert(number, InFlight { action, since: self.now, mark });
+        this.in_flight.insert(number, InFlight { action, mark });
         let life = this.life;
         self.after(wait, Event::Disk { host, life, number });
     }
@@ -481,7 +481,7 @@ impl World {
         if this.life != life {
             return;
         }
-        let Some(InFlight { action, mark, .. }) = this.in_flight.remove(&number) else { return };
+        let Some(InFlight { action, mark }) = this.in_flight.remove(&number) else { return };
         let of_capacity = action.device() == DeviceRole::Capacity;
         if matches!(action, DiskAction::Flush { .. }) && of_capacity && self.flush_may_fail(host) {
             self.log(|| format!("host {host}: a flush fails"));

@@ -191,6 +191,7 @@ impl Cluster {
 
     fn carry_out(&mut self, id: NodeId, out: Vec<Action>) {
         let mut refused: Vec<(Record, StoreError)> = Vec::new();
+        let mut withdrawn = Vec::new();
         for action in out {
             match action {
                 Action::Send { to, frame } => {
@@ -206,6 +207,9 @@ impl Cluster {
                         Err(error) => refused.push((record, error)),
                     }
                 }
+                Action::Withdraw { group, .. } => {
+                    withdrawn.push((group, self.node(id).store.withdraw(group)));
+                }
                 Action::Apply { group, through, .. } => self.node(id).store.apply(group, through),
                 Action::Read { token, group, key, pages, buffer, .. } => {
                     self.node(id).store.read(token, group, key, pages, buffer);
@@ -219,6 +223,11 @@ impl Cluster {
                     self.proposals.push(Proposal { group, epoch, node, change });
                 }
             }
+        }
+        if !withdrawn.is_empty() {
+            self.call(id, |replication, store, now_ns, out| {
+                replication.on_withdrawn(withdrawn, store, now_ns, out);
+            });
         }
         for (record, error) in refused {
             self.call(id, |replication, store, now_ns, out| {

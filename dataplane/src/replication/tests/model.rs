@@ -14,7 +14,7 @@ use crate::disk::buffers::{Buffer, BufferMut};
 use crate::replication::replica::version_after;
 use crate::replication::{RecoveredGroup, Stores};
 use crate::store::{
-    Entry, GroupTail, PageData, ReadError, ReadPages, Record, StoreError, StoreEvent, StoreView,
+    Entry, GroupTail, PageData, ReadError, ReadPages, Record, StoreError, StoreEvent, StoreView, Withdrawn,
 };
 
 #[derive(Clone, Debug)]
@@ -32,6 +32,7 @@ impl Default for Block {
 #[derive(Clone, Debug, Default)]
 struct ModelGroup {
     tail: GroupTail,
+    applied: Version,
     durable: Seq,
     pending: VecDeque<Entry>,
     blocks: BTreeMap<BlockKey, Block>,
@@ -59,6 +60,7 @@ impl ModelGroup {
             Record::Reset { last, .. } => {
                 self.pending.clear();
                 self.tail = GroupTail { last: *last, acked: last.seq };
+                self.applied = *last;
                 self.durable = last.seq;
             }
         }
@@ -67,6 +69,7 @@ impl ModelGroup {
     fn apply(&mut self, through: Seq) {
         assert!(through <= self.tail.last.seq);
         while let Some(entry) = self.pending.pop_front_if(|entry| entry.version.seq <= through) {
+            self.applied = entry.version;
             let block = self.blocks.entry(entry.key).or_default();
             for unit in entry.pages.units() {
                 let version = &mut block.versions[usize::from(unit)];
@@ -132,6 +135,23 @@ impl ModelStore {
         group.take(&record);
         self.log.push((record, applied));
         Ok(())
+    }
+
+    /// Takes back the newest entries of a group, up to a push or to what the device has.
+    pub fn withdraw(&mut self, id: GroupId) -> Withdrawn {
+        let group = self.groups.entry(id).or_default();
+        for place in (self.durable..self.log.len()).rev() {
+            match &self.log[place].0 {
+                Record::Entry(entry) if entry.group == id => {
+                    self.log.remove(place);
+                    group.pending.pop_back();
+                }
+                record if group_of(record) == id => break,
+                _ => {}
+            }
+        }
+        group.tail.last = group.pending.back().map_or(group.applied, |entry| entry.version);
+        Withdrawn { last: group.tail.last, pushes: Vec::new() }
     }
 
     pub fn apply(&mut self, group: GroupId, through: Seq) {

@@ -28,7 +28,7 @@ use crate::disk::buffers::Buffer;
 use crate::net::frame::{Frame, Meta};
 use crate::replication::frames::{self, KEY_MAX};
 use crate::replication::{Action, Operation, Origin, Replication, Reply, Request, RequestId, ScrubOrder};
-use crate::store::{Entry, PageData, Record, StoreError, StoreEvent};
+use crate::store::{Entry, PageData, Record, StoreError, StoreEvent, Withdrawn};
 
 const OWN: NodeId = NodeId(1);
 const STORE: StoreId = StoreId(1);
@@ -49,6 +49,7 @@ struct Script {
     /// The last frame of each kind sent to each node: what its answers refer to.
     asked: BTreeMap<(NodeId, u8), Frame>,
     text: String,
+    withdrawn: Vec<(GroupId, Withdrawn)>,
 }
 
 /// The words of one command after its first.
@@ -265,6 +266,7 @@ impl Script {
             names: vec![String::new()],
             asked: BTreeMap::new(),
             text: String::new(),
+            withdrawn: Vec::new(),
         }
     }
 
@@ -285,6 +287,12 @@ impl Script {
         for action in out {
             let line = self.carry_out(action, &mut refused);
             self.say(&line);
+        }
+        if !self.withdrawn.is_empty() {
+            let withdrawn = std::mem::take(&mut self.withdrawn);
+            self.call(|replication, store, now_ns, out| {
+                replication.on_withdrawn(withdrawn, store, now_ns, out);
+            });
         }
         for (record, error) in refused {
             self.call(|replication, store, now_ns, out| {
@@ -315,6 +323,12 @@ impl Script {
                         format!("{line}, which is refused")
                     }
                 }
+            }
+            Action::Withdraw { group, .. } => {
+                let left = self.store.withdraw(group);
+                let line = format!("withdraw what comes behind {}", left.last);
+                self.withdrawn.push((group, left));
+                line
             }
             Action::Apply { group, through, .. } => {
                 self.store.apply(group, through);
@@ -767,4 +781,39 @@ fn transcripts_are_what_replication_does() {
         ));
     }
     assert!(wrong.is_empty(), "{}\nUPDATE=1 rewrites them", wrong.join("\n"));
+}
+
+#[test]
+fn a_late_learner_forgets_what_its_device_does_not_take() {
+    let mut script = Script::new();
+    let lines = [
+        "map epoch=1 primary=2 acting=2,3 learners=1 min=2",
+        "from 2 learn-start after=1.7",
+        "from 2 append version=1.8 b5 0+1 fill=a acked=7",
+        "durable",
+        "from 2 append version=1.9 b5 1+1 fill=b acked=8",
+        "from 2 append version=1.10 b5 2+1 fill=c acked=8",
+        "tick 20",
+    ];
+    lines.iter().for_each(|line| script.run(line));
+    let bound = |script: &mut Script, bytes: usize| {
+        script.text.clear();
+        script.call(|replication, _, now_ns, out| replication.bound_learned(bytes, now_ns, out));
+        script.text.contains("withdraw what comes behind 1.8")
+    };
+    assert!(!bound(&mut script, PAGE_SIZE), "it is not late: {}", script.text);
+    script.run("tick 500");
+    assert!(!bound(&mut script, 4 * PAGE_SIZE), "it holds little: {}", script.text);
+    script.run("from 2 peer");
+    assert!(script.text.contains("ReplicaBehind"), "late, it is told nothing more: {}", script.text);
+    assert!(bound(&mut script, PAGE_SIZE), "{}", script.text);
+    assert!(script.text.contains("refused"), "the primary learns of it: {}", script.text);
+    // It goes on where it was.
+    script.run("tick 20");
+    script.run("from 2 peer");
+    assert!(script.text.contains("PeerInfo e1 last 1.8"), "{}", script.text);
+    script.text.clear();
+    script.run("from 2 append version=1.9 b5 1+1 fill=b acked=8");
+    script.run("durable");
+    assert!(script.text.contains("AppendOk e1 9"), "{}", script.text);
 }

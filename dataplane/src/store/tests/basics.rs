@@ -55,6 +55,45 @@ fn many_records_of_a_turn_make_one_device_write() {
 }
 
 #[test]
+fn what_no_batch_has_is_taken_back() {
+    let mut rig = Rig::new(4, false);
+    let pages = PageRange::new(0, 16);
+    let first = rig.write(GROUP, key(1), pages, 100);
+    rig.end_turn();
+    rig.write(GROUP, key(2), pages, 200);
+    let (group, unit) = (GROUP, 0);
+    let push = Record::Push {
+        token: 77,
+        group,
+        key: key(3),
+        unit,
+        version: version(1, 2),
+        as_of: Seq(2),
+        data: Some(data(300, 16)),
+    };
+    rig.store.append(push).unwrap();
+    rig.write(GroupId(4), key(1), pages, 400);
+    let left = rig.store.withdraw(GROUP);
+    assert_eq!((left.last, left.pushes), (first, vec![77]));
+    // It goes on behind what is left, also after a crash; the other group has lost nothing.
+    let second = rig.write(GROUP, key(1), PageRange::new(3, 1), 500);
+    assert_eq!(second.seq, Seq(2));
+    rig.settle();
+    assert_eq!(durable(&rig), Some(Seq(2)));
+    let mut rig = rig.crash(false);
+    let last = |id: GroupId| {
+        rig.recovered.groups.iter().find(|group| group.group == id).map(|group| group.tail.last)
+    };
+    assert_eq!((last(GROUP), last(GroupId(4)).map(|last| last.seq)), (Some(second), Some(Seq(1))));
+    rig.store.apply(GROUP, Seq(2));
+    rig.expect(GROUP, key(1), pages, |page| if page == 3 { 500 } else { 100 + u64::from(page) });
+    rig.expect(GROUP, key(2), pages, |_| 0);
+    rig.expect(GROUP, key(3), pages, |_| 0);
+    // Nothing to take back changes nothing.
+    assert_eq!(rig.store.withdraw(GROUP).last, second);
+}
+
+#[test]
 fn zeroes_free_what_they_cover() {
     let mut rig = Rig::new(2, false);
     let whole = PageRange::new(0, 64);
