@@ -241,6 +241,11 @@ impl Call<'_> {
         self.out.push(Action::Send { to, frame });
     }
 
+    /// What is still to be sent to `to` as the group's primary is of no use any more: its buffers are.
+    pub fn unsend(&mut self, to: NodeId, group: GroupId) {
+        self.out.push(Action::Unsend { to, group });
+    }
+
     pub fn complete(&mut self, request: RequestId, result: Result<Reply, Code>) {
         self.out.push(Action::Complete { request, result });
     }

@@ -29,6 +29,10 @@ pub enum Output {
         to: NodeId,
         frame: Frame,
     },
+    Unsend {
+        to: NodeId,
+        group: GroupId,
+    },
     Complete {
         request: RequestId,
         result: Result<Reply, Code>,
@@ -157,6 +161,7 @@ impl Driver {
                 self.stores.get(store).repair(token, group, key, pages, data);
             }
             Action::Send { to, frame } => out.push(Output::Send { to, frame }),
+            Action::Unsend { to, group } => out.push(Output::Unsend { to, group }),
             Action::Complete { request, result } => out.push(Output::Complete { request, result }),
             Action::Propose { group, epoch, node, change } => {
                 out.push(Output::Propose { group, epoch, node, change });

@@ -16,6 +16,24 @@ use crate::store::{Entry, PageData};
 pub(super) const KEY_MAX: BlockKey =
     BlockKey { lineage: Lineage(u64::MAX), layer: Layer(u32::MAX), index: BlockIndex(u32::MAX) };
 
+/// Is it what a primary sends to its members and learners?
+pub const fn is_command(opcode: Opcode) -> bool {
+    matches!(
+        opcode,
+        Opcode::Append
+            | Opcode::Commit
+            | Opcode::Peer
+            | Opcode::Fetch
+            | Opcode::MemberFlush
+            | Opcode::LearnStart
+            | Opcode::Compare
+            | Opcode::Push
+            | Opcode::FetchPages
+            | Opcode::Check
+            | Opcode::Mend
+    )
+}
+
 pub(super) fn frame(opcode: Opcode, group: GroupId, epoch: Epoch) -> Frame {
     let mut header = Header::new(opcode);
     header.group = group;

@@ -92,6 +92,7 @@ impl Group {
         };
         let continues =
             role == Role::Primary && self.role == Role::Primary && group.epoch == self.epoch.next();
+        self.unsend_all(call);
         if self.role == Role::Primary && !continues {
             self.abdicate(call);
         }
@@ -128,19 +129,10 @@ impl Group {
     }
 
     pub fn on_frame(&mut self, call: &mut Call<'_>, from: NodeId, frame: Frame) {
-        match frame.header.opcode {
-            Opcode::Append
-            | Opcode::Commit
-            | Opcode::Peer
-            | Opcode::Fetch
-            | Opcode::MemberFlush
-            | Opcode::LearnStart
-            | Opcode::Compare
-            | Opcode::Push
-            | Opcode::FetchPages
-            | Opcode::Check
-            | Opcode::Mend => self.on_command(call, from, frame),
-            _ => self.on_answer(call, from, frame),
+        if frames::is_command(frame.header.opcode) {
+            self.on_command(call, from, frame);
+        } else {
+            self.on_answer(call, from, frame);
         }
     }
 
@@ -183,7 +175,7 @@ impl Group {
             Opcode::FetchPages => self.on_fetch_pages(call, from, &header),
             Opcode::Check => self.on_check(call, from, &header),
             Opcode::Mend => self.on_mend(call, from, frame),
-            _ => unreachable!("on_frame passes these opcodes only"),
+            _ => unreachable!("on_frame passes commands only"),
         }
     }
 

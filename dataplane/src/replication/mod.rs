@@ -43,6 +43,7 @@ mod status;
 pub use action::{Action, Change, Operation, Origin, Reply, Request, RequestId};
 pub use call::Stores;
 pub use driver::{Driver, Output, StoreTable};
+pub use frames::is_command;
 pub use scrub::{ScrubFindings, ScrubOrder, ScrubOutcome, ScrubStatus};
 pub use status::{Counters, ReplicationStatus, SlowMember, Stage};
 

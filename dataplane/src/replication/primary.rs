@@ -543,6 +543,15 @@ impl Group {
         }
     }
 
+    /// What this primary has still to send is of an epoch that has passed: who gets it refuses it.
+    pub(super) fn unsend_all(&mut self, call: &mut Call<'_>) {
+        let Some(primary) = &self.primary else { return };
+        let members = primary.members.iter().map(|member| member.node).filter(|node| *node != call.node());
+        let learners = primary.learners.iter().map(|learner| learner.node);
+        let nodes: Vec<NodeId> = members.chain(learners).collect();
+        nodes.into_iter().for_each(|node| call.unsend(node, self.id));
+    }
+
     /// This node leads the group no longer.
     pub(super) fn abdicate(&mut self, call: &mut Call<'_>) {
         self.fail_requests(call, Code::NotPrimary);
@@ -593,6 +602,7 @@ impl Group {
         let now_ns = call.now_ns;
         for learner in primary.learners.iter_mut().filter(|learner| in_question(learner, now_ns)) {
             tracing::warn!(group = %self.id, node = %learner.node, "a learner fell too far behind");
+            call.unsend(learner.node, self.id);
             learner.outrun(call);
             primary.pushes.retain(|lock| lock.learner != learner.node);
         }

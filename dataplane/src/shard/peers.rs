@@ -10,12 +10,13 @@
 
 use std::collections::HashMap;
 
-use xsan_protocol::ids::{NodeId, ShardIndex};
+use xsan_protocol::ids::{GroupId, NodeId, ShardIndex};
 use xsan_protocol::wire::header::Opcode;
 use xsan_protocol::wire::session::Hello;
 
 use crate::net::connection::Outbox;
 use crate::net::frame::Frame;
+use crate::replication::is_command;
 
 /// Numbers a shard's connections; never reused in a process's life.
 pub type ConnectionId = u64;
@@ -109,6 +110,14 @@ impl Peers {
         match table.get(&peer) {
             Some(&id) => self.send_on(id, frame),
             None => false,
+        }
+    }
+
+    /// Drops what the primary of `group`, here, has queued for `node` and no socket has taken.
+    pub fn unsend(&self, node: NodeId, group: GroupId) {
+        let of_node = self.dialled.iter().filter(|((peer, _), _)| *peer == node);
+        for connection in of_node.filter_map(|(_, id)| self.connections.get(id)) {
+            connection.outbox.discard(|header| header.group == group && is_command(header.opcode));
         }
     }
 

@@ -73,6 +73,7 @@ impl Shard {
         for output in outputs.drain(..) {
             match output {
                 Output::Send { to, frame } => self.send(to, frame),
+                Output::Unsend { to, group } => self.peers.unsend(to, group),
                 Output::Complete { request, result } => self.complete(request, result),
                 Output::Propose { group, epoch, node, change } => {
                     let change = match change {

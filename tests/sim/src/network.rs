@@ -1,11 +1,14 @@
 //! The network: connections between data processes, and which hosts hear which.
 //!
 //! A connection carries frames in order, both ways, and loses none until it breaks; then what was on its way may arrive
-//! in part, and each end learns of it in its own time. A blocked direction holds frames back until it is healed, as TCP does.
+//! in part, and each end learns of it in its own time. A blocked direction holds frames back until it is healed, as TCP does:
+//! some in the sockets, which have copied them, the others in their sender's memory.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use xsan_dataplane::net::frame::Frame;
+use xsan_dataplane::replication::is_command;
+use xsan_protocol::ids::GroupId;
 
 use crate::plan::{MS, SECOND, US};
 use crate::process::Input;
@@ -13,6 +16,8 @@ use crate::world::{Event, World};
 
 pub type ConnectionId = u64;
 
+/// What sockets take of what is sent, but for the last frame.
+const SOCKET_BYTES: usize = 256 * 1024;
 /// Silence after which a connection is given up.
 const SILENCE_MAX: u64 = 10 * SECOND;
 pub const DIAL_WAIT_FIRST: u64 = 20 * MS;
@@ -29,13 +34,23 @@ pub struct End {
 pub struct Connection {
     /// Who dialled, who accepted.
     pub ends: [End; 2],
-    /// By sender: frames on their way, and when each is due.
-    queues: [VecDeque<(u64, Frame)>; 2],
-    due: [u64; 2],
+    /// By sender.
+    ways: [Way; 2],
     /// What is sent from now on is lost.
     broken: bool,
     /// By end: it has noticed.
     closed: [bool; 2],
+}
+
+/// One direction of a connection.
+#[derive(Debug, Default)]
+struct Way {
+    outbox: VecDeque<Frame>,
+    /// In the sockets and between them, and when each is due.
+    wire: VecDeque<(u64, Frame)>,
+    wire_bytes: usize,
+    /// When the newest is due.
+    due: u64,
 }
 
 #[derive(Default)]
@@ -53,6 +68,10 @@ impl Network {
     pub fn meets(&self, a: usize, b: usize) -> bool {
         self.hears(a, b) && self.hears(b, a)
     }
+}
+
+fn bytes_of(frame: &Frame) -> usize {
+    frame.data.as_ref().map_or(0, |data| data.len())
 }
 
 impl World {
@@ -89,8 +108,7 @@ impl World {
         self.net.next += 1;
         let id = self.net.next;
         let ends = [End { host, life }, End { host: peer, life: self.hosts[peer].life }];
-        let (queues, due) = (Default::default(), [self.now; 2]);
-        let connection = Connection { ends, queues, due, broken: false, closed: [false; 2] };
+        let connection = Connection { ends, ways: Default::default(), broken: false, closed: [false; 2] };
         self.net.connections.insert(id, connection);
         let there = self.latency();
         self.after(there, Event::Hello { connection: id });
@@ -124,16 +142,39 @@ impl World {
 
     /// Sends a frame from one end of a connection.
     pub fn send_on(&mut self, id: ConnectionId, from: usize, frame: Frame) {
-        let latency = self.latency();
         let Some(connection) = self.net.connections.get_mut(&id) else { return };
-        let side = usize::from(connection.ends[0].host != from);
         if connection.broken {
             return;
         }
-        let due = connection.due[side].max(self.now + latency);
-        connection.due[side] = due;
-        connection.queues[side].push_back((due, frame));
-        self.at(due, Event::Deliver { connection: id, side });
+        let side = usize::from(connection.ends[0].host != from);
+        connection.ways[side].outbox.push_back(frame);
+        self.write(id, side);
+    }
+
+    /// Hands the socket what it takes.
+    fn write(&mut self, id: ConnectionId, side: usize) {
+        loop {
+            let latency = self.latency();
+            let Some(connection) = self.net.connections.get_mut(&id) else { return };
+            let way = &mut connection.ways[side];
+            if way.wire_bytes >= SOCKET_BYTES {
+                return;
+            }
+            let Some(frame) = way.outbox.pop_front() else { return };
+            way.wire_bytes += bytes_of(&frame);
+            way.due = way.due.max(self.now + latency);
+            let due = way.due;
+            way.wire.push_back((due, self.memory.copy(frame)));
+            self.at(due, Event::Deliver { connection: id, side });
+        }
+    }
+
+    /// Drops what no socket has taken of what the primary of a group sends by this connection.
+    pub fn unsend(&mut self, id: ConnectionId, from: usize, group: GroupId) {
+        let Some(connection) = self.net.connections.get_mut(&id) else { return };
+        let side = usize::from(connection.ends[0].host != from);
+        let unwanted = |frame: &Frame| frame.header.group == group && is_command(frame.header.opcode);
+        connection.ways[side].outbox.retain(|frame| !unwanted(frame));
     }
 
     /// Hands the receiver what is due.
@@ -144,9 +185,12 @@ impl World {
             return;
         }
         let mut frames = Vec::new();
-        while let Some((_, frame)) = connection.queues[side].pop_front_if(|(due, _)| *due <= self.now) {
+        let way = &mut connection.ways[side];
+        while let Some((_, frame)) = way.wire.pop_front_if(|(due, _)| *due <= self.now) {
+            way.wire_bytes -= bytes_of(&frame);
             frames.push(frame);
         }
+        self.write(id, side);
         if self.process_of(to.host, to.life).is_some() {
             for frame in frames {
                 self.input(to.host, Input::Frame { connection: id, frame });
@@ -164,9 +208,10 @@ impl World {
         let Some(mut connection) = self.net.connections.remove(&id) else { return };
         if !std::mem::replace(&mut connection.broken, true) {
             for side in 0..2 {
-                let kept = self.random.index(connection.queues[side].len() + 1);
-                connection.queues[side].truncate(kept);
-                let last = connection.queues[side].back().map_or(self.now, |(due, _)| *due);
+                let way = &mut connection.ways[side];
+                way.outbox.clear();
+                way.wire.truncate(self.random.index(way.wire.len() + 1));
+                let last = way.wire.back().map_or(self.now, |(due, _)| *due);
                 let noticed = last.max(self.now) + self.latency();
                 self.at(noticed, Event::Closed { connection: id, end: 1 - side, since });
             }
@@ -225,8 +270,9 @@ impl World {
             let wait = self.random.below(200 * MS);
             if let Some(held) = self.net.connections.get_mut(&connection) {
                 let due = self.now + wait;
-                held.due[side] = held.due[side].max(due);
-                held.queues[side].iter_mut().for_each(|(at, _)| *at = (*at).max(due));
+                let way = &mut held.ways[side];
+                way.due = way.due.max(due);
+                way.wire.iter_mut().for_each(|(at, _)| *at = (*at).max(due));
                 self.at(due.max(self.now + US), Event::Deliver { connection, side });
             }
         }

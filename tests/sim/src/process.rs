@@ -339,6 +339,11 @@ impl World {
                         self.send_on(connection, host, frame);
                     }
                 }
+                Output::Unsend { to, group } => {
+                    if let Some(&connection) = process.dialled.get(&host_of(to)) {
+                        self.unsend(connection, host, group);
+                    }
+                }
                 Output::Complete { request, result } => match request.origin {
                     Origin::Shard(_) => {
                         self.complete(host, process, request.number, result.map(Answer::Reply));

@@ -115,7 +115,7 @@ pub struct World {
     pub now: u64,
     queue: BinaryHeap<Reverse<Scheduled>>,
     scheduled: u64,
-    memory: Memory,
+    pub memory: Memory,
     pub hosts: Vec<Host>,
     pub net: Network,
     pub control: ControlPlane,
@@ -133,7 +133,7 @@ pub struct World {
 
 /// Buffers of the data processes.
 #[derive(Clone, Copy)]
-struct Memory {
+pub struct Memory {
     /// Of each host as much as a shard has by default.
     pools: [&'static BufferPool; HOSTS_MAX],
     /// What all of them together take beside.
@@ -144,6 +144,14 @@ impl Memory {
     fn new() -> Self {
         let pool = |_| BufferPool::anonymous(64 << 20);
         Self { pools: std::array::from_fn(pool), overflow: BufferPool::anonymous(512 << 20) }
+    }
+
+    /// A frame whose data is in nobody's pool.
+    pub fn copy(&self, frame: Frame) -> Frame {
+        let Some(sent) = &frame.data else { return frame };
+        let mut buffer = self.overflow.alloc(sent.len()).expect("there is enough beside the pools");
+        buffer.copy_from_slice(sent);
+        Frame { data: Some(buffer.freeze()), ..frame }
     }
 }
 

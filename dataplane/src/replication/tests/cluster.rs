@@ -25,6 +25,7 @@ use super::pool;
 use crate::net::frame::Frame;
 use crate::replication::{
     Action, Change, Operation, Origin, RecoveredGroup, Replication, Reply, Request, RequestId, ScrubOrder,
+    is_command,
 };
 use crate::store::{PageData, Record, StoreError};
 use crate::testing::{History, Random, Span};
@@ -199,6 +200,16 @@ impl Cluster {
                     if !broken {
                         self.links.get_mut(&(id, to)).unwrap().push_back(frame);
                     }
+                }
+                Action::Unsend { to, group } => {
+                    // A part may be on its way already.
+                    let link = self.links.get_mut(&(id, to)).unwrap();
+                    let mut on_way = self.random.index(link.len() + 1);
+                    link.retain(|frame| {
+                        let stays = on_way > 0;
+                        on_way -= usize::from(stays);
+                        stays || frame.header.group != group || !is_command(frame.header.opcode)
+                    });
                 }
                 Action::Append { record, .. } => {
                     let same = refused.iter().any(|(earlier, _)| group_of(earlier) == group_of(&record));

@@ -308,6 +308,7 @@ impl Script {
                 self.asked.insert((to, frame.header.opcode as u8), frame);
                 line
             }
+            Action::Unsend { to, .. } => format!("unsend to {to}"),
             Action::Append { record, .. } => {
                 let line = match &record {
                     Record::Entry(entry) => format!("journal {}", show_entry(entry)),
