@@ -208,7 +208,7 @@ impl Group {
             return match status {
                 // What was on its way when it was lost is refused, too.
                 Some(_) if !learner.is_running() => {}
-                Some(code) => self.lose_learner(call, from, code == Code::StorageFull),
+                Some(code) => self.lose_learner(call, from, Some(code)),
                 None => {
                     if learner.is_running() && durable <= learner.sent {
                         let taken_ns = learner.on_durable(durable, call.now_ns);
@@ -461,7 +461,7 @@ impl Group {
     pub(super) fn on_peer_lost(&mut self, call: &mut Call<'_>, node: NodeId) {
         let Some(primary) = &mut self.primary else { return };
         if primary.learners.iter().any(|learner| learner.node == node) {
-            self.lose_learner(call, node, false);
+            self.lose_learner(call, node, None);
             return self.on_progress(call);
         }
         let Some(member) = primary.members.iter_mut().find(|member| member.node == node) else { return };

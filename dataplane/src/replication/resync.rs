@@ -38,8 +38,9 @@ pub(super) const COMPARE_BLOCKS: usize = 64;
 /// Units on their way to learners, of a shard and of one learner.
 const PUSHES_MAX: usize = 16;
 const LEARNER_PUSHES_MAX: usize = 8;
-/// A learner whose store is full is asked no sooner than this, and the usual time between two questions, later.
-const FULL_WAIT_NS: u64 = 1_000_000_000;
+/// A learner whose store has no room, or does not get on, is asked no sooner than this, and the usual time between two
+/// questions, later. So clients do not wait all the time for what is kept for it.
+const LEFT_ALONE_NS: u64 = 1_000_000_000;
 /// A pass that left units out is followed by the next one after this.
 const RESUME_AFTER_NS: u64 = 200_000_000;
 
@@ -191,10 +192,8 @@ impl Learner {
         }
     }
 
-    /// Its store has no room: it is lost, and left alone for a while.
-    pub fn on_full(&mut self, call: &mut Call<'_>) {
-        self.lose(call);
-        self.asked_ns = Some(call.now_ns + FULL_WAIT_NS);
+    fn leave_alone(&mut self, call: &Call<'_>) {
+        self.asked_ns = Some(call.now_ns + LEFT_ALONE_NS);
     }
 
     /// It is too far behind for entries to be kept for it.
@@ -203,6 +202,7 @@ impl Learner {
             self.step = Step::Behind;
         } else {
             self.restart(call);
+            self.leave_alone(call);
         }
     }
 
@@ -299,14 +299,15 @@ impl Group {
         call.send(from, frames::numbered(Opcode::Commit, self.id, epoch, self.replica.acked.0));
     }
 
-    /// The learner, or the connection to it, lost its state.
-    pub(super) fn lose_learner(&mut self, call: &mut Call<'_>, node: NodeId, is_full: bool) {
+    /// The learner, or the connection to it, lost its state. `why`: the learner refused something.
+    pub(super) fn lose_learner(&mut self, call: &mut Call<'_>, node: NodeId, why: Option<Code>) {
         let Some(primary) = &mut self.primary else { return };
         primary.pushes.retain(|lock| lock.learner != node);
-        match self.learner(node) {
-            Some(learner) if is_full => learner.on_full(call),
-            Some(learner) => learner.lose(call),
-            None => {}
+        if let Some(learner) = self.learner(node) {
+            learner.lose(call);
+            if matches!(why, Some(Code::StorageFull | Code::Busy)) {
+                learner.leave_alone(call);
+            }
         }
         call.core.ticking.insert(self.id);
     }
@@ -549,7 +550,7 @@ impl Group {
     pub(super) fn on_pushed(&mut self, call: &mut Call<'_>, from: NodeId, header: &Header) {
         let Some(learner) = self.learner(from) else { return };
         if header.status == Some(Code::ReplicaBehind) {
-            return self.lose_learner(call, from, false);
+            return self.lose_learner(call, from, None);
         }
         if let Some(code) = header.status {
             tracing::debug!(group = %header.group, %from, block = %header.key, ?code, "a learner did not take a unit");

@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use xsan_dataplane::disk::buffers::{Buffer, Claim};
+use xsan_dataplane::disk::buffers::{Buffer, CLASS_BYTES, Claim};
 use xsan_dataplane::replication::Operation;
 use xsan_dataplane::store::PageData;
 use xsan_dataplane::volume::calls::Answer;
@@ -18,11 +18,11 @@ use xsan_protocol::units::{PAGE_SIZE, PAGES_PER_UNIT, PageRange, SECTOR_SIZE};
 use crate::check::{Access, SectorRange};
 use crate::plan::{MS, Plan, SECOND, US};
 use crate::process::data_of;
-use crate::world::{Event, World};
+use crate::world::{Event, TICK, World};
 
 const IO_TIMEOUT: u64 = 30 * SECOND;
-/// Clients wait for buffers no longer than this.
-const STARVED_MAX: u64 = SECOND;
+/// Clients wait for buffers that are not their own requests' no longer than this.
+const STARVED_TICKS_MAX: u64 = SECOND / TICK;
 const BACKOFF_FIRST: u64 = 2 * MS;
 const BACKOFF_MAX: u64 = 50 * MS;
 pub const POOL: PoolId = PoolId(1);
@@ -38,8 +38,8 @@ pub struct Workload {
     clients: Vec<Client>,
     operations: BTreeMap<u64, UnderWay>,
     next: u64,
-    /// Since when a host has had no buffer of so many bytes for its clients.
-    starved_since: BTreeMap<(usize, usize), u64>,
+    /// How long a host has had no buffer of so many bytes for its clients.
+    starved_ticks: BTreeMap<(usize, usize), u64>,
 }
 
 struct Client {
@@ -86,7 +86,7 @@ impl Workload {
             clients: clients.collect(),
             operations: BTreeMap::new(),
             next: 0,
-            starved_since: BTreeMap::new(),
+            starved_ticks: BTreeMap::new(),
         }
     }
 
@@ -162,21 +162,49 @@ impl World {
     fn buffer(&mut self, host: usize, bytes: usize, value: u64) -> Option<Buffer> {
         let pool = self.hosts[host].pool;
         let Some(mut buffer) = pool.alloc_for(Claim::Client, bytes) else {
-            let since = *self.workload.starved_since.entry((host, bytes)).or_insert(self.now);
-            if self.now > since + STARVED_MAX {
-                let free = pool.occupancy();
-                let what =
-                    format!("clients of host {host} wait for buffers of {bytes} bytes: {free:?} are free");
-                self.ledger.violation = Some(what);
-            }
+            self.workload.starved_ticks.entry((host, bytes)).or_insert(0);
             return None;
         };
-        self.workload.starved_since.remove(&(host, bytes));
         buffer.fill(0);
         for sector in buffer.chunks_exact_mut(SECTOR_SIZE as usize) {
             sector[..8].copy_from_slice(&value.to_le_bytes());
         }
         Some(buffer.freeze())
+    }
+
+    /// Looks for buffers that clients of a host wait for.
+    pub fn watch_starved(&mut self, host: usize) {
+        let waiting = self.workload.starved_ticks.range((host, 0)..(host + 1, 0));
+        let waiting: Vec<usize> = waiting.map(|((_, bytes), _)| *bytes).collect();
+        for bytes in waiting {
+            let lacks = self.lacks_buffers(host, bytes);
+            let entry = self.workload.starved_ticks.entry((host, bytes));
+            let ticks = *entry.and_modify(|ticks| *ticks += 1).or_default();
+            if !lacks {
+                self.workload.starved_ticks.remove(&(host, bytes));
+            } else if ticks > STARVED_TICKS_MAX {
+                let free = self.hosts[host].pool.occupancy();
+                let what =
+                    format!("clients of host {host} wait for buffers of {bytes} bytes: {free:?} are free");
+                self.ledger.violation = Some(what);
+            }
+        }
+    }
+
+    /// Would clients have to wait for a buffer even if their requests let go of all that they hold?
+    fn lacks_buffers(&self, host: usize, bytes: usize) -> bool {
+        let mut own = [0; CLASS_BYTES.len()];
+        for operation in self.workload.operations.values().filter(|operation| operation.host == host) {
+            if let Kind::One { operation: Operation::Write { data: PageData { bytes, .. }, .. }, .. }
+            | Kind::One { operation: Operation::WriteSectors { bytes, .. }, .. } = &operation.kind
+            {
+                own[CLASS_BYTES.partition_point(|class| *class < bytes.held_bytes())] += 1;
+            }
+        }
+        let free = self.hosts[host].pool.occupancy();
+        // Half of each class is never for clients.
+        let fits = |class: usize| 2 * (free[class].0 + own[class]) > free[class].1;
+        !(0..CLASS_BYTES.len()).any(|class| CLASS_BYTES[class] >= bytes && fits(class))
     }
 
     fn random_operation(&mut self, host: usize) -> Option<Operation> {
@@ -319,7 +347,7 @@ impl World {
 
     /// The gateway of a host is gone, and with it what was under way through it.
     pub fn lose_operations(&mut self, host: usize) {
-        self.workload.starved_since.retain(|(starved, _), _| *starved != host);
+        self.workload.starved_ticks.retain(|(starved, _), _| *starved != host);
         let lost: Vec<u64> = self
             .workload
             .operations

@@ -31,7 +31,7 @@ use crate::workload::Workload;
 /// Of a cluster, with the host that joins.
 const HOSTS_MAX: usize = 6;
 const JOURNAL_BYTES: u64 = 16 << 20;
-const TICK: u64 = 20 * MS;
+pub const TICK: u64 = 20 * MS;
 /// Lines of the log that are kept.
 const LOG_MAX: usize = 4000;
 /// How long it may take until the moment to strike.
@@ -397,6 +397,7 @@ impl World {
             Event::Tick { host, life } => {
                 if self.process_of(host, life).is_some() {
                     self.input(host, Input::Tick);
+                    self.watch_starved(host);
                     let at = self.hosts[host].data_paused_until.max(self.now) + TICK;
                     self.at(at, Event::Tick { host, life });
                 }
