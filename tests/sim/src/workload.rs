@@ -21,7 +21,7 @@ use crate::process::data_of;
 use crate::world::{Event, TICK, World};
 
 const IO_TIMEOUT: u64 = 30 * SECOND;
-/// Clients wait for buffers that are not their own requests' no longer than this.
+/// Clients wait for buffers that no request under way holds no longer than this.
 const STARVED_TICKS_MAX: u64 = SECOND / TICK;
 const BACKOFF_FIRST: u64 = 2 * MS;
 const BACKOFF_MAX: u64 = 50 * MS;
@@ -191,19 +191,25 @@ impl World {
         }
     }
 
-    /// Would clients have to wait for a buffer even if their requests let go of all that they hold?
+    /// Would clients have to wait for a buffer even if all requests under way let go of what they hold here?
     fn lacks_buffers(&self, host: usize, bytes: usize) -> bool {
-        let mut own = [0; CLASS_BYTES.len()];
-        for operation in self.workload.operations.values().filter(|operation| operation.host == host) {
-            if let Kind::One { operation: Operation::Write { data: PageData { bytes, .. }, .. }, .. }
-            | Kind::One { operation: Operation::WriteSectors { bytes, .. }, .. } = &operation.kind
-            {
-                own[CLASS_BYTES.partition_point(|class| *class < bytes.held_bytes())] += 1;
+        let Some(process) = &self.hosts[host].process else { return false };
+        let leads = |group| process.map.route(group).is_some_and(|(node, ..)| node == self.hosts[host].node);
+        let mut requests = [0; CLASS_BYTES.len()];
+        for under_way in self.workload.operations.values() {
+            let Kind::One { group, operation } = &under_way.kind else { continue };
+            let (Operation::Write { data: PageData { bytes, .. }, .. }
+            | Operation::WriteSectors { bytes, .. }) = operation
+            else {
+                continue;
+            };
+            if under_way.host == host || leads(*group) {
+                requests[CLASS_BYTES.partition_point(|class| *class < bytes.held_bytes())] += 1;
             }
         }
         let free = self.hosts[host].pool.occupancy();
         // Half of each class is never for clients.
-        let fits = |class: usize| 2 * (free[class].0 + own[class]) > free[class].1;
+        let fits = |class: usize| 2 * (free[class].0 + requests[class]) > free[class].1;
         !(0..CLASS_BYTES.len()).any(|class| CLASS_BYTES[class] >= bytes && fits(class))
     }
 
