@@ -94,7 +94,7 @@ pub enum StoreEvent {
     Pushed {
         token: u64,
     },
-    /// Everything durable when `Store::flush(token)` was called is on stable media.
+    /// Everything durable when `Store::flush(token)` was called is on stable media, and every reset taken until then.
     Flushed {
         token: u64,
     },

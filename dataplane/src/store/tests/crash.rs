@@ -55,6 +55,7 @@ fn every_kind() -> Vec<Step> {
         steps.push(Step::Write(0, PageRange::new(5, 1), content + 600));
         if round == 1 {
             steps.push(Step::Reset);
+            steps.push(Step::Flush);
         }
         steps.push(Step::Acknowledge);
         steps.push(Step::Write(2, PageRange::new(3, 1), content + 700));
@@ -162,7 +163,7 @@ impl Replay {
 
     fn begin_flush(&mut self) {
         let token = self.rig.token();
-        self.flush_covers = Some((token, self.model.groups[&GROUP].durable));
+        self.flush_covers = Some((token, self.model.groups[&GROUP].covered_by_flush()));
         self.rig.store.flush(token);
     }
 

@@ -122,6 +122,12 @@ impl Group {
         self.last_of(self.log.len())
     }
 
+    /// Records that a flush makes stable which is asked for now: the durable ones, and all up to the newest reset.
+    pub fn covered_by_flush(&self) -> usize {
+        let reset = self.log.iter().rposition(|event| matches!(event, Event::Reset { .. }));
+        self.durable.max(reset.map_or(0, |reset| reset + 1))
+    }
+
     pub fn last_durable(&self) -> Seq {
         self.last_of(self.durable).seq
     }
