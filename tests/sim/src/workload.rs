@@ -198,13 +198,14 @@ impl World {
         let mut requests = [0; CLASS_BYTES.len()];
         for under_way in self.workload.operations.values() {
             let Kind::One { group, operation } = &under_way.kind else { continue };
-            let (Operation::Write { data: PageData { bytes, .. }, .. }
-            | Operation::WriteSectors { bytes, .. }) = operation
-            else {
-                continue;
+            let held = match operation {
+                Operation::Write { data, .. } => data.bytes.len(),
+                Operation::WriteSectors { bytes, .. } => bytes.len(),
+                Operation::Read { pages, .. } => pages.bytes(),
+                _ => continue,
             };
             if under_way.host == host || leads(*group) {
-                requests[CLASS_BYTES.partition_point(|class| *class < bytes.held_bytes())] += 1;
+                requests[CLASS_BYTES.partition_point(|class| *class < held)] += 1;
             }
         }
         let free = self.hosts[host].pool.occupancy();
