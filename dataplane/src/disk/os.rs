@@ -8,6 +8,9 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::time::Duration;
 
+/// Since Linux 6.15; libc does not name it yet.
+const TCP_RTO_MAX_MS: libc::c_int = 44;
+
 fn check(result: libc::c_int) -> io::Result<libc::c_int> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }
@@ -54,8 +57,7 @@ pub fn set_user_timeout(socket: &impl AsRawFd, timeout: Duration) -> io::Result<
 /// # Errors
 /// `ENOPROTOOPT` before Linux 6.15: the kernel waits twice as long each time.
 pub fn set_retransmission_interval(socket: &impl AsRawFd, interval: Duration) -> io::Result<()> {
-    // TCP_RTO_MAX_MS, which libc does not name yet.
-    set_tcp_option(socket, 44, interval)
+    set_tcp_option(socket, TCP_RTO_MAX_MS, interval)
 }
 
 /// Sets an option that is a number of milliseconds.

@@ -57,9 +57,9 @@ impl Lag {
     /// What is missing for so long is late.
     const LATE_NS: u64 = 500_000_000;
 
-    /// Up to `has` is there, of what goes up to `wanted`.
+    /// Up to `has` is there, of what goes up to `wanted`: that may be less than it was.
     pub fn watch(&mut self, has: Seq, wanted: Seq, now_ns: u64) {
-        if self.0.is_none_or(|(seq, _)| has >= seq) {
+        if self.0.is_none_or(|(seq, _)| has >= seq.min(wanted)) {
             self.0 = (has < wanted).then_some((wanted, now_ns));
         }
     }
@@ -299,9 +299,6 @@ impl Replica {
         self.refused = None;
         self.last = last;
         self.acked = self.acked.min(last.seq);
-        if self.durable == last.seq {
-            self.lag = Lag::default();
-        }
     }
 
     /// Has this replica entries in memory that are applied and seen, or not yet applied?
@@ -396,4 +393,29 @@ pub(super) fn version_after(entry: &Entry, unit: u8, before: Version) -> Version
     let previous = if unit == entry.pages.first_unit() { entry.previous_first } else { entry.previous_last };
     let covers = entry.pages.covers_unit(unit);
     store::version_after(entry.version, entry.data.is_some(), covers, previous, before)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_missing_for_long_is_late_until_it_is_there_or_not_wanted_any_more() {
+        let mut lag = Lag::default();
+        let mut watch = |has: u64, wanted: u64, now_ms: u64| {
+            lag.watch(Seq(has), Seq(wanted), now_ms * 1_000_000);
+            lag.is_late(now_ms * 1_000_000)
+        };
+        assert!(!watch(5, 9, 0));
+        // Getting on, it is not late however much is wanted; what was wanted first counts.
+        assert!(!watch(8, 20, 499));
+        assert!(watch(8, 20, 500));
+        assert!(!watch(9, 30, 501));
+        assert!(!watch(29, 40, 1000));
+        assert!(watch(29, 40, 1001));
+        // What is not there was taken back.
+        assert!(!watch(29, 29, 1002));
+        assert!(!watch(29, 40, 1003));
+        assert!(watch(29, 41, 1503));
+    }
 }

@@ -4,16 +4,18 @@
 //! what surrounds it: clocks, network, devices, processes, and the agreement of Raft (one log, whose leader changes). Time is
 //! virtual: an event queue, and nothing waits. The same seed gives the same run, to the byte.
 //!
-//! Reading order: `world` (events), `process` (a data process's turn), `control`, `network`, `workload` (clients), `faults`
-//! (what goes wrong, and when), `check` (what must hold).
+//! Reading order: `world` (events, and the parts of a run), `host`, `process` (a data process's turn), `control`, `network`,
+//! `workload` (clients), `faults` (what goes wrong, and when), `rest` and `check` (what must hold).
 
 mod check;
 mod control;
 mod faults;
 mod host;
+mod memory;
 mod network;
 mod plan;
 mod process;
+mod rest;
 mod workload;
 mod world;
 

@@ -245,7 +245,7 @@ impl World {
         out: &mut Vec<Output>,
     ) {
         let Some(&peer) = process.peers.get(&connection) else { return };
-        let frame = self.receive(host, frame);
+        let frame = self.memory.receive(host, frame);
         let number = frame.header.request_id;
         match frame.header.opcode {
             Opcode::ReadReply | Opcode::WriteReply | Opcode::FlushReply | Opcode::BlockStatusReply => {

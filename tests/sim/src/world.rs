@@ -1,47 +1,36 @@
 //! The world: hosts, network and control plane, and the queue of what happens next.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BinaryHeap, VecDeque};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::collections::{BinaryHeap, VecDeque};
+use std::sync::Arc;
 
 use xsan_controlplane::lease::Beat;
 use xsan_controlplane::membership::heartbeat::Grant;
 use xsan_controlplane::placement::Proposal;
 use xsan_controlplane::state::ClusterState;
 use xsan_controlplane::state::command::Command;
-use xsan_dataplane::disk::buffers::{BufferPool, Claim};
-use xsan_dataplane::io::{Device, DeviceRole, DiskAction};
-use xsan_dataplane::net::connection::claim_of;
-use xsan_dataplane::net::frame::Frame;
-use xsan_dataplane::replication::{Driver, Replication};
-use xsan_dataplane::store::{FormatParameters, Options, Store, StoreStatus};
-use xsan_dataplane::testing::{Random, SimDevice};
-use xsan_protocol::ids::{BootId, Incarnation, MapVersion, NodeId, ShardIndex, StoreId};
-use xsan_protocol::map::{ClusterMap, DamagedStore};
+use xsan_dataplane::store::StoreStatus;
+use xsan_dataplane::testing::Random;
+use xsan_protocol::ids::{BootId, Incarnation, MapVersion};
+use xsan_protocol::map::ClusterMap;
 
 use crate::Summary;
 use crate::check::Ledger;
 use crate::control::ControlPlane;
-use crate::host::{Control, Host, InFlight};
+use crate::host::{Host, SLOW_FACTOR};
+use crate::memory::Memory;
 use crate::network::{ConnectionId, Network};
 use crate::plan::{MS, Plan, SECOND, Strike, US};
-use crate::process::{Input, Process};
+use crate::process::Input;
 use crate::workload::Workload;
 
-/// Of a cluster, with the host that joins.
-const HOSTS_MAX: usize = 6;
-const JOURNAL_BYTES: u64 = 16 << 20;
 pub const TICK: u64 = 20 * MS;
 /// Lines of the log that are kept.
 const LOG_MAX: usize = 4000;
 /// How long it may take until the moment to strike.
 const STRIKE_WAIT: u64 = SECOND;
-/// How much longer every operation of a slow device takes.
-const SLOW_FACTOR: u64 = 100;
-/// For destage to begin.
-const REST: u64 = 3 * SECOND;
 /// For a cluster without faults to be whole and quiet.
-const SETTLE_MAX: u64 = 120 * SECOND;
+pub const SETTLE_MAX: u64 = 120 * SECOND;
 /// A run that is not over after so many events goes round in circles.
 const EVENTS_MAX: u64 = 20_000_000;
 
@@ -126,59 +115,16 @@ pub struct World {
     pub faults: u64,
     pub events: u64,
     pub next_store: u64,
-    next_incarnation: u64,
-    next_operation: u64,
+    pub next_incarnation: u64,
+    pub next_operation: u64,
     log: VecDeque<String>,
-}
-
-/// Buffers of the data processes.
-#[derive(Clone, Copy)]
-pub struct Memory {
-    /// Of each host as much as a shard has by default.
-    pools: [&'static BufferPool; HOSTS_MAX],
-    /// What all of them together take beside.
-    overflow: &'static BufferPool,
-}
-
-impl Memory {
-    fn new() -> Self {
-        let pool = |_| BufferPool::anonymous(64 << 20);
-        Self { pools: std::array::from_fn(pool), overflow: BufferPool::anonymous(512 << 20) }
-    }
-
-    /// A frame whose data is in nobody's pool.
-    pub fn copy(&self, frame: Frame) -> Frame {
-        let Some(sent) = &frame.data else { return frame };
-        let mut buffer = self.overflow.alloc(sent.len()).expect("there is enough beside the pools");
-        buffer.copy_from_slice(sent);
-        Frame { data: Some(buffer.freeze()), ..frame }
-    }
-}
-
-/// Memory of threads that have ended: arenas are never freed.
-static MEMORIES: Mutex<Vec<Memory>> = Mutex::new(Vec::new());
-
-/// Memory of every run of one thread, and then of another.
-struct Lent(Memory);
-
-impl Drop for Lent {
-    fn drop(&mut self) {
-        MEMORIES.lock().unwrap_or_else(PoisonError::into_inner).push(self.0);
-    }
-}
-
-thread_local! {
-    static MEMORY: Lent = {
-        let lent = MEMORIES.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        Lent(lent.unwrap_or_else(Memory::new))
-    };
 }
 
 impl World {
     pub fn new(plan: Plan) -> Self {
         let mut random = Random::new(plan.seed ^ 0x5851_f42d_4c95_7f2d);
-        let memory = MEMORY.with(|memory| memory.0);
-        let host = |index| new_host(index, &plan, memory.pools[index], &mut random);
+        let memory = Memory::of_thread();
+        let host = |index| Host::new(index, &plan, memory.pools[index], &mut random);
         let hosts = (0..plan.nodes).map(host).collect();
         Self {
             random,
@@ -204,7 +150,7 @@ impl World {
 
     pub fn add_host(&mut self) -> usize {
         let index = self.hosts.len();
-        let host = new_host(index, &self.plan, self.memory.pools[index], &mut self.random);
+        let host = Host::new(index, &self.plan, self.memory.pools[index], &mut self.random);
         self.hosts.push(host);
         index
     }
@@ -285,7 +231,7 @@ impl World {
         self.run_until(SETTLE_MAX, Self::is_quiet)
     }
 
-    fn run_for(&mut self, end: u64) -> Result<(), String> {
+    pub fn run_for(&mut self, end: u64) -> Result<(), String> {
         while self.now < end {
             self.step()?;
         }
@@ -458,363 +404,5 @@ impl World {
             Event::Retry { operation } => self.try_operation(operation),
             Event::Fault => self.next_fault(),
         }
-    }
-
-    // Devices.
-
-    /// Hands an operation to the host's device.
-    pub fn submit(&mut self, host: usize, action: DiskAction) {
-        self.next_operation += 1;
-        let number = self.next_operation;
-        let mean = self.plan.device_ns;
-        let factor = if action.device() == DeviceRole::Capacity { self.plan.capacity_factor } else { 1 };
-        let mut wait = (mean / 2 + self.random.below(mean)) * factor;
-        if self.random.one_in(300) {
-            wait += self.random.below(30 * MS);
-        }
-        let this = &mut self.hosts[host];
-        if this.slow_until > self.now && (this.slow_cache || action.device() == DeviceRole::Capacity) {
-            wait *= SLOW_FACTOR;
-        }
-        let mark = match &action {
-            DiskAction::Flush { device, .. } => this.device(*device).mark(),
-            DiskAction::Read { .. } | DiskAction::Write { .. } => 0,
-        };
-        this.in_flight.insert(number, InFlight { action, mark });
-        let life = this.life;
-        self.after(wait, Event::Disk { host, life, number });
-    }
-
-    fn on_disk(&mut self, host: usize, life: u64, number: u64) {
-        let this = &mut self.hosts[host];
-        if this.life != life {
-            return;
-        }
-        let Some(InFlight { action, mark }) = this.in_flight.remove(&number) else { return };
-        let of_capacity = action.device() == DeviceRole::Capacity;
-        if matches!(action, DiskAction::Flush { .. }) && of_capacity && self.flush_may_fail(host) {
-            self.log(|| format!("host {host}: a flush fails"));
-            self.hosts[host].flush_to_fail = false;
-            self.hosts[host].capacity.fail_next_flush();
-        }
-        let completion = self.hosts[host].device(action.device()).clone().carry_out(action, mark);
-        self.input(host, Input::Disk(completion));
-    }
-
-    pub fn format(&mut self, host: usize) {
-        let store = self.new_store_id();
-        let this = &mut self.hosts[host];
-        this.store = store;
-        let parameters = FormatParameters {
-            cluster_id: "sim".to_owned(),
-            store,
-            created_ns: 1,
-            journal_bytes: Some(JOURNAL_BYTES),
-        };
-        let cache = this.cache.as_ref().map(|device| device as &dyn Device);
-        Store::format(&this.capacity, cache, &parameters, this.pool).expect("the devices are large enough");
-    }
-
-    // Processes.
-
-    /// Starts the data process of a host: opens its store, and links to the control process.
-    pub fn start_data(&mut self, host: usize) {
-        self.next_incarnation += 1;
-        let incarnation = Incarnation(self.next_incarnation);
-        let this = &mut self.hosts[host];
-        assert!(this.process.is_none() && this.powered);
-        let options = Options {
-            now_ns: this.clock(self.now).0,
-            cluster_id: Some("sim".to_owned()),
-            ..Options::default()
-        };
-        let cache = this.cache.as_ref().map(|device| device as &dyn Device);
-        let (store, recovered) = match Store::open(&this.capacity, cache, this.pool, options) {
-            Ok(opened) => opened,
-            Err(error) if this.damage_allowed => {
-                // The operator replaces the device.
-                self.log(|| format!("host {host}: its store does not open ({error}) and is replaced"));
-                self.replace_devices(host);
-                return self.start_data(host);
-            }
-            Err(error) => panic!("host {host}: a store without damage does not open: {error}"),
-        };
-        let is_damaged = recovered.damaged;
-        let intact_groups = recovered.intact_groups();
-        assert!(
-            !is_damaged || this.damage_allowed,
-            "host {host}: an undamaged store says that it is damaged"
-        );
-        let damaged = DamagedStore { store: this.store, intact_groups };
-        this.damaged_stores = is_damaged.then_some(damaged).into_iter().collect();
-        this.life += 1;
-        let (node, life) = (this.node, this.life);
-        let replication = Replication::new(node, incarnation, ShardIndex(0), this.pool);
-        let mut driver = Driver::new(replication);
-        driver.add_store(store, recovered);
-        this.process = Some(Process::new(incarnation, driver));
-        self.log(|| format!("host {host}: data process {incarnation} starts (damaged: {is_damaged})"));
-        self.after(TICK, Event::Tick { host, life });
-        self.after(1, Event::LinkUp { host, life });
-    }
-
-    pub fn replace_devices(&mut self, host: usize) {
-        let this = &mut self.hosts[host];
-        this.capacity = SimDevice::new(self.plan.device_bytes);
-        this.cache = this.cache.is_some().then(|| SimDevice::new(JOURNAL_BYTES + (1 << 20)));
-        self.format(host);
-    }
-
-    /// Takes a frame's data into the memory of the host that it reaches, as a connection does.
-    pub fn receive(&self, host: usize, frame: Frame) -> Frame {
-        let Some(sent) = &frame.data else { return frame };
-        let claim = claim_of(frame.header.opcode);
-        let buffer = self.hosts[host].pool.alloc_for(claim, sent.len());
-        let buffer = match claim {
-            Claim::Replication => {
-                let buffer = buffer.or_else(|| self.memory.overflow.alloc(sent.len()));
-                Some(buffer.expect("there is enough beside the pools"))
-            }
-            _ => buffer,
-        };
-        let Some(mut buffer) = buffer else { return Frame::busy(frame.header) };
-        buffer.copy_from_slice(sent);
-        Frame { data: Some(buffer.freeze()), ..frame }
-    }
-
-    /// SIGKILL: what the device was doing may end in part.
-    pub fn kill_data(&mut self, host: usize) {
-        let Some(process) = self.hosts[host].process.take() else { return };
-        let incarnation = process.incarnation;
-        self.log(|| format!("host {host}: data process {incarnation} is killed"));
-        drop(process);
-        let in_flight = std::mem::take(&mut self.hosts[host].in_flight);
-        for InFlight { action, .. } in in_flight.into_values() {
-            self.hosts[host].device(action.device()).clone().tear(&action, &mut self.random);
-        }
-        self.hosts[host].life += 1;
-        self.hosts[host].data_paused_until = 0;
-        self.drop_connections(host);
-        self.lose_operations(host);
-        let noticed = self.random.below(20 * MS);
-        self.after(noticed, Event::Death { host, incarnation });
-    }
-
-    pub fn kill_control(&mut self, host: usize) {
-        let control = &mut self.hosts[host].control;
-        if std::mem::replace(&mut control.alive, false) {
-            control.life += 1;
-            self.hosts[host].control_paused_until = 0;
-            self.log(|| format!("host {host}: control process is killed"));
-        }
-    }
-
-    /// The supervisor starts what should run and does not.
-    pub fn restart(&mut self, host: usize, wait: u64) {
-        let this = &self.hosts[host];
-        let (life, control_life) = (this.life, this.control.life);
-        if this.process.is_none() {
-            self.after(wait, Event::StartData { host, life });
-        }
-        if !self.hosts[host].control.alive {
-            self.after(wait / 2, Event::StartControl { host, life: control_life });
-        }
-    }
-
-    pub fn power_off(&mut self, host: usize) {
-        self.kill_data(host);
-        self.kill_control(host);
-        self.log(|| format!("host {host}: loses power"));
-        let this = &mut self.hosts[host];
-        this.powered = false;
-        this.boot.0 += 1_000;
-        for device in [Some(&this.capacity), this.cache.as_ref()].into_iter().flatten() {
-            device.lose_power(&mut self.random);
-        }
-    }
-
-    pub fn power_on(&mut self, host: usize) {
-        let this = &mut self.hosts[host];
-        if std::mem::replace(&mut this.powered, true) {
-            return;
-        }
-        this.booted_at = self.now;
-        this.clock_base = self.random.below(1000 * SECOND);
-        self.log(|| format!("host {host}: has power again"));
-        self.restart(host, 50 * MS);
-    }
-
-    /// Power of all hosts at once: what was not flushed may be lost, what was flushed may not.
-    fn blackout(&mut self) {
-        let power = self.plan.weights.damage == 0 && self.random.chance(60);
-        self.log(|| format!("all hosts {}", if power { "lose power" } else { "are killed" }));
-        for host in 0..self.hosts.len() {
-            if power {
-                self.power_off(host);
-            } else {
-                self.kill_data(host);
-                self.kill_control(host);
-            }
-        }
-        if power {
-            self.ledger.blackout();
-        }
-        // One may stay away for so long that the others go on without it.
-        let late = if self.random.one_in(4) { self.random.index(self.hosts.len()) } else { usize::MAX };
-        for host in 0..self.hosts.len() {
-            let wait = self.random.below(3 * SECOND) + if host == late { 15 * SECOND } else { 0 };
-            let boot = self.hosts[host].boot;
-            if power {
-                self.after(wait, Event::PowerOn { host, boot });
-            } else {
-                self.restart(host, wait);
-            }
-        }
-    }
-
-    // Rest.
-
-    fn all_registered(&self) -> bool {
-        let map = self.control.state.map();
-        self.hosts.iter().all(|host| {
-            let data = map.nodes.get(&host.node).and_then(|node| node.data.as_ref());
-            let process = host.process.as_ref();
-            data.zip(process).is_some_and(|(data, process)| data.incarnation == process.incarnation)
-        })
-    }
-
-    /// Every group has all the replicas that it can have, all of them alive and up to date, and nothing is under way.
-    pub fn is_quiet(&self) -> bool {
-        self.unrest().is_empty()
-    }
-
-    /// What is not at rest.
-    fn unrest(&self) -> String {
-        let state = &self.control.state;
-        let map = state.map();
-        if !self.all_registered() {
-            return "not every data process is registered".to_owned();
-        }
-        if let Some(operation) = self.workload.oldest() {
-            return operation;
-        }
-        let alive = self.hosts.len();
-        for group in map.groups.values() {
-            let pool = &map.pools[&group.id.pool()];
-            let wanted = usize::from(pool.replica_count).min(alive);
-            let current = group.members.iter().all(|member| {
-                let process = self.hosts[member.node.0 as usize - 1].process.as_ref();
-                process.is_some_and(|process| process.incarnation == member.incarnation)
-            });
-            if group.acting().count() != wanted || group.learners().count() > 0 || !current {
-                let members: Vec<_> =
-                    group.members.iter().map(|m| (m.node.0, m.incarnation.0, m.learner)).collect();
-                let states = group.members.iter().filter_map(|member| {
-                    let process = self.hosts[member.node.0 as usize - 1].process.as_ref()?;
-                    let store = process.driver.stores().next()?.status();
-                    let group = process.driver.replication.describe(group.id);
-                    Some(format!("\n node {}: {store:?} {group}", member.node))
-                });
-                let states: String = states.collect();
-                return format!("group {} {} {:?} {members:?}{states}", group.id, group.epoch, group.primary);
-            }
-        }
-        let mut active = 0;
-        for host in &self.hosts {
-            let process = host.process.as_ref().expect("all are registered");
-            if process.map.version != state.version() {
-                return format!("node {} does not have the newest map", host.node);
-            }
-            let status = process.driver.replication.status();
-            active += status.groups_active;
-            if status.writes_in_flight + status.requests_waiting > 0 || status.resync_bytes_left > 0 {
-                return format!("node {}: {status:?}", host.node);
-            }
-            if let Some(group) = process.driver.replication.busy_group() {
-                let state = process.driver.replication.describe(group);
-                return format!("node {} has something to do for group {group}: {state}", host.node);
-            }
-        }
-        if active != map.groups.len() {
-            return format!("{active} of {} groups serve", map.groups.len());
-        }
-        String::new()
-    }
-
-    /// What nobody damaged is as it should be, whatever was lost with the power.
-    fn check_checksums(&self) -> Result<(), String> {
-        for host in self.hosts.iter().filter(|host| !host.damage_allowed) {
-            let stores = host.process.iter().flat_map(|process| process.driver.stores());
-            let errors: u64 = stores.map(|store| store.status().counters.checksum_errors).sum();
-            if errors > 0 {
-                return Err(format!("node {} met {errors} damaged pages that nobody damaged", host.node));
-            }
-        }
-        Ok(())
-    }
-
-    /// At rest nobody holds a buffer: destage, which copies what is in the journals to its place, comes to its end.
-    fn check_buffers(&mut self) -> Result<(), String> {
-        self.run_for(self.now + REST)?;
-        let at_rest = |world: &Self| world.buffers_held() == 0 && world.is_quiet();
-        self.run_until(SETTLE_MAX, at_rest)
-            .map_err(|violation| format!("{violation}; {} buffers are held", self.buffers_held()))
-    }
-
-    fn buffers_held(&self) -> usize {
-        let pools = self.memory.pools.iter().chain([&self.memory.overflow]);
-        pools.flat_map(|pool| pool.occupancy()).map(|(free, all)| all - free).sum()
-    }
-
-    /// Content of every replica, by a process that opens the stores anew.
-    pub fn check_replicas(&mut self) -> Result<(), String> {
-        let map = self.control.state.map().clone();
-        let mut contents = BTreeMap::new();
-        for host in 0..self.hosts.len() {
-            let stores = self.hosts[host].process.iter().flat_map(|process| process.driver.stores());
-            let given_away: u64 = stores.map(|store| store.status().used_bytes).sum();
-            self.kill_data(host);
-            let node = self.hosts[host].node;
-            // What a store lost to damage shows when it is opened; its peers would make up for it.
-            if !self.hosts[host].damage_allowed {
-                let (content, used_bytes) = crate::check::contents(&self.hosts[host])?;
-                if used_bytes != given_away {
-                    return Err(format!(
-                        "node {node} has given away {given_away} bytes, its blocks hold {used_bytes}"
-                    ));
-                }
-                contents.insert(node, content);
-            }
-        }
-        crate::check::compare(&map, &contents)
-    }
-}
-
-fn new_host(index: usize, plan: &Plan, pool: &'static BufferPool, random: &mut Random) -> Host {
-    let drift = random.below(2 * plan.drift_ppm + 1) as i64 - plan.drift_ppm as i64;
-    Host {
-        node: NodeId(index as u32 + 1),
-        powered: true,
-        boot: BootId(index as u64 + 1),
-        clock_base: random.below(1000 * SECOND),
-        booted_at: 0,
-        drift_ppm: drift,
-        store: StoreId(0),
-        damaged_stores: Vec::new(),
-        damage_allowed: false,
-        capacity: SimDevice::new(plan.device_bytes),
-        cache: plan.cached.then(|| SimDevice::new(JOURNAL_BYTES + (1 << 20))),
-        in_flight: BTreeMap::new(),
-        slow_until: 0,
-        flush_to_fail: false,
-        slow_cache: false,
-        found_slow_until: 0,
-        maps_late_until: 0,
-        control: Control { alive: false, life: 0, link: Default::default(), known: Arc::default() },
-        pool,
-        process: None,
-        life: 0,
-        data_paused_until: 0,
-        control_paused_until: 0,
     }
 }

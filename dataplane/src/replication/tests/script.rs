@@ -741,12 +741,16 @@ fn what_is_kept_for_late_learners_is_bounded() {
             replication.bound_retained(bytes, crate::replication::Learner::is_late, store, now_ns, out);
         });
         script.run("tick 200");
-        script.text.contains("LearnStart")
+        script.text.contains("unsend to 3")
     };
     assert!(!bound(&mut script, PAGE_SIZE), "for one that is not late all is kept: {}", script.text);
     script.run("tick 500");
     assert!(!bound(&mut script, 4 * PAGE_SIZE), "{}", script.text);
     assert!(bound(&mut script, PAGE_SIZE), "{}", script.text);
+    script.run("tick 800");
+    assert!(!script.text.contains("LearnStart"), "it is left alone: {}", script.text);
+    script.run("tick 200");
+    assert!(script.text.contains("LearnStart"), "{}", script.text);
 }
 
 #[test]

@@ -234,6 +234,34 @@ fn a_failed_flush_latches_the_store() {
 }
 
 #[test]
+fn a_failed_store_lets_go_of_what_is_on_its_way() {
+    let mut rig = Rig::new(7, false);
+    rig.write(GROUP, key(1), PageRange::new(0, 1), 1);
+    rig.settle();
+    let pages = PageRange::new(0, 16);
+    let queued = data(2, 16);
+    let held = queued.bytes.clone();
+    let push = Record::Push {
+        token: 77,
+        group: GROUP,
+        key: key(2),
+        unit: 0,
+        version: version(1, 1),
+        as_of: Seq(1),
+        data: Some(queued),
+    };
+    rig.store.flush(50);
+    rig.fail_next_flush = true;
+    rig.end_turn();
+    rig.store.append(push).unwrap();
+    let held = held.try_into_mut().expect_err("the store has it, too");
+    assert!(rig.complete_one(), "the flush fails");
+    rig.settle();
+    assert!(held.try_into_mut().is_ok(), "nobody else has it");
+    assert!(rig.read(GROUP, key(2), pages).is_err());
+}
+
+#[test]
 fn a_full_store_refuses_new_places_and_goes_on() {
     let mut rig = Rig::with_bytes(8, false, 40 << 20);
     let mut written = 0;

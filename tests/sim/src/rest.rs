@@ -1,0 +1,121 @@
+//! What comes to rest once the faults have ended, and what must then be true of every host.
+
+use std::collections::BTreeMap;
+
+use crate::plan::SECOND;
+use crate::world::{SETTLE_MAX, World};
+
+/// For destage to begin.
+const REST: u64 = 3 * SECOND;
+
+impl World {
+    pub fn all_registered(&self) -> bool {
+        let map = self.control.state.map();
+        self.hosts.iter().all(|host| {
+            let data = map.nodes.get(&host.node).and_then(|node| node.data.as_ref());
+            let process = host.process.as_ref();
+            data.zip(process).is_some_and(|(data, process)| data.incarnation == process.incarnation)
+        })
+    }
+
+    /// Every group has all the replicas that it can have, all of them alive and up to date, and nothing is under way.
+    pub fn is_quiet(&self) -> bool {
+        self.unrest().is_empty()
+    }
+
+    /// What is not at rest.
+    pub fn unrest(&self) -> String {
+        let state = &self.control.state;
+        let map = state.map();
+        if !self.all_registered() {
+            return "not every data process is registered".to_owned();
+        }
+        if let Some(operation) = self.workload.oldest() {
+            return operation;
+        }
+        let alive = self.hosts.len();
+        for group in map.groups.values() {
+            let pool = &map.pools[&group.id.pool()];
+            let wanted = usize::from(pool.replica_count).min(alive);
+            let current = group.members.iter().all(|member| {
+                let process = self.hosts[member.node.0 as usize - 1].process.as_ref();
+                process.is_some_and(|process| process.incarnation == member.incarnation)
+            });
+            if group.acting().count() != wanted || group.learners().count() > 0 || !current {
+                let members: Vec<_> =
+                    group.members.iter().map(|m| (m.node.0, m.incarnation.0, m.learner)).collect();
+                let states = group.members.iter().filter_map(|member| {
+                    let process = self.hosts[member.node.0 as usize - 1].process.as_ref()?;
+                    let store = process.driver.stores().next()?.status();
+                    let group = process.driver.replication.describe(group.id);
+                    Some(format!("\n node {}: {store:?} {group}", member.node))
+                });
+                let states: String = states.collect();
+                return format!("group {} {} {:?} {members:?}{states}", group.id, group.epoch, group.primary);
+            }
+        }
+        let mut active = 0;
+        for host in &self.hosts {
+            let process = host.process.as_ref().expect("all are registered");
+            if process.map.version != state.version() {
+                return format!("node {} does not have the newest map", host.node);
+            }
+            let status = process.driver.replication.status();
+            active += status.groups_active;
+            if status.writes_in_flight + status.requests_waiting > 0 || status.resync_bytes_left > 0 {
+                return format!("node {}: {status:?}", host.node);
+            }
+            if let Some(group) = process.driver.replication.busy_group() {
+                let state = process.driver.replication.describe(group);
+                return format!("node {} has something to do for group {group}: {state}", host.node);
+            }
+        }
+        if active != map.groups.len() {
+            return format!("{active} of {} groups serve", map.groups.len());
+        }
+        String::new()
+    }
+
+    /// What nobody damaged is as it should be, whatever was lost with the power.
+    pub fn check_checksums(&self) -> Result<(), String> {
+        for host in self.hosts.iter().filter(|host| !host.damage_allowed) {
+            let stores = host.process.iter().flat_map(|process| process.driver.stores());
+            let errors: u64 = stores.map(|store| store.status().counters.checksum_errors).sum();
+            if errors > 0 {
+                return Err(format!("node {} met {errors} damaged pages that nobody damaged", host.node));
+            }
+        }
+        Ok(())
+    }
+
+    /// At rest nobody holds a buffer: destage, which copies what is in the journals to its place, comes to its end.
+    pub fn check_buffers(&mut self) -> Result<(), String> {
+        self.run_for(self.now + REST)?;
+        let at_rest = |world: &Self| world.memory.held() == 0 && world.is_quiet();
+        self.run_until(SETTLE_MAX, at_rest)
+            .map_err(|violation| format!("{violation}; {} buffers are held", self.memory.held()))
+    }
+
+    /// Content of every replica, by a process that opens the stores anew.
+    pub fn check_replicas(&mut self) -> Result<(), String> {
+        let map = self.control.state.map().clone();
+        let mut contents = BTreeMap::new();
+        for host in 0..self.hosts.len() {
+            let stores = self.hosts[host].process.iter().flat_map(|process| process.driver.stores());
+            let given_away: u64 = stores.map(|store| store.status().used_bytes).sum();
+            self.kill_data(host);
+            let node = self.hosts[host].node;
+            // What a store lost to damage shows when it is opened; its peers would make up for it.
+            if !self.hosts[host].damage_allowed {
+                let (content, used_bytes) = crate::check::contents(&self.hosts[host])?;
+                if used_bytes != given_away {
+                    return Err(format!(
+                        "node {node} has given away {given_away} bytes, its blocks hold {used_bytes}"
+                    ));
+                }
+                contents.insert(node, content);
+            }
+        }
+        crate::check::compare(&map, &contents)
+    }
+}
