@@ -23,7 +23,7 @@ macro_rules! mutations {
 
             /// Are the crashes of the store alone to find it? The moment is too short for the simulator, which comes by at random.
             pub const fn needs_every_crash(self) -> bool {
-                matches!(self, Self::JournalFreedEarly | Self::JournalFreedUnflushed | Self::FlushBeforeReset)
+                matches!(self, Self::JournalFreedEarly | Self::JournalFreedUnflushed)
             }
         }
     };
@@ -46,7 +46,6 @@ mutations! {
     FlushCoversLaterWrites: "a flush counts for what was acknowledged while it was under way",
     FlushServesLateComers: "who asks for a flush while one is under way is answered with it",
     StoreFlushCoversLater: "a device's flush counts for what was written while it was under way",
-    FlushBeforeReset: "a flush does not wait for the reset of a replica, which drops its journal's tail",
     FuaForgotten: "a write with FUA is answered without a flush",
     RecoveredIsStable: "what a restarted process found in its journal counts as on stable media",
     FencedRequestKept: "requests of a fenced session go on",

@@ -1,7 +1,7 @@
 //! One TCP connection between two shards, or from a client: hello, then frames both ways.
 //!
-//! The reader hands over every frame that one system call brought as one batch; the writer sends what a turn queued
-//! with one `writev`, or with few if it is much. Used by `shard`. Knows frames and buffers; no group and no request.
+//! The reader hands over every frame that one system call brought as one batch; the writer sends all that a
+//! turn queued with one `writev`. Used by `shard`. Knows frames and buffers; no group and no request.
 //!
 //! Invariants
 //! - A frame is handed over only when all of its checksums are right; else the connection is closed.
@@ -10,7 +10,6 @@
 //!   them would wait, and with them the buffers of others: nodes would wait for one another in a circle.
 
 use std::cell::{Cell, RefCell};
-use std::collections::VecDeque;
 use std::future::{Future, poll_fn};
 use std::io;
 use std::net::SocketAddr;
@@ -44,8 +43,6 @@ const RETRANSMISSION_MAX: Duration = Duration::from_secs(1);
 const POOL_RETRY: Duration = Duration::from_micros(500);
 /// What one system call receives at most, but for large payloads.
 const RECEIVE_BYTES: usize = 64 * 1024;
-/// What one system call sends at most, but for its last payload.
-const SEND_BYTES: usize = 256 * 1024;
 
 /// Why a connection ended or was never made.
 #[derive(Debug, thiserror::Error)]
@@ -81,14 +78,13 @@ pub struct Counters {
     pub copied_bytes: Cell<u64>,
 }
 
-/// Frames on their way out of one connection; bounded by what the protocols above allow in flight. Those that the writer has
-/// taken are on their way for good: it takes few, so that a peer that hears nothing holds few buffers.
+/// Frames on their way out of one connection; bounded by what the protocols above allow in flight.
 #[derive(Clone, Default)]
 pub struct Outbox(Rc<Queue>);
 
 #[derive(Default)]
 struct Queue {
-    frames: RefCell<VecDeque<Frame>>,
+    frames: RefCell<Vec<Frame>>,
     wake: Notify,
     closed: Cell<bool>,
     reader_wake: Notify,
@@ -98,7 +94,7 @@ impl Outbox {
     /// Queues a frame; `wake` sends it.
     pub fn push(&self, frame: Frame) {
         if !self.0.closed.get() {
-            self.0.frames.borrow_mut().push_back(frame);
+            self.0.frames.borrow_mut().push(frame);
         }
     }
 
@@ -106,7 +102,8 @@ impl Outbox {
         self.0.wake.notify();
     }
 
-    /// Drops the queued frames that are `unwanted`.
+    /// Drops what is `unwanted` and the writer has not taken: a socket that takes nothing more keeps one batch of frames in
+    /// memory, and the others are here.
     pub fn discard(&self, unwanted: impl Fn(&Header) -> bool) {
         self.0.frames.borrow_mut().retain(|frame| !unwanted(&frame.header));
     }
@@ -362,15 +359,20 @@ impl Memory {
     }
 }
 
-/// Sends what is queued until the connection is closed.
+/// Sends what is queued, all of it at each wake, until the connection is closed.
 async fn write_frames(mut writer: OwnedWriteHalf<TcpStream>, outbox: Outbox, counters: Rc<Counters>) {
     let mut gather = Gather::default();
     let mut head = Vec::new();
     let queue = &outbox.0;
     while !queue.closed.get() {
+        queue.wake.notified().await;
+        let frames = std::mem::take(&mut *queue.frames.borrow_mut());
+        if frames.is_empty() {
+            continue;
+        }
         let mut bytes = 0;
-        while bytes < SEND_BYTES {
-            let Some(frame) = queue.frames.borrow_mut().pop_front() else { break };
+        counters.frames_sent.set(counters.frames_sent.get() + frames.len() as u64);
+        for frame in frames {
             head.clear();
             frame.encode_head(&mut head);
             gather.push_head(&head);
@@ -379,11 +381,6 @@ async fn write_frames(mut writer: OwnedWriteHalf<TcpStream>, outbox: Outbox, cou
                 bytes += data.len();
                 gather.push_data(data);
             }
-            counters.frames_sent.set(counters.frames_sent.get() + 1);
-        }
-        if bytes == 0 {
-            queue.wake.notified().await;
-            continue;
         }
         counters.sent_bytes.set(counters.sent_bytes.get() + bytes as u64);
         gather.seal();

@@ -16,7 +16,7 @@ use crate::store::{PageData, Record};
 pub enum Action {
     /// To the shard of `to` that owns its store of the frame's group, over the one connection between the two shards.
     Send { to: NodeId, frame: Frame },
-    /// What was to be sent to `to` as the group's primary need not be: it may stay away, or arrive.
+    /// Content of the group that is still to be sent to `to` need not be: it may stay away, or arrive.
     Unsend { to: NodeId, group: GroupId },
     /// `Store::append`; an error comes back through `Replication::on_append_refused`.
     Append { store: StoreId, record: Record },

@@ -241,7 +241,7 @@ impl Call<'_> {
         self.out.push(Action::Send { to, frame });
     }
 
-    /// What is still to be sent to `to` as the group's primary is of no use any more: its buffers are.
+    /// Content that is still to be sent to `to` is of no use any more there; its buffers are, here.
     pub fn unsend(&mut self, to: NodeId, group: GroupId) {
         self.out.push(Action::Unsend { to, group });
     }

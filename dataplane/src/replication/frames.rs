@@ -16,22 +16,9 @@ use crate::store::{Entry, PageData};
 pub(super) const KEY_MAX: BlockKey =
     BlockKey { lineage: Lineage(u64::MAX), layer: Layer(u32::MAX), index: BlockIndex(u32::MAX) };
 
-/// Is it what a primary sends to its members and learners?
-pub const fn is_command(opcode: Opcode) -> bool {
-    matches!(
-        opcode,
-        Opcode::Append
-            | Opcode::Commit
-            | Opcode::Peer
-            | Opcode::Fetch
-            | Opcode::MemberFlush
-            | Opcode::LearnStart
-            | Opcode::Compare
-            | Opcode::Push
-            | Opcode::FetchPages
-            | Opcode::Check
-            | Opcode::Mend
-    )
+/// Does it bring a member or learner content that it is to have, so that no answer is missed if it does not?
+pub const fn is_content(opcode: Opcode) -> bool {
+    matches!(opcode, Opcode::Append | Opcode::Push)
 }
 
 pub(super) fn frame(opcode: Opcode, group: GroupId, epoch: Epoch) -> Frame {

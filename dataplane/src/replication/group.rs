@@ -129,10 +129,19 @@ impl Group {
     }
 
     pub fn on_frame(&mut self, call: &mut Call<'_>, from: NodeId, frame: Frame) {
-        if frames::is_command(frame.header.opcode) {
-            self.on_command(call, from, frame);
-        } else {
-            self.on_answer(call, from, frame);
+        match frame.header.opcode {
+            Opcode::Append
+            | Opcode::Commit
+            | Opcode::Peer
+            | Opcode::Fetch
+            | Opcode::MemberFlush
+            | Opcode::LearnStart
+            | Opcode::Compare
+            | Opcode::Push
+            | Opcode::FetchPages
+            | Opcode::Check
+            | Opcode::Mend => self.on_command(call, from, frame),
+            _ => self.on_answer(call, from, frame),
         }
     }
 
@@ -175,7 +184,7 @@ impl Group {
             Opcode::FetchPages => self.on_fetch_pages(call, from, &header),
             Opcode::Check => self.on_check(call, from, &header),
             Opcode::Mend => self.on_mend(call, from, frame),
-            _ => unreachable!("on_frame passes commands only"),
+            _ => unreachable!("on_frame passes these opcodes only"),
         }
     }
 
@@ -186,6 +195,9 @@ impl Group {
             Ok(entry) => entry,
             Err(code) => return refuse(call, from, &header, code),
         };
+        if !self.replica.takes_entries() {
+            return refuse(call, from, &header, Code::ReplicaBehind);
+        }
         let (seq, last) = (entry.version.seq, self.replica.last);
         if seq <= last.seq {
             self.replica.on_acked(call, entry.acked);
@@ -219,10 +231,12 @@ impl Group {
     fn on_peer(&mut self, call: &mut Call<'_>, from: NodeId, header: &Header) {
         let resumes = self.role == Role::Learner
             && self.fence.is_some_and(|fence| fence.epoch == header.epoch)
-            && self.learning.as_ref().is_some_and(Learning::is_started)
-            && !self.replica.is_late(call.now_ns);
+            && self.learning.as_ref().is_some_and(Learning::is_started);
         if self.role != Role::Acting && !resumes {
             return refuse(call, from, header, Code::ReplicaBehind);
+        }
+        if resumes && self.replica.is_late(call.now_ns) {
+            return refuse(call, from, header, Code::Busy);
         }
         if !resumes {
             self.learning = None;
@@ -293,6 +307,12 @@ impl Group {
         self.on_vouched(call);
     }
 
+    /// The journal has let go of what the replica dropped.
+    pub fn on_reset(&mut self, call: &mut Call<'_>) {
+        self.replica.on_reset();
+        self.learn(call);
+    }
+
     /// What the replica vouches for may have grown.
     pub fn on_vouched(&mut self, call: &mut Call<'_>) {
         if self.primary.is_some() {
@@ -330,7 +350,7 @@ impl Group {
 
     /// What a learner holds in memory, and whether its journal is late with it.
     pub fn learner_holds(&self, now_ns: u64) -> Option<(usize, bool)> {
-        let learner = self.role == Role::Learner && !self.replica.is_reset_refused();
+        let learner = self.role == Role::Learner;
         learner.then(|| (self.replica.held_bytes(), self.replica.is_late(now_ns)))
     }
 

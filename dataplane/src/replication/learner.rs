@@ -36,10 +36,18 @@ const _: () =
 #[derive(Debug, Default)]
 pub(super) struct Learning {
     attempt: Option<u32>,
-    /// LearnStart, while entries of the old tail are still on their way to the journal.
-    starting: Option<(NodeId, Header)>,
+    starting: Option<Starting>,
     /// In order of arrival, with the entry up to which the state is to be applied.
     waiting: VecDeque<(NodeId, Seq, Frame)>,
+}
+
+/// LearnStart, until the journal has let go of the old tail.
+#[derive(Debug)]
+struct Starting {
+    from: NodeId,
+    header: Header,
+    /// Nothing of the old tail is on its way there any more, and the reset is.
+    is_reset: bool,
 }
 
 impl Learning {
@@ -65,7 +73,12 @@ impl Group {
         if same && learning.attempt == Some(attempt) {
             return answer_start(call, from, header);
         }
-        *learning = Learning { starting: Some((from, *header)), ..Learning::default() };
+        let is_starting = |starting: &Starting| frames::learn_start_of(&starting.header).1 == attempt;
+        if same && learning.starting.as_ref().is_some_and(is_starting) {
+            return;
+        }
+        let starting = Starting { from, header: *header, is_reset: false };
+        *learning = Learning { starting: Some(starting), ..Learning::default() };
         self.learn(call);
     }
 
@@ -97,7 +110,7 @@ impl Group {
             self.replica.apply_limit = learning.waiting.front().map(|(_, as_of, _)| *as_of);
             let Some((_, as_of, _)) = learning.waiting.front() else { break };
             let as_of = *as_of;
-            if self.replica.durable < as_of || self.replica.is_reset_refused() {
+            if self.replica.durable < as_of {
                 break;
             }
             self.replica.on_acked(call, as_of);
@@ -116,11 +129,15 @@ impl Group {
         if !self.replica.is_settled() {
             return;
         }
-        let Some((from, header)) = learning.starting.take() else { return };
-        let (after, attempt) = frames::learn_start_of(&header);
+        let Some(starting) = &mut learning.starting else { return };
+        let (after, attempt) = frames::learn_start_of(&starting.header);
+        if !std::mem::replace(&mut starting.is_reset, true) {
+            self.replica.reset(call, after);
+            return self.restart_reports();
+        }
+        let Starting { from, header, .. } = *starting;
+        learning.starting = None;
         learning.attempt = Some(attempt);
-        self.replica.reset(call, after);
-        self.restart_reports();
         answer_start(call, from, &header);
     }
 

@@ -8,7 +8,7 @@
 //! - When a store refuses a record, the later records of the same group in the same `out` are not offered to it; all of
 //!   them, in order, go to [`Replication::on_append_refused`].
 //! - Frames of one group to one node travel in order, on one connection. Frames are lost only when it breaks, which is told
-//!   by [`Replication::on_peer_lost`], and its return by [`Replication::on_peer_up`].
+//!   by [`Replication::on_peer_lost`], and its return by [`Replication::on_peer_up`]; and content, where [`Action::Unsend`] says so.
 //!
 //! Source: DESIGN.md §6; Lin et al., "PacificA", 2008, for leaving the configuration to a separate consensus.
 
@@ -28,6 +28,7 @@ mod driver;
 mod flush;
 mod frames;
 mod group;
+mod lag;
 mod learner;
 mod pace;
 mod peering;
@@ -43,7 +44,7 @@ mod status;
 pub use action::{Action, Change, Operation, Origin, Reply, Request, RequestId};
 pub use call::Stores;
 pub use driver::{Driver, Output, StoreTable};
-pub use frames::is_command;
+pub use frames::is_content;
 pub use scrub::{ScrubFindings, ScrubOrder, ScrubOutcome, ScrubStatus};
 pub use status::{Counters, ReplicationStatus, SlowMember, Stage};
 
@@ -255,6 +256,11 @@ impl Replication {
                     self.with(group, stores, now_ns, out, |group, call| group.on_durable(call, seq));
                 }
             }
+            StoreEvent::Reset { group } => {
+                if self.groups.get(&group).is_some_and(|group| group.replica.store == store) {
+                    self.with(group, stores, now_ns, out, |group, call| group.on_reset(call));
+                }
+            }
             StoreEvent::Pushed { token } => {
                 let mut call = Call { core: &mut self.core, stores, now_ns, out };
                 group::answer_push(&mut call, token, None);
@@ -438,7 +444,12 @@ impl Replication {
                 late.push(Action::Withdraw { store: group.replica.store, group: group.id });
             }
         }
-        if total > bound {
+        if total > bound && !late.is_empty() {
+            tracing::warn!(
+                bytes = total,
+                groups = late.len(),
+                "late learners forget what their devices have not taken"
+            );
             out.append(&mut late);
         }
     }

@@ -543,7 +543,8 @@ impl Group {
         }
     }
 
-    /// What this primary has still to send is of an epoch that has passed: who gets it refuses it.
+    /// What this primary has still to send is of an epoch that has passed. Whom it reaches may take it, for as long as it knows of no
+    /// newer one; what it lacks then, it is asked for.
     pub(super) fn unsend_all(&mut self, call: &mut Call<'_>) {
         let Some(primary) = &self.primary else { return };
         let members = primary.members.iter().map(|member| member.node).filter(|node| *node != call.node());

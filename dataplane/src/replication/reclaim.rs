@@ -116,9 +116,7 @@ impl Group {
 
     /// Empties the replica, a few blocks at a time.
     pub(super) fn go_on_forgetting(&mut self, call: &mut Call<'_>) {
-        let ready = self.replica.is_settled()
-            && !self.replica.is_reset_refused()
-            && self.replica.is_view_fresh(call.core.turn);
+        let ready = self.replica.is_settled() && self.replica.is_view_fresh(call.core.turn);
         if !self.forgetting || !ready || call.core.has_failed(self.replica.store) {
             return;
         }

@@ -18,6 +18,7 @@ use xsan_protocol::units::PageRange;
 use super::action::Action;
 use super::call::Call;
 use super::flush::FlushWaiter;
+use super::lag::Lag;
 use crate::store::{self, Entry, GroupTail, Record};
 
 #[derive(Debug)]
@@ -40,7 +41,7 @@ pub(super) struct Replica {
     base: Option<Version>,
     /// The store refused this entry; it and those behind it are offered again at the next tick.
     refused: Option<Seq>,
-    refused_reset: bool,
+    reset: ResetState,
     /// How its journal gets on with what it was sent.
     lag: Lag,
     /// Entries that count only once they are on stable media.
@@ -49,24 +50,13 @@ pub(super) struct Replica {
     syncing: Option<(u64, Seq)>,
 }
 
-/// How long a part of something has been missing.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Lag(Option<(Seq, u64)>);
-
-impl Lag {
-    /// What is missing for so long is late.
-    const LATE_NS: u64 = 500_000_000;
-
-    /// Up to `has` is there, of what goes up to `wanted`: that may be less than it was.
-    pub fn watch(&mut self, has: Seq, wanted: Seq, now_ns: u64) {
-        if self.0.is_none_or(|(seq, _)| has >= seq.min(wanted)) {
-            self.0 = (has < wanted).then_some((wanted, now_ns));
-        }
-    }
-
-    pub fn is_late(&self, now_ns: u64) -> bool {
-        self.0.is_some_and(|(_, since_ns)| now_ns >= since_ns + Self::LATE_NS)
-    }
+/// What became of the record by which a replica drops its journal's tail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum ResetState {
+    Done,
+    Offered,
+    /// It is offered again at the next tick.
+    Refused,
 }
 
 impl Replica {
@@ -88,7 +78,7 @@ impl Replica {
             pending: VecDeque::new(),
             base: None,
             refused: None,
-            refused_reset: false,
+            reset: ResetState::Done,
             lag: Lag::default(),
             must_sync: VecDeque::new(),
             syncing: None,
@@ -292,8 +282,13 @@ impl Replica {
         self.lag.is_late(now_ns)
     }
 
-    /// The store has taken back what comes behind `last`: it never came.
+    /// The store has taken back what comes behind `last`: it never came, and whether it is acknowledged is for those to know who
+    /// have it.
+    ///
+    /// # Panics
+    /// The journal had some of that.
     pub fn on_withdrawn(&mut self, last: Version) {
+        assert!(last.seq >= self.durable, "{last} was taken back, and {} was durable", self.durable);
         while self.pending.pop_back_if(|entry| entry.version.seq > last.seq).is_some() {}
         self.must_sync.retain(|seq| *seq <= last.seq);
         self.refused = None;
@@ -303,18 +298,20 @@ impl Replica {
 
     /// Has this replica entries in memory that are applied and seen, or not yet applied?
     pub fn is_busy(&self) -> bool {
-        !self.pending.is_empty() || self.refused_reset
+        !self.pending.is_empty() || self.reset == ResetState::Refused
     }
 
-    /// Is anything on its way to the journal?
+    /// Is nothing on its way to the journal?
     pub fn is_settled(&self) -> bool {
-        self.durable == self.last.seq || self.refused == Some(self.durable.next())
+        let no_entry = self.durable == self.last.seq || self.refused == Some(self.durable.next());
+        no_entry && self.reset == ResetState::Done
     }
 
-    /// Drops what is not applied and goes on behind `last`: this node becomes a learner.
+    /// Drops what is not applied and goes on behind `last`: this node becomes a learner. Until that is in the journal, what it
+    /// dropped may come back with the next start: nothing may be built on it before `on_reset`.
     ///
     /// # Panics
-    /// Entries are on their way to the journal: their completion could be taken for that of later ones.
+    /// Something is on its way to the journal: its completion could be taken for that of something later.
     pub fn reset(&mut self, call: &mut Call<'_>, last: Version) {
         assert!(self.is_settled());
         self.touch(call.core.turn);
@@ -322,7 +319,8 @@ impl Replica {
         self.must_sync.clear();
         self.syncing = None;
         self.refused = None;
-        self.refused_reset = false;
+        self.reset = ResetState::Offered;
+        self.lag = Lag::default();
         self.apply_limit = None;
         self.base = Some(last);
         self.last = last;
@@ -350,29 +348,33 @@ impl Replica {
     }
 
     pub fn on_reset_refused(&mut self, call: &mut Call<'_>) {
-        self.refused_reset = true;
-        self.refused = Some(self.durable.next());
+        self.reset = ResetState::Refused;
         call.core.ticking.insert(self.group);
     }
 
-    /// Is there anything that the store is to be offered again?
-    pub fn is_refused(&self) -> bool {
-        self.refused.is_some() || self.refused_reset
+    /// The reset is in the journal.
+    pub fn on_reset(&mut self) {
+        self.reset = ResetState::Done;
     }
 
-    /// Is the store still to take the reset? Nothing for a learner may come before it.
-    pub fn is_reset_refused(&self) -> bool {
-        self.refused_reset
+    /// May an entry come before the reset is in the journal? The primary was not told yet that the learner has started.
+    pub fn takes_entries(&self) -> bool {
+        self.reset == ResetState::Done
+    }
+
+    /// Is there an entry that the store is to be offered again?
+    pub fn is_refused(&self) -> bool {
+        self.refused.is_some()
     }
 
     /// Offers again what the store did not take.
     pub fn retry_refused(&mut self, call: &mut Call<'_>) {
-        if self.refused.is_none() || call.core.has_failed(self.store) {
+        if call.core.has_failed(self.store) {
             return;
         }
-        if std::mem::take(&mut self.refused_reset) {
-            let base = self.base.expect("a reset replica knows what it starts from");
-            let record = Record::Reset { group: self.group, last: base };
+        if self.reset == ResetState::Refused {
+            self.reset = ResetState::Offered;
+            let record = Record::Reset { group: self.group, last: self.last };
             call.out.push(Action::Append { store: self.store, record });
         }
         if let Some(from) = self.refused.take() {
@@ -393,29 +395,4 @@ pub(super) fn version_after(entry: &Entry, unit: u8, before: Version) -> Version
     let previous = if unit == entry.pages.first_unit() { entry.previous_first } else { entry.previous_last };
     let covers = entry.pages.covers_unit(unit);
     store::version_after(entry.version, entry.data.is_some(), covers, previous, before)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_is_missing_for_long_is_late_until_it_is_there_or_not_wanted_any_more() {
-        let mut lag = Lag::default();
-        let mut watch = |has: u64, wanted: u64, now_ms: u64| {
-            lag.watch(Seq(has), Seq(wanted), now_ms * 1_000_000);
-            lag.is_late(now_ms * 1_000_000)
-        };
-        assert!(!watch(5, 9, 0));
-        // Getting on, it is not late however much is wanted; what was wanted first counts.
-        assert!(!watch(8, 20, 499));
-        assert!(watch(8, 20, 500));
-        assert!(!watch(9, 30, 501));
-        assert!(!watch(29, 40, 1000));
-        assert!(watch(29, 40, 1001));
-        // What is not there was taken back.
-        assert!(!watch(29, 29, 1002));
-        assert!(!watch(29, 40, 1003));
-        assert!(watch(29, 41, 1503));
-    }
 }

@@ -28,8 +28,8 @@ use super::action::Change;
 use super::call::{Call, ReadJob, ReadPurpose};
 use super::frames::{self, KEY_MAX};
 use super::group::Group;
+use super::lag::Lag;
 use super::peering::{ASK_AGAIN_NS, PROPOSE_AGAIN_NS, is_due};
-use super::replica::Lag;
 use crate::net::frame::Frame;
 use crate::store::PageData;
 
@@ -303,6 +303,7 @@ impl Group {
     pub(super) fn lose_learner(&mut self, call: &mut Call<'_>, node: NodeId, why: Option<Code>) {
         let Some(primary) = &mut self.primary else { return };
         primary.pushes.retain(|lock| lock.learner != node);
+        call.unsend(node, self.id);
         if let Some(learner) = self.learner(node) {
             learner.lose(call);
             if matches!(why, Some(Code::StorageFull | Code::Busy)) {
@@ -549,13 +550,15 @@ impl Group {
     /// The learner has the unit in its journal, or refused it: then the next pass comes back to it.
     pub(super) fn on_pushed(&mut self, call: &mut Call<'_>, from: NodeId, header: &Header) {
         let Some(learner) = self.learner(from) else { return };
-        if header.status == Some(Code::ReplicaBehind) {
-            return self.lose_learner(call, from, None);
-        }
         if let Some(code) = header.status {
             tracing::debug!(group = %header.group, %from, block = %header.key, ?code, "a learner did not take a unit");
         }
-        if learner.is_running() && u64::from(learner.attempt) == header.request_id {
+        if !learner.is_running() || u64::from(learner.attempt) != header.request_id {
+            return;
+        }
+        if header.status == Some(Code::ReplicaBehind) {
+            self.lose_learner(call, from, None);
+        } else {
             self.push_ended(call, from, header.status.is_some());
             self.on_progress(call);
         }

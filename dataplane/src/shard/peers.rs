@@ -16,7 +16,7 @@ use xsan_protocol::wire::session::Hello;
 
 use crate::net::connection::Outbox;
 use crate::net::frame::Frame;
-use crate::replication::is_command;
+use crate::replication::is_content;
 
 /// Numbers a shard's connections; never reused in a process's life.
 pub type ConnectionId = u64;
@@ -117,7 +117,7 @@ impl Peers {
     pub fn unsend(&self, node: NodeId, group: GroupId) {
         let of_node = self.dialled.iter().filter(|((peer, _), _)| *peer == node);
         for connection in of_node.filter_map(|(_, id)| self.connections.get(id)) {
-            connection.outbox.discard(|header| header.group == group && is_command(header.opcode));
+            connection.outbox.discard(|header| header.group == group && is_content(header.opcode));
         }
     }
 
@@ -161,4 +161,43 @@ pub const fn is_answer(opcode: Opcode) -> bool {
             | Opcode::FetchPagesReply
             | Opcode::CheckReply
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use xsan_protocol::wire::header::Header;
+
+    use super::*;
+
+    #[test]
+    fn only_content_of_the_group_is_not_sent() {
+        let (mut peers, near, far) =
+            (Peers::default(), (NodeId(2), ShardIndex(0)), (NodeId(3), ShardIndex(1)));
+        let outboxes = [near, far].map(|peer| {
+            let outbox = Outbox::default();
+            peers.add_dialled(u64::from(peer.0.0), peer, outbox.clone());
+            outbox
+        });
+        for opcode in [Opcode::Append, Opcode::Write, Opcode::Push, Opcode::Peer, Opcode::FetchPages] {
+            for (peer, group) in [(near, 7), (near, 8), (far, 7)] {
+                let mut header = Header::new(opcode);
+                header.group = GroupId(group);
+                assert!(peers.send(peer, Frame::new(header)));
+            }
+        }
+        peers.unsend(NodeId(2), GroupId(7));
+        let left = |outbox: &Outbox, group: u32| {
+            let opcodes = std::cell::RefCell::new(Vec::new());
+            outbox.discard(|header| {
+                if header.group == GroupId(group) {
+                    opcodes.borrow_mut().push(header.opcode);
+                }
+                false
+            });
+            opcodes.into_inner()
+        };
+        assert_eq!(left(&outboxes[0], 7), [Opcode::Write, Opcode::Peer, Opcode::FetchPages]);
+        assert_eq!(left(&outboxes[0], 8).len(), 5);
+        assert_eq!(left(&outboxes[1], 7).len(), 5);
+    }
 }

@@ -10,7 +10,7 @@
 //!
 //! Source: DESIGN.md, store. Rebello et al., "Can Applications Recover from fsync Failures?", ATC '20, for the second.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use xsan_protocol::checksum::crc32c;
@@ -88,22 +88,8 @@ enum Reserve {
 
 #[derive(Debug, Default)]
 pub(super) struct Flushes {
-    /// Tokens, each with how many resets are to be in the journal first.
-    waiting: VecDeque<(u64, u64)>,
+    waiting: Vec<u64>,
     in_flight: Option<Vec<u64>>,
-    resets_taken: u64,
-    resets_durable: u64,
-}
-
-impl Flushes {
-    /// Takes those that need not wait for a reset.
-    fn take_ready(&mut self) -> Vec<u64> {
-        let mut ready = Vec::new();
-        while let Some((token, _)) = self.waiting.pop_front_if(|(_, resets)| *resets <= self.resets_durable) {
-            ready.push(token);
-        }
-        ready
-    }
 }
 
 /// One store. See the module.
@@ -174,7 +160,6 @@ impl Store {
                 let released = group.reset(*last);
                 let life = group.life;
                 self.release_reserved(released);
-                self.flushes.resets_taken += 1;
                 (life, applied)
             }
         };
@@ -183,7 +168,7 @@ impl Store {
         Ok(())
     }
 
-    /// Takes back what of a group is on no way to the device yet, as if it had never come.
+    /// Takes back the entries and pushes of a group that are on no way to the device yet, as if they had never come.
     pub fn withdraw(&mut self, group: GroupId) -> Withdrawn {
         let pushes = self.journal.withdraw(group);
         let Some(state) = self.groups.get_mut(&group) else {
@@ -261,20 +246,15 @@ impl Store {
         self.release_reserved(released);
     }
 
-    /// Asks for `Flushed { token }`: everything durable now is on stable media, and so is every reset that was taken. Of a reset
-    /// nobody hears that it is durable, and what it dropped must not come back once others count on that.
+    /// Asks for `Flushed { token }`: everything durable now is on stable media.
     pub fn flush(&mut self, token: u64) {
         if self.failed {
             return;
         }
-        let Flushes { mut resets_taken, resets_durable, .. } = self.flushes;
-        if Mutation::FlushBeforeReset.is_on() {
-            resets_taken = resets_durable;
-        }
-        if self.journal.flushed == self.journal.durable && resets_durable == resets_taken {
+        if self.journal.flushed == self.journal.durable {
             self.events.push(StoreEvent::Flushed { token });
         } else {
-            self.flushes.waiting.push_back((token, resets_taken));
+            self.flushes.waiting.push(token);
         }
     }
 
@@ -325,14 +305,10 @@ impl Store {
     }
 
     fn issue_flush(&mut self) {
-        if self.flushes.in_flight.is_some() {
+        if self.flushes.waiting.is_empty() || self.flushes.in_flight.is_some() {
             return;
         }
-        let ready = self.flushes.take_ready();
-        if ready.is_empty() {
-            return;
-        }
-        self.flushes.in_flight = Some(ready);
+        self.flushes.in_flight = Some(std::mem::take(&mut self.flushes.waiting));
         let covered = self.journal.durable;
         let id = self.operation(Operation::ClientFlush { covered });
         self.counters.flushes += 1;
@@ -428,7 +404,7 @@ impl Store {
             Placed::Reset { position, group, last, life } => {
                 let state = groups.get_mut(&group).expect("made when the reset was queued");
                 state.on_reset_durable(position, last, life);
-                self.flushes.resets_durable += 1;
+                events.push(StoreEvent::Reset { group });
                 relearned = true;
             }
         });

@@ -94,7 +94,11 @@ pub enum StoreEvent {
     Pushed {
         token: u64,
     },
-    /// Everything durable when `Store::flush(token)` was called is on stable media, and every reset taken until then.
+    /// A reset of `group` is in the journal.
+    Reset {
+        group: GroupId,
+    },
+    /// Everything durable when `Store::flush(token)` was called is on stable media.
     Flushed {
         token: u64,
     },

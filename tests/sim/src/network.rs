@@ -7,8 +7,9 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use xsan_dataplane::net::frame::Frame;
-use xsan_dataplane::replication::is_command;
+use xsan_dataplane::replication::is_content;
 use xsan_protocol::ids::GroupId;
+use xsan_protocol::wire::header::HEADER_SIZE;
 
 use crate::plan::{MS, SECOND, US};
 use crate::process::Input;
@@ -71,7 +72,7 @@ impl Network {
 }
 
 fn bytes_of(frame: &Frame) -> usize {
-    frame.data.as_ref().map_or(0, |data| data.len())
+    HEADER_SIZE + frame.data.as_ref().map_or(0, |data| data.len())
 }
 
 impl World {
@@ -173,7 +174,7 @@ impl World {
     pub fn unsend(&mut self, id: ConnectionId, from: usize, group: GroupId) {
         let Some(connection) = self.net.connections.get_mut(&id) else { return };
         let side = usize::from(connection.ends[0].host != from);
-        let unwanted = |frame: &Frame| frame.header.group == group && is_command(frame.header.opcode);
+        let unwanted = |frame: &Frame| frame.header.group == group && is_content(frame.header.opcode);
         connection.ways[side].outbox.retain(|frame| !unwanted(frame));
     }
 

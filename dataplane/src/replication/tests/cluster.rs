@@ -25,7 +25,7 @@ use super::pool;
 use crate::net::frame::Frame;
 use crate::replication::{
     Action, Change, Operation, Origin, RecoveredGroup, Replication, Reply, Request, RequestId, ScrubOrder,
-    is_command,
+    is_content,
 };
 use crate::store::{PageData, Record, StoreError};
 use crate::testing::{History, Random, Span};
@@ -208,7 +208,7 @@ impl Cluster {
                     link.retain(|frame| {
                         let stays = on_way > 0;
                         on_way -= usize::from(stays);
-                        stays || frame.header.group != group || !is_command(frame.header.opcode)
+                        stays || frame.header.group != group || !is_content(frame.header.opcode)
                     });
                 }
                 Action::Append { record, .. } => {

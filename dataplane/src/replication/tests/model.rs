@@ -176,7 +176,8 @@ impl ModelStore {
                 }
                 Record::Push { token, .. } => events.push(StoreEvent::Pushed { token: *token }),
                 Record::Reset { .. } => {
-                    assert!(!durable.contains_key(&group), "a reset waits for what came before")
+                    assert!(!durable.contains_key(&group), "a reset waits for what came before");
+                    events.push(StoreEvent::Reset { group });
                 }
             }
         }

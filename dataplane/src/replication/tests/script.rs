@@ -794,6 +794,7 @@ fn a_late_learner_forgets_what_its_device_does_not_take() {
     let lines = [
         "map epoch=1 primary=2 acting=2,3 learners=1 min=2",
         "from 2 learn-start after=1.7",
+        "durable",
         "from 2 append version=1.8 b5 0+1 fill=a acked=7",
         "durable",
         "from 2 append version=1.9 b5 1+1 fill=b acked=8",
@@ -810,7 +811,7 @@ fn a_late_learner_forgets_what_its_device_does_not_take() {
     script.run("tick 500");
     assert!(!bound(&mut script, 4 * PAGE_SIZE), "it holds little: {}", script.text);
     script.run("from 2 peer");
-    assert!(script.text.contains("ReplicaBehind"), "late, it is told nothing more: {}", script.text);
+    assert!(script.text.contains("refused: 6 Busy"), "late, it is told nothing more: {}", script.text);
     assert!(bound(&mut script, PAGE_SIZE), "{}", script.text);
     assert!(script.text.contains("refused"), "the primary learns of it: {}", script.text);
     // It goes on where it was.

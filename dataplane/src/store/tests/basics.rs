@@ -60,6 +60,8 @@ fn what_no_batch_has_is_taken_back() {
     let pages = PageRange::new(0, 16);
     let first = rig.write(GROUP, key(1), pages, 100);
     rig.end_turn();
+    let holds = |rig: &Rig| (rig.store.reserved, rig.store.status().journal_used_bytes);
+    let before = holds(&rig);
     rig.write(GROUP, key(2), pages, 200);
     let (group, unit) = (GROUP, 0);
     let push = Record::Push {
@@ -72,8 +74,12 @@ fn what_no_batch_has_is_taken_back() {
         data: Some(data(300, 16)),
     };
     rig.store.append(push).unwrap();
-    rig.write(GroupId(4), key(1), pages, 400);
+    assert_ne!(holds(&rig), before);
     let left = rig.store.withdraw(GROUP);
+    assert_eq!(holds(&rig), before);
+    rig.write(GROUP, key(2), pages, 200);
+    rig.write(GroupId(4), key(1), pages, 400);
+    assert_eq!(rig.store.withdraw(GROUP).last, first);
     assert_eq!((left.last, left.pushes), (first, vec![77]));
     // It goes on behind what is left, also after a crash; the other group has lost nothing.
     let second = rig.write(GROUP, key(1), PageRange::new(3, 1), 500);

@@ -55,6 +55,7 @@ fn every_kind() -> Vec<Step> {
         steps.push(Step::Write(0, PageRange::new(5, 1), content + 600));
         if round == 1 {
             steps.push(Step::Reset);
+            steps.push(Step::Turn);
             steps.push(Step::Flush);
         }
         steps.push(Step::Acknowledge);
@@ -86,6 +87,7 @@ impl Replay {
                     let (_, count) = self.flush_covers.take_if(|(own, _)| *own == token).expect("asked for");
                     model.flushed = model.flushed.max(count);
                 }
+                StoreEvent::Reset { .. } => model.reset_is_durable(),
                 _ => panic!("unexpected: {event:?}"),
             }
         }
@@ -163,7 +165,7 @@ impl Replay {
 
     fn begin_flush(&mut self) {
         let token = self.rig.token();
-        self.flush_covers = Some((token, self.model.groups[&GROUP].covered_by_flush()));
+        self.flush_covers = Some((token, self.model.groups[&GROUP].durable));
         self.rig.store.flush(token);
     }
 

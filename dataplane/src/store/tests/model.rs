@@ -122,10 +122,11 @@ impl Group {
         self.last_of(self.log.len())
     }
 
-    /// Records that a flush makes stable which is asked for now: the durable ones, and all up to the newest reset.
-    pub fn covered_by_flush(&self) -> usize {
-        let reset = self.log.iter().rposition(|event| matches!(event, Event::Reset { .. }));
-        self.durable.max(reset.map_or(0, |reset| reset + 1))
+    /// The oldest reset that was not durable is.
+    pub fn reset_is_durable(&mut self) {
+        let mut later = self.log[self.durable..].iter();
+        let reset = later.position(|event| matches!(event, Event::Reset { .. }));
+        self.durable += reset.expect("it was appended") + 1;
     }
 
     pub fn last_durable(&self) -> Seq {

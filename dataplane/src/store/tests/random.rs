@@ -3,7 +3,7 @@
 use xsan_protocol::ids::{Epoch, GroupId, Seq, Version};
 use xsan_protocol::units::PageRange;
 
-use super::model::{Event, GROUPS, Group, KEYS, Model, PAGES};
+use super::model::{Event, GROUPS, KEYS, Model, PAGES};
 use super::rig::{Rig, data, key, pool};
 use crate::store::{Entry, Record, StoreError, StoreEvent};
 
@@ -136,7 +136,7 @@ impl Run {
 
     fn flush(&mut self) {
         let token = self.rig.token();
-        self.flushes.push((token, self.model.groups.values().map(Group::covered_by_flush).collect()));
+        self.flushes.push((token, self.model.groups.values().map(|group| group.durable).collect()));
         self.rig.store.flush(token);
         self.learn();
     }
@@ -183,6 +183,7 @@ impl Run {
                         model.flushed = model.flushed.max(count);
                     }
                 }
+                StoreEvent::Reset { group } => self.model.groups.get_mut(&group).unwrap().reset_is_durable(),
                 StoreEvent::ReadDone { result, .. } => {
                     assert!(result.is_ok(), "nothing is damaged: {result:?}")
                 }

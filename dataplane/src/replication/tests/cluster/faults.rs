@@ -4,7 +4,7 @@
 use xsan_protocol::ids::{BlockKey, BootId, GroupId, Incarnation, NodeId};
 use xsan_protocol::map::{Group, Member};
 
-use super::{Cluster, GROUPS, NODES, group_id, pair};
+use super::{Cluster, GROUPS, MS, NODES, group_id, pair};
 use crate::replication::Change;
 use crate::store::StoreError;
 
@@ -221,7 +221,7 @@ impl Cluster {
     pub(super) fn fault(&mut self) {
         let a = NodeId(self.random.index(NODES as usize) as u32 + 1);
         let b = NodeId((a.0 + self.random.index(NODES as usize - 1) as u32) % NODES + 1);
-        match self.random.index(12) {
+        match self.random.index(13) {
             0 => {
                 let alive = self.nodes.iter().filter(|node| node.replication.is_some()).count();
                 if alive == NODES as usize || (alive > 0 && self.random.one_in(3)) {
@@ -250,6 +250,13 @@ impl Cluster {
                     let key = keys[self.random.index(keys.len())];
                     self.node(a).store.damage(group, key, pages.first);
                 }
+            }
+            12 => {
+                // Memory is short, and all learners are late.
+                self.call(a, |replication, store, now_ns, out| {
+                    replication.bound_retained(0, |learner, _| learner.is_running(), store, now_ns, out);
+                    replication.bound_learned(0, now_ns + 1000 * MS, out);
+                });
             }
             10 if self.random.one_in(2) => {
                 // Balance: the primary moves, the old one stays in the acting set.
