@@ -47,7 +47,6 @@ mutations! {
     FlushServesLateComers: "who asks for a flush while one is under way is answered with it",
     StoreFlushCoversLater: "a device's flush counts for what was written while it was under way",
     FuaForgotten: "a write with FUA is answered without a flush",
-    RecoveredIsStable: "what a restarted process found in its journal counts as on stable media",
     FencedRequestKept: "requests of a fenced session go on",
     MergeUnlocked: "other writes go on while a page is read to put sectors into it",
     PushUnlocked: "writes to a unit go on while it is read for a learner",

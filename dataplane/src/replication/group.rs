@@ -100,6 +100,11 @@ impl Group {
         self.role = role;
         self.leader = group.primary;
         self.forgetting &= role == Role::None;
+        if role != Role::Learner
+            && let Some(learning) = &mut self.learning
+        {
+            learning.forget_start();
+        }
         if role == Role::None {
             self.fence = None;
             self.learning = None;
@@ -195,15 +200,12 @@ impl Group {
             Ok(entry) => entry,
             Err(code) => return refuse(call, from, &header, code),
         };
-        if !self.replica.takes_entries() {
-            return refuse(call, from, &header, Code::ReplicaBehind);
-        }
         let (seq, last) = (entry.version.seq, self.replica.last);
         if seq <= last.seq {
             self.replica.on_acked(call, entry.acked);
             return self.report(call, true);
         }
-        if seq != last.seq.next() {
+        if seq != last.seq.next() || !self.replica.takes_entries() {
             if !std::mem::replace(&mut self.broken, true) {
                 tracing::warn!(group = %self.id, %from, %seq, last = %last, "an append came out of order");
                 refuse(call, from, &header, Code::ReplicaBehind);
@@ -350,12 +352,16 @@ impl Group {
 
     /// What a learner holds in memory, and whether its journal is late with it.
     pub fn learner_holds(&self, now_ns: u64) -> Option<(usize, bool)> {
-        let learner = self.role == Role::Learner;
+        let learner = self.role == Role::Learner && self.replica.takes_entries();
         learner.then(|| (self.replica.held_bytes(), self.replica.is_late(now_ns)))
     }
 
     /// What was sent to this learner and is not on its way to the device is gone: the primary sends it again, or begins anew.
     pub fn on_withdrawn(&mut self, call: &mut Call<'_>, last: Version) {
+        if last == self.replica.last {
+            return;
+        }
+        tracing::warn!(group = %self.id, %last, had = %self.replica.last, "a late learner forgets what its device has not taken");
         self.replica.on_withdrawn(last);
         if let Some(Fence { epoch, primary }) = self.fence
             && !std::mem::replace(&mut self.broken, true)

@@ -46,7 +46,7 @@ pub(super) struct Learning {
 struct Starting {
     from: NodeId,
     header: Header,
-    /// Nothing of the old tail is on its way there any more, and the reset is.
+    /// Nothing of the old tail is on its way there any more, and the store was offered the reset.
     is_reset: bool,
 }
 
@@ -54,6 +54,11 @@ impl Learning {
     /// Does it take appends?
     pub fn is_started(&self) -> bool {
         self.attempt.is_some()
+    }
+
+    /// It is to act: it keeps what it has.
+    pub fn forget_start(&mut self) {
+        self.starting = None;
     }
 
     pub fn is_waiting(&self) -> bool {

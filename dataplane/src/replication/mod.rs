@@ -444,12 +444,7 @@ impl Replication {
                 late.push(Action::Withdraw { store: group.replica.store, group: group.id });
             }
         }
-        if total > bound && !late.is_empty() {
-            tracing::warn!(
-                bytes = total,
-                groups = late.len(),
-                "late learners forget what their devices have not taken"
-            );
+        if total > bound {
             out.append(&mut late);
         }
     }

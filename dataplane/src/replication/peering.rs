@@ -370,6 +370,8 @@ impl Group {
             tracing::error!(group = %self.id, %acked, last = %self.replica.last, "an acknowledged entry is in no journal");
         }
         let acked = acked.min(self.replica.last.seq);
+        // What nobody has will not count as acknowledged once something else is there.
+        self.replica.acked = self.replica.acked.min(acked);
         let nodes: Vec<NodeId> = primary.members.iter().map(|member| member.node).collect();
         for &node in nodes.iter().filter(|node| **node != own) {
             self.take_in(call, node);

@@ -12,7 +12,6 @@
 use std::collections::VecDeque;
 
 use xsan_protocol::ids::{BlockKey, GroupId, Seq, StoreId, Version};
-use xsan_protocol::mutation::Mutation;
 use xsan_protocol::units::PageRange;
 
 use super::action::Action;
@@ -54,9 +53,9 @@ pub(super) struct Replica {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum ResetState {
     Done,
-    Offered,
-    /// It is offered again at the next tick.
-    Refused,
+    Offered(Version),
+    /// It is offered again at the next tick, before any entry.
+    Refused(Version),
 }
 
 impl Replica {
@@ -93,7 +92,7 @@ impl Replica {
             }
             replica.keep(entry);
         }
-        if let Some(newest) = replica.pending.back().filter(|_| !Mutation::RecoveredIsStable.is_on()) {
+        if let Some(newest) = replica.pending.back() {
             assert!(newest.version == tail.last);
             // How stable these must be was forgotten: the strictest is right for all.
             replica.must_sync.push_back(tail.last.seq);
@@ -112,6 +111,9 @@ impl Replica {
     pub fn on_append(&mut self, call: &mut Call<'_>, entry: Entry, sync: bool) {
         assert!(entry.version.seq == self.last.seq.next(), "{} after {}", entry.version, self.last);
         assert!(entry.version.epoch >= self.last.epoch);
+        if matches!(self.reset, ResetState::Refused(_)) {
+            self.refused.get_or_insert(entry.version.seq);
+        }
         if self.refused.is_none() {
             call.out.push(Action::Append { store: self.store, record: Record::Entry(entry.clone()) });
         }
@@ -298,10 +300,10 @@ impl Replica {
 
     /// Has this replica entries in memory that are applied and seen, or not yet applied?
     pub fn is_busy(&self) -> bool {
-        !self.pending.is_empty() || self.reset == ResetState::Refused
+        !self.pending.is_empty() || matches!(self.reset, ResetState::Refused(_))
     }
 
-    /// Is nothing on its way to the journal?
+    /// Is no entry and no reset on its way to the journal?
     pub fn is_settled(&self) -> bool {
         let no_entry = self.durable == self.last.seq || self.refused == Some(self.durable.next());
         no_entry && self.reset == ResetState::Done
@@ -319,7 +321,7 @@ impl Replica {
         self.must_sync.clear();
         self.syncing = None;
         self.refused = None;
-        self.reset = ResetState::Offered;
+        self.reset = ResetState::Offered(last);
         self.lag = Lag::default();
         self.apply_limit = None;
         self.base = Some(last);
@@ -337,6 +339,7 @@ impl Replica {
         self.pending.clear();
         self.must_sync.clear();
         self.refused = None;
+        self.reset = ResetState::Done;
     }
 
     /// The store did not take an entry: it is offered again, in order, at the next tick.
@@ -348,7 +351,9 @@ impl Replica {
     }
 
     pub fn on_reset_refused(&mut self, call: &mut Call<'_>) {
-        self.reset = ResetState::Refused;
+        if let ResetState::Offered(last) = self.reset {
+            self.reset = ResetState::Refused(last);
+        }
         call.core.ticking.insert(self.group);
     }
 
@@ -357,7 +362,7 @@ impl Replica {
         self.reset = ResetState::Done;
     }
 
-    /// May an entry come before the reset is in the journal? The primary was not told yet that the learner has started.
+    /// Is the last reset in the journal? Before, no primary was told that this learner has started.
     pub fn takes_entries(&self) -> bool {
         self.reset == ResetState::Done
     }
@@ -372,9 +377,9 @@ impl Replica {
         if call.core.has_failed(self.store) {
             return;
         }
-        if self.reset == ResetState::Refused {
-            self.reset = ResetState::Offered;
-            let record = Record::Reset { group: self.group, last: self.last };
+        if let ResetState::Refused(last) = self.reset {
+            self.reset = ResetState::Offered(last);
+            let record = Record::Reset { group: self.group, last };
             call.out.push(Action::Append { store: self.store, record });
         }
         if let Some(from) = self.refused.take() {

@@ -113,7 +113,7 @@ impl Peers {
         }
     }
 
-    /// Drops what the primary of `group`, here, has queued for `node` and no socket has taken.
+    /// Drops content of `group` that is queued for `node` and that no socket has taken.
     pub fn unsend(&self, node: NodeId, group: GroupId) {
         let of_node = self.dialled.iter().filter(|((peer, _), _)| *peer == node);
         for connection in of_node.filter_map(|(_, id)| self.connections.get(id)) {

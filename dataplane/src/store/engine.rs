@@ -128,7 +128,7 @@ impl Store {
         self.id
     }
 
-    /// Queues one record for the journal; `Durable` or `Pushed` comes when it is there.
+    /// Queues one record for the journal; `Durable`, `Pushed` or `Reset` comes when it is there.
     ///
     /// # Errors
     /// 203 `JournalFull`: retry after the next destage. 202 `StorageFull`. 204 `StoreFailed`: this replica must

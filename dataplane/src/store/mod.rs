@@ -47,7 +47,8 @@ pub enum Record {
         as_of: Seq,
         data: Option<PageData>,
     },
-    /// Drops every entry of the group that is not applied; the next entry must be `next`'s successor.
+    /// Drops every entry of the group that is not applied; the next entry must follow `last`. Ends with
+    /// `StoreEvent::Reset`.
     Reset { group: GroupId, last: Version },
 }
 

@@ -76,7 +76,8 @@ opcodes! {
     39 MemberFlush;
     40 MemberFlushReply;
     /// The learner starts anew: it drops its tail and takes appends after a version: `request_id` is its seq,
-    /// `length` its epoch, `offset` counts the attempts. The reply repeats all three.
+    /// `length` its epoch, `offset` counts the attempts. The reply repeats all three, once the learner's journal has
+    /// dropped the tail.
     41 LearnStart;
     42 LearnStartReply;
     /// Digests of the primary's blocks from the header's key to the key of the last entry, all there are in

@@ -170,7 +170,7 @@ impl World {
         }
     }
 
-    /// Drops what no socket has taken of what the primary of a group sends by this connection.
+    /// Drops content of a group that is to go by this connection and that no socket has taken.
     pub fn unsend(&mut self, id: ConnectionId, from: usize, group: GroupId) {
         let Some(connection) = self.net.connections.get_mut(&id) else { return };
         let side = usize::from(connection.ends[0].host != from);
