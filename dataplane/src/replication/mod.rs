@@ -60,7 +60,7 @@ use replica::Replica;
 use resync::Learner;
 
 /// Of the shard's memory, what acknowledged entries may hold for learners that are late, and for those that were brought up to
-/// date (they are slow, or act in a moment). Clients get half of that memory at most.
+/// date (they are slow, or act in a moment); and what learners here hold, if some are late. Clients get half of that memory at most.
 const LATE_PART: usize = 16;
 const UP_TO_DATE_PART: usize = 8;
 
