@@ -23,7 +23,13 @@ macro_rules! mutations {
 
             /// Are the crashes of the store alone to find it? The moment is too short for the simulator, which comes by at random.
             pub const fn needs_every_crash(self) -> bool {
-                matches!(self, Self::JournalFreedEarly | Self::JournalFreedUnflushed)
+                matches!(
+                    self,
+                    Self::JournalFreedEarly
+                        | Self::JournalFreedUnflushed
+                        | Self::CarriedEarly
+                        | Self::CarryUnfinished
+                )
             }
         }
     };
@@ -61,6 +67,8 @@ mutations! {
     RecordBeforeData: "a block record is written before its data is on stable media",
     JournalFreedEarly: "journal space is reused before the checkpoint that gives it up is written",
     JournalFreedUnflushed: "journal space is reused before the checkpoint that gives it up is on stable media",
+    CarriedEarly: "journal space behind entries that are carried is given up before the carry is complete",
+    CarryUnfinished: "replay takes entries of a carry that was not complete",
     CheckpointBeforeRecords: "journal space is given up before the records of what was in it are on stable media",
 }
 

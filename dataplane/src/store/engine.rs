@@ -20,10 +20,11 @@ use xsan_protocol::units::{PAGE_SIZE, PAGES_PER_UNIT, PageRange, UNIT_SIZE, UNIT
 use xsan_protocol::wire::replication::block_digest;
 
 use super::allocator::{Slots, Units};
+use super::carry::CarryPlace;
 use super::destage::Destage;
 use super::group::{Group, Pending};
 use super::index::{Change, Index, MixMap, Place};
-use super::journal::{Held, Journal, Placed, Queued};
+use super::journal::{Held, Item, Journal, Placed, Queued};
 use super::layout::Layout;
 use super::read::Reads;
 use super::status::{Counters, StoreStatus, UnitLocation};
@@ -164,7 +165,7 @@ impl Store {
             }
         };
         self.last_append_ns = self.now_ns;
-        self.journal.push(Queued { record, life, applied });
+        self.journal.push(Queued { item: Item::Record(record), life, applied });
         Ok(())
     }
 
@@ -261,6 +262,9 @@ impl Store {
     /// Hands out the device operations of this turn.
     pub fn end_turn(&mut self, out: &mut Vec<DiskAction>) {
         if !self.failed {
+            if self.destage.is_idle() {
+                self.carry_old_entries();
+            }
             self.issue_batch();
             self.issue_flush();
             self.retry_stalled_reads();
@@ -356,6 +360,8 @@ impl Store {
             // Others need the memory.
             self.journal.discard_queued();
             self.destage.discard_copies();
+            let pending = self.groups.values_mut().flat_map(|group| &mut group.pending);
+            pending.for_each(|entry| entry.bytes = None);
         }
     }
 
@@ -364,6 +370,7 @@ impl Store {
         let mut durable: Vec<(GroupId, Seq)> = Vec::new();
         let (groups, index, events) = (&mut self.groups, &mut self.index, &mut self.events);
         let (mut released, mut relearned) = ((0, 0), false);
+        let mut carried: Vec<GroupId> = Vec::new();
         let mut release = |more: (u32, u32)| released = (released.0 + more.0, released.1 + more.1);
         self.journal.on_written(position, |placed| match placed {
             Placed::Entry { group, seq, life } => {
@@ -379,6 +386,16 @@ impl Store {
                     Some((_, newest)) => *newest = seq,
                     None => durable.push((group, seq)),
                 }
+            }
+            Placed::Carry { group, carry, place } => {
+                let state = groups.get_mut(&group).expect("a group with entries stays");
+                if state.on_copy_durable(carry, place) {
+                    carried.push(group);
+                }
+            }
+            Placed::Carried { group, carry } => {
+                let state = groups.get_mut(&group).expect("a group with entries stays");
+                state.on_carried_durable(carry);
             }
             Placed::Push { token, position, group, key, pages, version, as_of, life, data } => {
                 let state = groups.get_mut(&group).expect("a group with pushes stays");
@@ -412,6 +429,7 @@ impl Store {
             self.damaged = self.groups.values().any(|group| group.damaged);
         }
         self.release_reserved(released);
+        carried.into_iter().for_each(|group| self.end_carry(group));
         self.events.extend(durable.into_iter().map(|(group, seq)| StoreEvent::Durable { group, seq }));
     }
 
@@ -474,8 +492,13 @@ fn place(
     data_position: u64,
 ) -> Placed {
     let life = queued.life;
-    match &queued.record {
-        Record::Entry(entry) => {
+    match &queued.item {
+        Item::Carry(entry, carry) => {
+            let place = CarryPlace { seq: entry.version.seq, position, data_position };
+            Placed::Carry { group: entry.group, carry: *carry, place }
+        }
+        Item::Carried { group, carry, .. } => Placed::Carried { group: *group, carry: *carry },
+        Item::Record(Record::Entry(entry)) => {
             let state = groups.get_mut(&entry.group).expect("made when the entry was queued");
             if state.life == life {
                 let pending = state.entry_mut(entry.version.seq).expect("a queued entry is pending");
@@ -484,7 +507,7 @@ fn place(
             }
             Placed::Entry { group: entry.group, seq: entry.version.seq, life }
         }
-        Record::Push { token, group, key, unit, version, as_of, data } => Placed::Push {
+        Item::Record(Record::Push { token, group, key, unit, version, as_of, data }) => Placed::Push {
             token: *token,
             position,
             group: *group,
@@ -495,7 +518,9 @@ fn place(
             life,
             data: data.as_ref().map(|data| (data_position, Arc::clone(&data.checksums))),
         },
-        Record::Reset { group, last } => Placed::Reset { position, group: *group, last: *last, life },
+        Item::Record(Record::Reset { group, last }) => {
+            Placed::Reset { position, group: *group, last: *last, life }
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! The entries of one group that are in the journal but not applied yet.
 //!
-//! Used by `engine` (live) and `recover` (replay). Payloads are not held here: replication has them while they
-//! are needed, and the journal after.
+//! Used by `engine` (live) and `recover` (replay). Payloads are held as long as entries are pending; so does replication, which
+//! shares them.
 //!
 //! Invariants
 //! - `pending` is gapless: its first entry follows `applied`, its last is `last`.
@@ -14,8 +14,10 @@ use xsan_protocol::disk::checkpoint::GroupRow;
 use xsan_protocol::ids::{BlockKey, GroupId, Seq, Version};
 use xsan_protocol::units::PageRange;
 
-use super::Entry;
+use super::carry::Carry;
 use super::index::{Change, Index};
+use super::{Entry, PageData};
+use crate::disk::buffers::Buffer;
 
 #[derive(Debug)]
 pub struct Pending {
@@ -29,6 +31,8 @@ pub struct Pending {
     pub previous_first: Version,
     pub previous_last: Version,
     pub checksums: Option<Arc<[u32]>>,
+    /// What the checksums are of; nothing more once the store has failed.
+    pub bytes: Option<Buffer>,
     /// Capacity units and blocks set aside for it.
     pub reserved: (u32, u32),
 }
@@ -45,8 +49,28 @@ impl Pending {
             previous_first: entry.previous_first,
             previous_last: entry.previous_last,
             checksums: entry.data.as_ref().map(|data| Arc::clone(&data.checksums)),
+            bytes: entry.data.as_ref().map(|data| data.bytes.clone()),
             reserved,
         }
+    }
+
+    /// The entry as it was appended; everything up to `acked` is acknowledged.
+    pub fn entry(&self, group: GroupId, acked: Seq) -> Entry {
+        let data = self.bytes.clone().zip(self.checksums.clone());
+        Entry {
+            group,
+            version: self.version,
+            acked,
+            key: self.key,
+            pages: self.pages,
+            data: data.map(|(bytes, checksums)| PageData { bytes, checksums }),
+            previous_first: self.previous_first,
+            previous_last: self.previous_last,
+        }
+    }
+
+    pub fn data_pages(&self) -> usize {
+        self.checksums.as_ref().map_or(0, |checksums| checksums.len())
     }
 
     pub fn change(&self, group: GroupId) -> Change<'_> {
@@ -80,6 +104,9 @@ pub struct Group {
     unsettled: Option<Version>,
     /// And where the oldest entry is that it dropped: without the reset, replay needs it.
     dropped_position: Option<u64>,
+    /// The carry under way, and how many there were.
+    pub(super) carry: Option<Carry>,
+    pub(super) carries: u32,
 }
 
 impl Group {
@@ -130,6 +157,7 @@ impl Group {
     pub fn reset(&mut self, last: Version) -> (u32, u32) {
         self.unsettled = Some(self.settled());
         self.dropped_position = self.oldest_position();
+        self.carry = None;
         let released = self
             .pending
             .drain(..)
@@ -148,16 +176,22 @@ impl Group {
             released = (released.0 + entry.reserved.0, released.1 + entry.reserved.1);
         }
         self.last = self.pending.back().map_or(self.applied, |entry| entry.version);
+        self.cancel_carry();
         released
     }
 
-    /// Journal position that must be kept for the oldest entry that is pending, or dropped by a reset that is not
-    /// durable.
+    /// Journal position that must be kept for the oldest entry that is pending, or dropped by a reset, or carried, where that is
+    /// not durable.
     pub fn oldest_position(&self) -> Option<u64> {
-        self.dropped_position.or_else(|| self.oldest_pending())
+        self.dropped_position.or_else(|| self.carried_position()).or_else(|| self.oldest_pending())
     }
 
-    fn oldest_pending(&self) -> Option<u64> {
+    /// Is a reset on its way?
+    pub(super) fn is_resetting(&self) -> bool {
+        self.unsettled.is_some()
+    }
+
+    pub(super) fn oldest_pending(&self) -> Option<u64> {
         self.pending.front().map(|entry| entry.position).filter(|position| *position != 0)
     }
 }

@@ -237,6 +237,13 @@ pub struct Freed {
     pub slot: Option<u32>,
 }
 
+/// Positions of the newest entry and of the newest push.
+#[derive(Clone, Copy, Debug, Default)]
+struct Newest {
+    entry: u64,
+    push: u64,
+}
+
 #[derive(Debug, Default)]
 pub struct Index {
     blocks: Vec<Option<Block>>,
@@ -249,6 +256,8 @@ pub struct Index {
     /// Blocks that have no slot yet.
     slotless: u32,
     journalled: u64,
+    /// Of each group's, those that were applied: a block that comes after them has seen them, though they found nothing to change.
+    newest: MixMap<GroupId, Newest>,
 }
 
 impl Index {
@@ -346,10 +355,14 @@ impl Index {
     ///
     /// Replay may offer what a block's record holds already: that is skipped.
     pub fn apply(&mut self, change: &Change<'_>) {
+        let newest = self.newest.entry(change.group).or_default();
+        let before = *newest;
+        let of_kind = if change.push { &mut newest.push } else { &mut newest.entry };
+        *of_kind = change.position.max(*of_kind);
         let id = match self.by_key.get(&(change.group, change.key)) {
             Some(id) => *id,
             None if change.data.is_none() && !leaves_versions(change) => return,
-            None => self.create(change.group, change.key),
+            None => self.create(change.group, change.key, before),
         };
         let block = self.blocks[id as usize].as_mut().expect("ids in the index are of live blocks");
         let held = if change.push { &mut block.push_position } else { &mut block.entry_position };
@@ -393,7 +406,7 @@ impl Index {
         self.maybe_remove(id);
     }
 
-    fn create(&mut self, group: GroupId, key: BlockKey) -> u32 {
+    fn create(&mut self, group: GroupId, key: BlockKey, seen: Newest) -> u32 {
         let block = Block {
             group,
             key,
@@ -403,8 +416,8 @@ impl Index {
             slot: NO_SLOT,
             in_cycle: false,
             dirty_since: CLEAN,
-            entry_position: 0,
-            push_position: 0,
+            entry_position: seen.entry,
+            push_position: seen.push,
             skip_until_ns: 0,
         };
         let id = self.free_ids.pop().unwrap_or_else(|| {
@@ -436,12 +449,11 @@ impl Index {
 
     /// A block as its record has it, at open.
     pub fn insert_recovered(&mut self, record: &BlockRecord) {
-        let id = self.create(record.group, record.key);
+        let seen = Newest { entry: record.entry_position, push: record.push_position };
+        let id = self.create(record.group, record.key, seen);
         self.slotless -= 1;
         let block = self.block_mut(id);
         block.slot = record.slot;
-        block.entry_position = record.entry_position;
-        block.push_position = record.push_position;
         for (unit, stored) in record.units.iter().enumerate() {
             if *stored == UnitRecord::EMPTY {
                 continue;

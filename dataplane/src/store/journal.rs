@@ -17,7 +17,8 @@ use xsan_protocol::ids::{BlockKey, GroupId, Seq, StoreId, Version};
 use xsan_protocol::mutation::Mutation;
 use xsan_protocol::units::{PAGE_SIZE, PageRange};
 
-use super::{PageData, Record};
+use super::carry::CarryPlace;
+use super::{Entry, PageData, Record};
 use crate::disk::buffers::{Buffer, BufferPool};
 
 /// Batches in flight at once.
@@ -31,6 +32,15 @@ pub enum Placed {
         seq: Seq,
         /// Which life of the group (counted by resets) the entry is of.
         life: u32,
+    },
+    Carry {
+        group: GroupId,
+        carry: u32,
+        place: CarryPlace,
+    },
+    Carried {
+        group: GroupId,
+        carry: u32,
     },
     Push {
         token: u64,
@@ -51,10 +61,51 @@ pub enum Placed {
     },
 }
 
-/// A record waiting for its batch.
+/// What may wait for its batch.
+#[derive(Debug)]
+pub enum Item {
+    Record(Record),
+    /// An entry that the journal has already, once more; of the carry of its group with this number.
+    Carry(Entry, u32),
+    /// That carry is complete: from `start` on, of the entries above `after`.
+    Carried {
+        group: GroupId,
+        carry: u32,
+        after: Seq,
+        start: u64,
+    },
+}
+
+impl Item {
+    fn group(&self) -> GroupId {
+        match self {
+            Self::Record(record) => record.group(),
+            Self::Carry(entry, _) => entry.group,
+            Self::Carried { group, .. } => *group,
+        }
+    }
+
+    fn data(&self) -> Option<&PageData> {
+        match self {
+            Self::Record(Record::Entry(entry)) | Self::Carry(entry, _) => entry.data.as_ref(),
+            Self::Record(Record::Push { data, .. }) => data.as_ref(),
+            Self::Record(Record::Reset { .. }) | Self::Carried { .. } => None,
+        }
+    }
+
+    fn into_data(self) -> Option<PageData> {
+        match self {
+            Self::Record(Record::Entry(entry)) | Self::Carry(entry, _) => entry.data,
+            Self::Record(Record::Push { data, .. }) => data,
+            Self::Record(Record::Reset { .. }) | Self::Carried { .. } => None,
+        }
+    }
+}
+
+/// An item waiting for its batch.
 #[derive(Debug)]
 pub struct Queued {
-    pub record: Record,
+    pub item: Item,
     pub life: u32,
     /// For a reset: what the group had applied before. Replay drops what comes above it and before the reset.
     pub applied: Seq,
@@ -62,11 +113,7 @@ pub struct Queued {
 
 impl Queued {
     fn data(&self) -> Option<&PageData> {
-        match &self.record {
-            Record::Entry(entry) => entry.data.as_ref(),
-            Record::Push { data, .. } => data.as_ref(),
-            Record::Reset { .. } => None,
-        }
+        self.item.data()
     }
 
     fn data_pages(&self) -> usize {
@@ -74,45 +121,55 @@ impl Queued {
     }
 
     fn descriptor(&self, data_page: u32) -> Descriptor {
-        let unit = |unit: u8| PageRange::of_unit(unit);
         let has_data = self.data().is_some();
-        let data_page = if has_data { data_page } else { 0 };
-        let (previous_first, previous_last) = (Version::ZERO, Version::ZERO);
-        match &self.record {
-            Record::Entry(entry) => Descriptor {
-                kind: if has_data { Kind::Write } else { Kind::Zero },
-                group: entry.group,
-                version: entry.version,
-                acked: entry.acked,
-                key: entry.key,
-                pages: entry.pages,
-                previous_first: entry.previous_first,
-                previous_last: entry.previous_last,
-                data_page,
-            },
-            Record::Push { group, key, unit: index, version, as_of, .. } => Descriptor {
+        let none = Descriptor {
+            kind: Kind::Reset,
+            group: self.item.group(),
+            version: Version::ZERO,
+            acked: Seq(0),
+            key: BlockKey::default(),
+            pages: PageRange::of_unit(0),
+            previous_first: Version::ZERO,
+            previous_last: Version::ZERO,
+            data_page: if has_data { data_page } else { 0 },
+            start: 0,
+        };
+        match &self.item {
+            Item::Record(Record::Entry(entry)) => {
+                let kind = if has_data { Kind::Write } else { Kind::Zero };
+                Descriptor { kind, ..of_entry(entry, none) }
+            }
+            Item::Carry(entry, _) => {
+                let kind = if has_data { Kind::Carry } else { Kind::CarryZero };
+                Descriptor { kind, ..of_entry(entry, none) }
+            }
+            Item::Record(Record::Push { key, unit, version, as_of, .. }) => Descriptor {
                 kind: if has_data { Kind::Push } else { Kind::PushZero },
-                group: *group,
                 version: *version,
                 acked: *as_of,
                 key: *key,
-                pages: unit(*index),
-                previous_first,
-                previous_last,
-                data_page,
+                pages: PageRange::of_unit(*unit),
+                ..none
             },
-            Record::Reset { group, last } => Descriptor {
-                kind: Kind::Reset,
-                group: *group,
-                version: *last,
-                acked: self.applied,
-                key: BlockKey::default(),
-                pages: unit(0),
-                previous_first,
-                previous_last,
-                data_page,
-            },
+            Item::Record(Record::Reset { last, .. }) => {
+                Descriptor { kind: Kind::Reset, version: *last, acked: self.applied, ..none }
+            }
+            Item::Carried { after, start, .. } => {
+                Descriptor { kind: Kind::Carried, acked: *after, start: *start, ..none }
+            }
         }
+    }
+}
+
+fn of_entry(entry: &Entry, none: Descriptor) -> Descriptor {
+    Descriptor {
+        version: entry.version,
+        acked: entry.acked,
+        key: entry.key,
+        pages: entry.pages,
+        previous_first: entry.previous_first,
+        previous_last: entry.previous_last,
+        ..none
     }
 }
 
@@ -219,15 +276,17 @@ impl Journal {
         self.queued_pages = 0;
     }
 
-    /// Takes back what no batch has yet of a group, but for resets; returns the tokens of the pushes among it.
+    /// Takes back the entries and pushes of a group that no batch has yet, and its carry as far as no batch has that; returns the
+    /// tokens of the pushes.
     pub fn withdraw(&mut self, group: GroupId) -> Vec<u64> {
         let mut tokens = Vec::new();
         let pages = &mut self.queued_pages;
         self.queue.retain(|queued| {
-            match &queued.record {
-                Record::Entry(entry) if entry.group == group => {}
-                Record::Push { group: of, token, .. } if *of == group => tokens.push(*token),
-                _ => return true,
+            match &queued.item {
+                item if item.group() != group => return true,
+                Item::Record(Record::Entry(_)) | Item::Carry(..) => {}
+                Item::Record(Record::Push { token, .. }) => tokens.push(*token),
+                Item::Record(Record::Reset { .. }) | Item::Carried { .. } => return true,
             }
             *pages -= queued.data_pages();
             false
@@ -296,11 +355,7 @@ impl Journal {
             let data_position = position + head_size as u64 + u64::from(page) * PAGE_SIZE as u64;
             placed.push(place(&queued, position + index as u64, data_position));
             page += queued.data_pages() as u32;
-            match queued.record {
-                Record::Entry(entry) => parts.extend(entry.data.map(|data| data.bytes)),
-                Record::Push { data, .. } => parts.extend(data.map(|data| data.bytes)),
-                Record::Reset { .. } => {}
-            }
+            parts.extend(queued.item.into_data().map(|data| data.bytes));
         }
         writer.finish();
         parts.insert(0, head.freeze());

@@ -4,6 +4,7 @@
 //! Knows groups, blocks, pages and versions; no volume, gateway, peer or socket.
 
 mod allocator;
+mod carry;
 mod destage;
 mod engine;
 mod format;

@@ -37,7 +37,7 @@ use super::index::{Change, Index};
 use super::journal::{Journal, Start};
 use super::layout::Layout;
 use super::status::Counters;
-use super::{Entry, GroupTail, PageData, StoreEvent};
+use super::{Entry, GroupTail, StoreEvent};
 use crate::disk::buffers::{Buffer, BufferMut, BufferPool};
 use crate::io::{Device, DeviceRole, DiskAction, DiskCompletion, DiskOk};
 
@@ -195,12 +195,15 @@ struct Chain {
     end: u64,
     session: u64,
     first: bool,
+    /// Start of the next lap of the ring, and what the batch there says is the end of the one before it.
+    next_lap: (u64, Option<u64>),
 }
 
-/// An entry that replay has seen and not applied.
-struct Unapplied {
-    descriptor: Descriptor,
-    bytes: Option<Buffer>,
+/// A carry of a group that is complete: of its entries above `after`, by records from `start` up to `end`.
+struct Carried {
+    after: Seq,
+    start: u64,
+    end: u64,
 }
 
 thread_local! {
@@ -232,9 +235,9 @@ struct Recovery<'a> {
     units: Units,
     slots: Slots,
     groups: BTreeMap<GroupId, Group>,
-    unapplied: BTreeMap<GroupId, Vec<Unapplied>>,
     /// Position of each reset in the journal and what its group had applied before it.
     resets: BTreeMap<GroupId, Vec<(u64, Seq)>>,
+    carried: BTreeMap<GroupId, Vec<Carried>>,
     /// Device offsets of halves of slots that are to be blank: torn, damaged, or contradicting others.
     broken: Vec<u64>,
     /// Highest journal position in any block record.
@@ -261,8 +264,8 @@ impl<'a> Recovery<'a> {
             superblock,
             checkpoint,
             index: Index::default(),
-            unapplied: BTreeMap::new(),
             resets: BTreeMap::new(),
+            carried: BTreeMap::new(),
             broken: Vec::new(),
             newest_record: 0,
             damaged: false,
@@ -346,17 +349,27 @@ impl<'a> Recovery<'a> {
     /// Reads batches from the checkpoint's tail on, and applies what is acknowledged.
     fn replay(&mut self) -> Result<(), OpenError> {
         let mut head = self.devices.buffer(HEAD_BYTES_MAX)?;
-        let mut chain = Chain { end: self.checkpoint.tail, session: 0, first: true };
-        // Once for the resets: what one of them dropped must not be applied, and comes before it.
+        let mut chain = self.chain();
+        // Once for the resets and carries: what one of them dropped must not be applied, and comes before it.
         while let Some(batch) = self.next_head(&mut chain, &mut head) {
             for (number, descriptor) in batch.descriptors.iter().enumerate() {
-                if descriptor.kind == Kind::Reset {
-                    let position = batch.header.position + number as u64;
-                    self.resets.entry(descriptor.group).or_default().push((position, descriptor.acked));
+                let (group, position) = (descriptor.group, batch.header.position + number as u64);
+                match descriptor.kind {
+                    Kind::Reset => self.resets.entry(group).or_default().push((position, descriptor.acked)),
+                    Kind::Carried => {
+                        let carried =
+                            Carried { after: descriptor.acked, start: descriptor.start, end: position };
+                        self.carried.entry(group).or_default().push(carried);
+                    }
+                    _ => {}
                 }
             }
         }
-        let mut chain = Chain { end: self.checkpoint.tail, session: 0, first: true };
+        if !self.carried.is_empty() {
+            let end = self.whole_end(&mut head);
+            self.carried.values_mut().for_each(|carried| carried.retain(|carried| carried.end < end));
+        }
+        let mut chain = self.chain();
         while let Some(batch) = self.next_head(&mut chain, &mut head) {
             let Some(data) = self.read_data(&batch) else { break };
             self.replay_batch(&batch, &data);
@@ -366,23 +379,49 @@ impl<'a> Recovery<'a> {
         Ok(())
     }
 
+    /// The beginning of a walk over the batches.
+    fn chain(&self) -> Chain {
+        Chain { end: self.checkpoint.tail, session: 0, first: true, next_lap: (u64::MAX, None) }
+    }
+
+    /// Where replay is going to end: at the first batch whose data is not whole, or behind the last.
+    fn whole_end(&self, head: &mut BufferMut) -> u64 {
+        let mut chain = self.chain();
+        let mut end = chain.end;
+        while let Some(batch) = self.next_head(&mut chain, head)
+            && self.read_data(&batch).is_some()
+        {
+            end = chain.end;
+        }
+        end
+    }
+
     /// The head of the batch that follows in the chain.
     fn next_head(&self, chain: &mut Chain, buffer: &mut BufferMut) -> Option<BatchHead> {
-        let candidates = [chain.end, chain.end.next_multiple_of(self.layout.journal.bytes)];
-        for position in candidates {
-            let Some(batch) = self.read_head(position, buffer) else { continue };
-            let BatchHeader { previous_end, session, .. } = batch.header;
-            // The oldest batch kept may itself follow a jump.
-            let follows = previous_end == chain.end || chain.first && position == chain.end;
-            let newest = self.checkpoint.session;
-            let in_order = session >= chain.session && session <= newest;
-            let of_session = position < self.checkpoint.session_start || session == newest;
-            if follows && in_order && of_session || Mutation::StaleBatchReplayed.is_on() {
-                *chain = Chain { end: position + batch.header.batch_bytes() as u64, session, first: false };
-                return Some(batch);
-            }
+        let lap = chain.end.next_multiple_of(self.layout.journal.bytes);
+        if chain.next_lap.0 != lap {
+            chain.next_lap = (lap, self.read_head(lap, buffer).map(|batch| batch.header.previous_end));
         }
-        None
+        let here = self.read_head(chain.end, buffer);
+        let jumped = (chain.next_lap.1 == Some(chain.end)).then(|| self.read_head(lap, buffer)).flatten();
+        // Who jumped over the ring's end has overwritten nothing there: what it found may still be there.
+        let follow = [here, jumped].into_iter().flatten().filter(|batch| self.follows(&batch.header, chain));
+        let batch = follow.max_by_key(|batch| batch.header.session)?;
+        let BatchHeader { position, session, .. } = batch.header;
+        (chain.end, chain.session) = (position + batch.header.batch_bytes() as u64, session);
+        chain.first = false;
+        Some(batch)
+    }
+
+    /// May the batch be the next of the chain?
+    fn follows(&self, batch: &BatchHeader, chain: &Chain) -> bool {
+        let BatchHeader { position, previous_end, session, .. } = *batch;
+        // The oldest batch kept may itself follow a jump.
+        let follows = previous_end == chain.end || chain.first && position == chain.end;
+        let newest = self.checkpoint.session;
+        let in_order = session >= chain.session && session <= newest;
+        let of_session = position < self.checkpoint.session_start || session == newest;
+        follows && in_order && of_session || Mutation::StaleBatchReplayed.is_on()
     }
 
     /// The verified head of the batch at `position`, if there is one that lies within the ring.
@@ -402,7 +441,7 @@ impl<'a> Recovery<'a> {
     }
 
     /// The data of a batch, record by record; `None` when any page of it is not as it should be.
-    fn read_data(&mut self, batch: &BatchHead) -> Option<Vec<Option<Buffer>>> {
+    fn read_data(&self, batch: &BatchHead) -> Option<Vec<Option<Buffer>>> {
         let device = self.devices.of(self.layout.journal_device);
         let data = batch.header.position + batch.header.head_bytes() as u64;
         let mut records = Vec::with_capacity(batch.descriptors.len());
@@ -433,8 +472,16 @@ impl<'a> Recovery<'a> {
             let at = data_position + u64::from(descriptor.data_page) * PAGE_SIZE as u64;
             let table: Arc<[u32]> = checksums(batch, descriptor).into();
             match descriptor.kind {
-                Kind::Write | Kind::Zero => {
-                    self.replay_entry(descriptor, position, at, table, data[number].clone())
+                Kind::Write | Kind::Zero | Kind::Carry | Kind::CarryZero => {
+                    if self.counts(descriptor, position) {
+                        self.replay_entry(descriptor, position, at, table, data[number].clone());
+                    }
+                }
+                Kind::Carried => {
+                    let carried = self.carried.get(&descriptor.group);
+                    if carried.is_some_and(|carried| carried.iter().any(|carried| carried.end == position)) {
+                        self.acknowledge(descriptor.group, descriptor.acked);
+                    }
                 }
                 Kind::Push | Kind::PushZero => self.replay_push(descriptor, position, at, &table),
                 Kind::Reset => self.replay_reset(descriptor, position),
@@ -450,8 +497,25 @@ impl<'a> Recovery<'a> {
             let group = self.groups.entry(descriptor.group).or_default();
             group.reset(descriptor.version);
             group.on_reset_durable(position, descriptor.version, group.life);
-            self.unapplied.remove(&descriptor.group);
         }
+    }
+
+    /// Does this record of an entry count, or another of the same entry?
+    fn counts(&self, descriptor: &Descriptor, position: u64) -> bool {
+        let copy = matches!(descriptor.kind, Kind::Carry | Kind::CarryZero);
+        let (group, seq) = (descriptor.group, descriptor.version.seq);
+        let carried = self.carried.get(&group).map_or(&[][..], Vec::as_slice);
+        let mut of_it = carried.iter().filter(|carried| seq > carried.after);
+        if copy
+            && !of_it.clone().any(|carried| (carried.start..carried.end).contains(&position))
+            && !Mutation::CarryUnfinished.is_on()
+        {
+            return false;
+        }
+        // What a reset lies behind is not what was carried, for all its seq.
+        let resets = self.resets.get(&group).map_or(&[][..], Vec::as_slice);
+        let reset_before = |end: u64| resets.iter().any(|(reset, _)| (position..end).contains(reset));
+        !of_it.any(|carried| position < carried.start && !reset_before(carried.start))
     }
 
     /// Did a later reset drop this entry?
@@ -483,6 +547,7 @@ impl<'a> Recovery<'a> {
             previous_first: descriptor.previous_first,
             previous_last: descriptor.previous_last,
             checksums: has_data.then_some(table),
+            bytes,
             reserved: (0, 0),
         };
         if descriptor.version.seq <= group.applied.seq {
@@ -504,8 +569,6 @@ impl<'a> Recovery<'a> {
         }
         group.last = descriptor.version;
         group.pending.push_back(pending);
-        let unapplied = self.unapplied.entry(descriptor.group).or_default();
-        unapplied.push(Unapplied { descriptor: *descriptor, bytes });
         self.acknowledge(descriptor.group, descriptor.acked);
     }
 
@@ -513,10 +576,6 @@ impl<'a> Recovery<'a> {
         let state = self.groups.entry(group).or_default();
         state.acknowledged = state.acknowledged.max(through);
         state.apply_ready(group, &mut self.index);
-        let applied = state.applied.seq;
-        if let Some(unapplied) = self.unapplied.get_mut(&group) {
-            unapplied.retain(|entry| entry.descriptor.version.seq > applied);
-        }
     }
 
     fn replay_push(&mut self, descriptor: &Descriptor, position: u64, at: u64, table: &[u32]) {
@@ -589,17 +648,15 @@ impl<'a> Recovery<'a> {
                 group.reset(group.applied);
                 group.damaged = true;
             }
-            self.unapplied.clear();
         }
         // As at runtime: the resets of all the groups that are known end it.
         let relearned = !self.resets.is_empty() && self.groups.values().all(|group| !group.damaged);
         let damaged = self.damaged || self.checkpoint.damaged && !relearned;
         for (group, state) in &self.groups {
-            let unapplied = self.unapplied.remove(group).unwrap_or_default();
             recovered.push(RecoveredGroup {
                 group: *group,
                 tail: GroupTail { last: state.last, acked: state.applied.seq },
-                pending: unapplied.into_iter().map(|entry| entry.into_entry(&state.pending)).collect(),
+                pending: state.pending.iter().map(|entry| entry.entry(*group, state.applied.seq)).collect(),
                 damaged: state.damaged,
             });
         }
@@ -664,17 +721,6 @@ impl<'a> Recovery<'a> {
             events: Vec::new(),
             counters: Counters::default(),
         }
-    }
-}
-
-impl Unapplied {
-    fn into_entry(self, pending: &std::collections::VecDeque<Pending>) -> Entry {
-        let Descriptor { group, version, acked, key, pages, previous_first, previous_last, .. } =
-            self.descriptor;
-        let checksums =
-            pending.iter().find(|entry| entry.version == version).and_then(|entry| entry.checksums.clone());
-        let data = self.bytes.zip(checksums).map(|(bytes, checksums)| PageData { bytes, checksums });
-        Entry { group, version, acked, key, pages, data, previous_first, previous_last }
     }
 }
 

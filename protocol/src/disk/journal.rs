@@ -42,11 +42,17 @@ pub enum Kind {
     PushZero = 4,
     /// Drops the group's entries that are not applied; `version` is where it goes on from.
     Reset = 5,
+    /// An entry that is in the journal already, once more. It counts, instead of the one before, if a `Carried` follows.
+    Carry = 6,
+    /// The same, for an entry that makes its pages zero.
+    CarryZero = 7,
+    /// The carry that began at `start` is complete; it is of the group's entries above `acked`.
+    Carried = 8,
 }
 
 impl Kind {
     pub const fn has_data(self) -> bool {
-        matches!(self, Self::Write | Self::Push)
+        matches!(self, Self::Write | Self::Push | Self::Carry)
     }
 }
 
@@ -58,12 +64,14 @@ pub struct Descriptor {
     pub version: Version,
     pub acked: Seq,
     pub key: BlockKey,
-    /// For a Reset: any one page.
+    /// For a Reset or a Carried: any one page.
     pub pages: PageRange,
     pub previous_first: Version,
     pub previous_last: Version,
     /// First data page, counted from the start of the batch's data; 0 without data.
     pub data_page: u32,
+    /// For a Carried: position of its first record; 0 for all others.
+    pub start: u64,
 }
 
 /// The header of a batch.
@@ -111,7 +119,8 @@ struct RawDescriptor {
     first_page: U16,            // 68
     page_count: U16,            // 70
     data_page: U32,             // 72
-    padding: [u8; 20],          // 76
+    start: U64,                 // 76
+    padding: [u8; 12],          // 84
 }
 
 const _: () = assert!(size_of::<RawHeader>() == HEADER_SIZE);
@@ -197,7 +206,8 @@ impl<'a> HeadWriter<'a> {
             first_page: descriptor.pages.first.into(),
             page_count: descriptor.pages.count.into(),
             data_page: descriptor.data_page.into(),
-            padding: [0; 20],
+            start: descriptor.start.into(),
+            padding: [0; 12],
         };
         let at = HEADER_SIZE + self.descriptors * DESCRIPTOR_SIZE;
         self.out[at..at + DESCRIPTOR_SIZE].copy_from_slice(raw.as_bytes());
@@ -301,9 +311,12 @@ impl RawDescriptor {
             3 => Kind::Push,
             4 => Kind::PushZero,
             5 => Kind::Reset,
+            6 => Kind::Carry,
+            7 => Kind::CarryZero,
+            8 => Kind::Carried,
             _ => return Err(DiskFormatError::Field { field: "kind" }),
         };
-        check(self.reserved == [0; 3] && self.padding == [0; 20], "descriptor reserved")?;
+        check(self.reserved == [0; 3] && self.padding == [0; 12], "descriptor reserved")?;
         let (first, count) = (self.first_page.get(), self.page_count.get());
         let end = usize::from(first) + usize::from(count);
         check(count > 0 && end <= PAGES_PER_BLOCK, "pages")?;
@@ -313,6 +326,8 @@ impl RawDescriptor {
             check(usize::from(count) == PAGES_PER_UNIT && pages.covers_unit(pages.first_unit()), "pages")?;
         }
         check(self.data_page.get() == if kind.has_data() { data_page } else { 0 }, "data_page")?;
+        check(kind == Kind::Carried || self.start.get() == 0, "start")?;
+        check_counters(&[self.start], "start")?;
         Ok(Descriptor {
             kind,
             group: GroupId(self.group.get()),
@@ -323,6 +338,7 @@ impl RawDescriptor {
             previous_first: self.previous_first.into(),
             previous_last: self.previous_last.into(),
             data_page: self.data_page.get(),
+            start: self.start.get(),
         })
     }
 }

@@ -245,6 +245,8 @@ fn a_failed_store_lets_go_of_what_is_on_its_way() {
     rig.write(GROUP, key(1), PageRange::new(0, 1), 1);
     rig.settle();
     let pages = PageRange::new(0, 16);
+    // Of an entry that waits to be acknowledged, the store has what replication has.
+    let waiting = rig.store.groups[&GROUP].pending[0].bytes.clone().expect("it has data");
     let queued = data(2, 16);
     let held = queued.bytes.clone();
     let push = Record::Push {
@@ -264,6 +266,7 @@ fn a_failed_store_lets_go_of_what_is_on_its_way() {
     assert!(rig.complete_one(), "the flush fails");
     rig.settle();
     assert!(held.try_into_mut().is_ok(), "nobody else has it");
+    assert!(waiting.try_into_mut().is_ok(), "nobody else has it");
     assert!(rig.read(GROUP, key(2), pages).is_err());
 }
 

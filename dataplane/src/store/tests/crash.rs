@@ -1,5 +1,6 @@
-//! A crash after every single device operation of two recorded workloads: one destages, trims, resets and raises the mark of
-//! the block records, the other writes as much as the journal takes while it is destaged. What was flushed is there after power
+//! A crash after every single device operation of three recorded workloads: one destages, trims, resets and raises the mark of
+//! the block records, one writes as much as the journal takes while it is destaged, and in one the journal goes on while entries
+//! of other groups wait to be acknowledged. What was flushed is there after power
 //! loss, what was durable after a kill. Each with every subset of the pages that may be lost, or, when there are too many, with
 //! some random ones (`tools/crash`).
 //!
@@ -15,12 +16,18 @@ use crate::store::{Entry, Record, StoreEvent, StoreView};
 use crate::testing::Random;
 
 const GROUP: GroupId = GroupId(0);
+/// Fills the journal beside others.
+const BUSY: GroupId = GroupId(1);
+/// Nothing of it is ever acknowledged.
+const STUCK: GroupId = GroupId(2);
 
 /// Of whole blocks: more than the journal holds.
 const WRITES: u64 = 20;
 
 enum Step {
     Write(u32, PageRange, u64),
+    WriteTo(GroupId, u32, PageRange, u64),
+    /// Everything of `GROUP`.
     Acknowledge,
     Flush,
     Reset,
@@ -28,14 +35,35 @@ enum Step {
     Turn,
     /// So many writes of whole blocks, each as soon as the journal has room; acknowledged as soon as they are durable, and
     /// flushed one flush after the other.
-    Press(u64),
+    Press(GroupId, u64),
 }
 
 /// Goes around the journal, which is full when its tail moves.
 fn full_journal(writes: u64) -> Vec<Step> {
     let whole = PageRange::new(0, PAGES);
     let fill = (0..6).map(|number| Step::Write(number % KEYS, whole, 1000 * (u64::from(number) + 1)));
-    fill.chain([Step::Acknowledge, Step::Flush, Step::Press(writes), Step::Idle]).collect()
+    fill.chain([Step::Acknowledge, Step::Flush, Step::Press(GROUP, writes), Step::Idle]).collect()
+}
+
+/// Entries wait to be acknowledged until the journal has gone round, and are carried twice; others stay behind the first of their
+/// copies.
+fn carried_entries() -> Vec<Step> {
+    let mut steps = vec![
+        Step::Write(0, PageRange::new(0, PAGES), 1000),
+        Step::Acknowledge,
+        Step::Flush,
+        // Each copy of these needs a batch of its own.
+        Step::Write(0, PageRange::new(0, PAGES), 2000),
+        Step::Write(0, PageRange::new(40, 200), 3000),
+        Step::Write(1, PageRange::new(3, 2), 4000),
+        Step::Turn,
+        Step::Flush,
+    ];
+    steps.extend([Step::Press(BUSY, 4), Step::WriteTo(STUCK, 0, PageRange::new(7, 3), 5000)]);
+    steps.extend([Step::Press(BUSY, 4), Step::Write(0, PageRange::of_unit(4), 0), Step::Press(BUSY, 9)]);
+    steps.extend([Step::Acknowledge, Step::Write(1, PageRange::new(4, 1), 6000), Step::Press(BUSY, 6)]);
+    steps.extend([Step::Idle, Step::Write(2, PageRange::new(0, 1), 7000), Step::Acknowledge, Step::Idle]);
+    steps
 }
 
 fn every_kind() -> Vec<Step> {
@@ -68,26 +96,30 @@ fn every_kind() -> Vec<Step> {
 struct Replay {
     rig: Rig,
     model: Model,
-    flush_covers: Option<(u64, usize)>,
+    /// The flush under way, and what each group had durable when it was asked for.
+    flush_covers: Option<(u64, Vec<usize>)>,
     left: u64,
 }
 
 impl Replay {
     fn learn(&mut self) {
-        let model = self.model.groups.get_mut(&GROUP).unwrap();
+        let groups = &mut self.model.groups;
         for event in self.rig.events.drain(..) {
             match event {
-                StoreEvent::Durable { seq, .. } => {
+                StoreEvent::Durable { group, seq } => {
+                    let model = groups.get_mut(&group).unwrap();
                     let newest = model.log.iter().rposition(
                         |event| matches!(event, Event::Entry { version, .. } if version.seq == seq),
                     );
                     model.durable = model.durable.max(newest.expect("it was appended") + 1);
                 }
                 StoreEvent::Flushed { token } => {
-                    let (_, count) = self.flush_covers.take_if(|(own, _)| *own == token).expect("asked for");
-                    model.flushed = model.flushed.max(count);
+                    let (_, counts) = self.flush_covers.take_if(|(own, _)| *own == token).expect("asked for");
+                    for (model, count) in groups.values_mut().zip(counts) {
+                        model.flushed = model.flushed.max(count);
+                    }
                 }
-                StoreEvent::Reset { .. } => model.reset_is_durable(),
+                StoreEvent::Reset { group } => groups.get_mut(&group).unwrap().reset_is_durable(),
                 _ => panic!("unexpected: {event:?}"),
             }
         }
@@ -110,14 +142,15 @@ impl Replay {
 
     fn step(&mut self, step: &Step) -> bool {
         match step {
-            Step::Write(index, pages, content) => {
-                let model = &self.model.groups[&GROUP];
+            Step::Write(index, pages, content) => self.step(&Step::WriteTo(GROUP, *index, *pages, *content)),
+            Step::WriteTo(group, index, pages, content) => {
+                let model = &self.model.groups[group];
                 let (last, head) = (model.last(), model.head());
                 let version = version(last.epoch.0.max(1), last.seq.0 + 1);
                 let at = key(*index);
                 let previous = (head.version(at, pages.first_unit()), head.version(at, pages.last_unit()));
                 let entry = Entry {
-                    group: GROUP,
+                    group: *group,
                     version,
                     acked: model.acked,
                     key: at,
@@ -128,7 +161,7 @@ impl Replay {
                 };
                 self.rig.store.append(Record::Entry(entry)).unwrap();
                 let event = Event::Entry { version, key: at, pages: *pages, content: *content, previous };
-                self.model.groups.get_mut(&GROUP).unwrap().log.push(event);
+                self.model.groups.get_mut(group).unwrap().log.push(event);
                 true
             }
             Step::Acknowledge => {
@@ -159,23 +192,24 @@ impl Replay {
                 self.settle()
             }
             Step::Turn => self.settle(),
-            Step::Press(count) => self.press(*count),
+            Step::Press(group, count) => self.press(*group, *count),
         }
     }
 
     fn begin_flush(&mut self) {
         let token = self.rig.token();
-        self.flush_covers = Some((token, self.model.groups[&GROUP].durable));
+        let durable = self.model.groups.values().map(|group| group.durable);
+        self.flush_covers = Some((token, durable.collect()));
         self.rig.store.flush(token);
     }
 
-    fn press(&mut self, count: u64) -> bool {
+    fn press(&mut self, group: GroupId, count: u64) -> bool {
         let mut written = 0;
         loop {
             while written < count && self.rig.store.admit(usize::from(PAGES)).is_ok() {
                 written += 1;
                 let (index, content) = ((written % u64::from(KEYS)) as u32, 10_000 + 1000 * written);
-                self.step(&Step::Write(index, PageRange::new(0, PAGES), content));
+                self.step(&Step::WriteTo(group, index, PageRange::new(0, PAGES), content));
             }
             if written < count && self.flush_covers.is_none() {
                 self.begin_flush();
@@ -189,9 +223,9 @@ impl Replay {
                 return true;
             }
             self.learn();
-            let model = self.model.groups.get_mut(&GROUP).unwrap();
+            let model = self.model.groups.get_mut(&group).unwrap();
             model.acked = model.last_durable();
-            self.rig.store.apply(GROUP, model.acked);
+            self.rig.store.apply(group, model.acked);
         }
     }
 }
@@ -295,6 +329,21 @@ fn a_kill_while_the_journal_is_full() {
     crash_everywhere(&full_journal(WRITES), false, false);
 }
 
+#[test]
+fn power_loss_while_entries_are_carried() {
+    crash_everywhere(&carried_entries(), true, false);
+}
+
+#[test]
+fn power_loss_while_entries_are_carried_in_a_cache_device() {
+    crash_everywhere(&carried_entries(), true, true);
+}
+
+#[test]
+fn a_kill_while_entries_are_carried() {
+    crash_everywhere(&carried_entries(), false, false);
+}
+
 #[cfg(feature = "mutations")]
 #[test]
 fn sown_bugs_are_found() {
@@ -302,7 +351,11 @@ fn sown_bugs_are_found() {
     let sown: Vec<_> = Mutation::ALL.iter().filter(|mutation| mutation.needs_every_crash()).collect();
     assert!(!sown.is_empty());
     // What is found without the bug, too, the bug did not do.
-    let run = || crash_everywhere(&full_journal(4 * WRITES), true, true);
+    let run = || {
+        crash_everywhere(&carried_entries(), false, false);
+        crash_everywhere(&carried_entries(), true, false);
+        crash_everywhere(&full_journal(4 * WRITES), true, true);
+    };
     run();
     for &mutation in sown {
         Mutation::sow(Some(mutation));

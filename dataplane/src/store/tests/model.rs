@@ -31,6 +31,8 @@ pub enum Event {
         key: BlockKey,
         unit: u8,
         version: Version,
+        /// Everything up to here was acknowledged.
+        as_of: Seq,
         content: u64,
     },
     Reset {
@@ -120,6 +122,16 @@ impl Group {
 
     pub fn last(&self) -> Version {
         self.last_of(self.log.len())
+    }
+
+    /// What the first `count` records say was acknowledged.
+    fn said_acked(&self, count: usize) -> Seq {
+        let said = self.log[..count].iter().rev().find_map(|event| match event {
+            Event::Push { as_of, .. } => Some(*as_of),
+            Event::Reset { last, .. } => Some(last.seq),
+            Event::Entry { .. } => None,
+        });
+        said.unwrap_or_default()
     }
 
     /// The oldest reset that was not durable is.
@@ -247,6 +259,7 @@ impl Model {
             let fits = |count: &usize| {
                 let model_pending = model.pending(*count, tail.acked);
                 model.last_of(*count) == tail.last
+                    && model.said_acked(*count) <= tail.acked
                     && model_pending.len() == pending.len()
                     && model_pending.iter().zip(&pending).all(|(event, entry)| {
                         matches!(event, Event::Entry { version, key, pages, .. } if (*version, *key, *pages) == *entry)

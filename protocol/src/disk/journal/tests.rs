@@ -15,7 +15,7 @@ fn any_descriptor() -> impl Strategy<Value = Descriptor> {
         layer: Layer(layer),
         index: BlockIndex(index),
     });
-    let range = (0u8..5, 0u16..900, 1u16..17);
+    let range = (0u8..8, 0u16..900, 1u16..17);
     (range, any::<(u32, u64)>(), key, any_version(), any_version(), any_version()).prop_map(
         |((kind, first, count), (group, acked), key, version, previous_first, previous_last)| {
             let unit = PageRange::of_unit((first / 16) as u8);
@@ -24,8 +24,12 @@ fn any_descriptor() -> impl Strategy<Value = Descriptor> {
                 1 => (Kind::Zero, PageRange::new(first, count)),
                 2 => (Kind::Push, unit),
                 3 => (Kind::PushZero, unit),
-                _ => (Kind::Reset, unit),
+                4 => (Kind::Reset, unit),
+                5 => (Kind::Carry, PageRange::new(first, count)),
+                6 => (Kind::CarryZero, PageRange::new(first, count)),
+                _ => (Kind::Carried, unit),
             };
+            let start = if kind == Kind::Carried { u64::from(first) << 12 } else { 0 };
             let (group, acked) = (GroupId(group), Seq(acked));
             Descriptor {
                 kind,
@@ -37,6 +41,7 @@ fn any_descriptor() -> impl Strategy<Value = Descriptor> {
                 previous_first,
                 previous_last,
                 data_page: 0,
+                start,
             }
         },
     )
@@ -112,6 +117,7 @@ fn data_is_checked_page_by_page() {
         previous_first: Version::ZERO,
         previous_last: Version::ZERO,
         data_page: 0,
+        start: 0,
     }]);
     batch.checksums = checksums;
     assert!(batch.data_is_whole(&data));

@@ -180,6 +180,7 @@ fn descriptor(kind: Kind, pages: PageRange, data_page: u32) -> Descriptor {
         previous_first: Version::ZERO,
         previous_last: VERSION,
         data_page,
+        start: if kind == Kind::Carried { 4 << 20 } else { 0 },
     }
 }
 
@@ -203,10 +204,13 @@ fn head_seeds() -> Vec<Vec<u8>> {
         descriptor(Kind::Push, unit, 8),
         descriptor(Kind::PushZero, unit, 0),
         descriptor(Kind::Reset, PageRange::new(0, 1), 0),
+        descriptor(Kind::Carry, PageRange::new(9, 2), 24),
+        descriptor(Kind::CarryZero, PageRange::new(0, 1), 0),
+        descriptor(Kind::Carried, PageRange::new(0, 1), 0),
     ];
     let many: Vec<_> =
         (0..100).map(|number| descriptor(Kind::Write, PageRange::new(4, 2), number * 2)).collect();
-    let batches = [(&all[..], 24), (&all[1..2], 0), (&many[..], 200)];
+    let batches = [(&all[..], 26), (&all[1..2], 0), (&many[..], 200)];
     let seeds = batches.map(|(descriptors, data_pages)| {
         let header = BatchHeader {
             store: StoreId(0xabcd),
