@@ -10,14 +10,15 @@
 //!    `Kind::Carried` is queued that says so.
 //! 3. When that is durable, the first places are not kept any more.
 //!
-//! Replay counts the entries of a carry in place of the earlier ones if it has met the `Carried`, and otherwise not at all, whatever
-//! became of the group since.
+//! Replay counts the entries of a carry in place of the earlier ones if the `Carried` lies before its end, and otherwise not at all,
+//! whatever became of the group since.
 //!
 //! Invariants
 //! - Between the records of a carry no other entry of its group is queued.
 //! - What the journal may give up is in it once more, complete, and so is the `Carried`.
-//! - All that is carried takes a quarter of the journal at most, and the half of it has gone by since the last time: carrying
-//!   writes at most half as much again as comes.
+//! - No block record names a place in a carry whose `Carried` is not on stable media.
+//! - Room is kept to carry all that is pending, up to an eighth of the journal; more than that is not carried. Three eighths go by
+//!   before an entry is carried again: so carrying writes at most half as much as comes.
 //!
 //! Source: the copying of live blocks out of segments that are to be used again, in Rosenblum and Ousterhout, "The Design and
 //! Implementation of a Log-Structured File System", SOSP '91.
@@ -27,8 +28,16 @@ use xsan_protocol::mutation::Mutation;
 use xsan_protocol::units::PAGE_SIZE;
 
 use super::engine::Store;
-use super::group::{Group, Pending};
+use super::group::Group;
 use super::journal::{Item, Queued};
+
+/// Groups are carried together up to so many pages, then the next: clients' writes wait behind them.
+const BURST_PAGES: u32 = 256;
+
+/// Pages of the journal that it takes to carry an entry with this many: each may need one for its head.
+pub(super) fn carried_pages(pages: usize) -> u32 {
+    pages as u32 + 1
+}
 
 /// Where an entry of a carry went: its descriptor and its data.
 #[derive(Clone, Copy, Debug)]
@@ -57,6 +66,15 @@ impl Group {
     /// Where its oldest pending entry is, if a carry may begin.
     fn carriable(&self) -> Option<u64> {
         if self.carry.is_some() || self.is_resetting() { None } else { self.oldest_pending() }
+    }
+
+    fn is_copying(&self) -> bool {
+        self.carry.as_ref().is_some_and(|carry| matches!(carry.stage, Stage::Copying { .. }))
+    }
+
+    /// May replay find its copies not to count, though their places were taken? What is applied from there must not be in records.
+    pub(super) fn is_marking(&self) -> bool {
+        self.carried_position().is_some()
     }
 
     /// What must be kept until the carry is complete.
@@ -108,37 +126,64 @@ impl Group {
 }
 
 impl Store {
-    /// Begins to carry what lies in the older half of a journal of which the half is in use.
-    pub(super) fn carry_old_entries(&mut self) {
-        let (used, all) = (self.journal.used_bytes(), self.journal.ring_bytes());
-        if used <= all / 2 {
-            return;
-        }
-        let old = self.journal.head.saturating_sub(all / 2);
-        let held = self.groups.iter().filter_map(|(id, group)| Some((group.carriable()?, *id)));
-        let mut held: Vec<(u64, GroupId)> = held.filter(|(position, _)| *position < old).collect();
-        held.sort_unstable();
-        let pages: usize =
-            held.iter().flat_map(|(_, id)| &self.groups[id].pending).map(Pending::data_pages).sum();
-        if (pages * PAGE_SIZE) as u64 > all / 4 {
-            return;
-        }
-        for (_, id) in held {
-            if !self.carry(id) {
-                return;
-            }
-        }
+    /// Most that is carried, and that room is kept for.
+    fn carry_bytes_max(&self) -> u64 {
+        self.journal.ring_bytes() / 8
     }
 
-    /// Queues the entries of a group once more. `false`: there is no room.
-    fn carry(&mut self, id: GroupId) -> bool {
-        let group = self.groups.get_mut(&id).expect("it was found among them");
-        let count = group.pending.len();
-        let pages: usize = group.pending.iter().map(Pending::data_pages).sum();
-        // Each may need a page of its own for its head; so does the `Carried`.
-        if !self.journal.has_room(pages + count, 0) {
-            return false;
+    /// What it takes to carry all that is pending, and so many pages more.
+    fn carry_bytes(&self, more_pages: u32) -> u64 {
+        u64::from(self.reserved.journal_pages + more_pages) * PAGE_SIZE as u64
+    }
+
+    /// Room that is kept, with so many pages more pending.
+    pub(super) fn carry_reserve(&self, more_pages: u32) -> u64 {
+        self.carry_bytes(more_pages).min(self.carry_bytes_max())
+    }
+
+    /// Begins to carry what three eighths of a journal have gone by since, oldest first. Less than writes are let in for, whatever
+    /// is kept for others: the journal must not be full before.
+    pub(super) fn carry_old_entries(&mut self) {
+        let all = self.journal.ring_bytes();
+        let age = all * 3 / 8;
+        let end = self.journal.tail + self.journal.used_bytes();
+        if end < self.carry_at || self.carry_bytes(0) > self.carry_bytes_max() {
+            return;
         }
+        // As long as nothing that the carry depends on has changed.
+        self.carry_at = u64::MAX;
+        if self.groups.values().any(Group::is_copying) {
+            return;
+        }
+        let pending = self.groups.iter().filter_map(|(id, group)| Some((group.carriable()?, *id)));
+        let mut pending: Vec<(u64, GroupId)> = pending.collect();
+        pending.sort_unstable();
+        let mut pages = 0;
+        for (position, id) in pending {
+            if position + age > end {
+                self.carry_at = position + age;
+                return;
+            }
+            if pages >= BURST_PAGES {
+                return;
+            }
+            match self.carry(id) {
+                Some(more) => pages += more,
+                None => return,
+            }
+        }
+        // What comes now lies behind the head.
+        self.carry_at = self.journal.head + age;
+    }
+
+    /// Queues the entries of a group once more; `None`: there is no room. Returns the pages that it takes.
+    fn carry(&mut self, id: GroupId) -> Option<u32> {
+        let group = self.groups.get_mut(&id).expect("it was found among them");
+        let pages: u32 = group.pending.iter().map(|entry| carried_pages(entry.data_pages())).sum();
+        if !self.journal.has_room(pages as usize, 0) {
+            return None;
+        }
+        let count = group.pending.len();
         tracing::debug!(store = %self.id, group = %id, entries = count, pages, "carrying entries that wait to be acknowledged");
         group.carries += 1;
         let number = group.carries;
@@ -148,7 +193,7 @@ impl Store {
         }
         let stage = Stage::Copying { left: count, places: Vec::with_capacity(count) };
         group.carry = Some(Carry { number, stage });
-        true
+        Some(pages)
     }
 
     /// All copies of a group's carry are durable.
@@ -157,5 +202,7 @@ impl Store {
         if let Some(item) = group.take_places(id) {
             self.journal.push(Queued { item, life: group.life, applied: Seq(0) });
         }
+        // More may be waiting for its turn.
+        self.carry_at = 0;
     }
 }

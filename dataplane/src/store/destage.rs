@@ -169,7 +169,7 @@ impl Store {
     fn destage_is_due(&self) -> bool {
         let (used, all) = (self.journal.used_bytes(), self.journal.ring_bytes());
         let idle = self.journal.is_quiet() && self.now_ns >= self.last_append_ns + self.options.idle_after_ns;
-        used > all / 2 || self.destage.pressed || self.destage.drain || idle
+        used + self.carry_reserve(0) > all / 2 || self.destage.pressed || self.destage.drain || idle
     }
 
     fn maybe_start_cycle(&mut self) {
@@ -214,7 +214,8 @@ impl Store {
                 break;
             }
             let wanted = block.units_wanted();
-            if block.skip_until_ns > self.now_ns || units + wanted > self.units.free() {
+            let marking = self.groups.get(&block.group).is_some_and(super::group::Group::is_marking);
+            if block.skip_until_ns > self.now_ns || units + wanted > self.units.free() || marking {
                 continue;
             }
             chosen.push(id);
@@ -538,6 +539,7 @@ impl Store {
                 let checkpoint = self.destage.checkpoint.take().expect("it has just been written");
                 self.destage.checkpoint_number = checkpoint.number;
                 self.journal.release(checkpoint.tail);
+                self.carry_at = 0;
                 let opening = std::mem::take(&mut self.destage.opening);
                 self.destage.phase = if opening { Phase::Copy } else { Phase::Idle };
             }

@@ -20,9 +20,9 @@ use xsan_protocol::units::{PAGE_SIZE, PAGES_PER_UNIT, PageRange, UNIT_SIZE, UNIT
 use xsan_protocol::wire::replication::block_digest;
 
 use super::allocator::{Slots, Units};
-use super::carry::CarryPlace;
+use super::carry::{CarryPlace, carried_pages};
 use super::destage::Destage;
-use super::group::{Group, Pending};
+use super::group::{Group, Pending, Reserved};
 use super::index::{Change, Index, MixMap, Place};
 use super::journal::{Held, Item, Journal, Placed, Queued};
 use super::layout::Layout;
@@ -112,8 +112,10 @@ pub struct Store {
     pub(super) units: Units,
     pub(super) slots: Slots,
     pub(super) groups: BTreeMap<GroupId, Group>,
-    /// Units and blocks that pending entries may need.
-    pub(super) reserved: (u32, u32),
+    /// For all pending entries.
+    pub(super) reserved: Reserved,
+    /// What is to be carried is looked for when the journal gets there; 0: now.
+    pub(super) carry_at: u64,
     pub(super) flushes: Flushes,
     pub(super) reads: Reads,
     pub(super) destage: Destage,
@@ -149,7 +151,7 @@ impl Store {
                 assert!(follows, "entry {} follows {}", entry.version, group.last);
                 group.last = entry.version;
                 group.pending.push_back(Pending::of(entry, wanted));
-                self.reserved = (self.reserved.0 + wanted.0, self.reserved.1 + wanted.1);
+                self.reserved += wanted;
                 (group.life, Seq(0))
             }
             Record::Push { as_of, .. } => {
@@ -160,7 +162,8 @@ impl Store {
                 let applied = group.applied.seq;
                 let released = group.reset(*last);
                 let life = group.life;
-                self.release_reserved(released);
+                self.carry_at = 0;
+                self.reserved -= released;
                 (life, applied)
             }
         };
@@ -171,18 +174,20 @@ impl Store {
 
     /// Takes back the entries and pushes of a group that are on no way to the device yet, as if they had never come.
     pub fn withdraw(&mut self, group: GroupId) -> Withdrawn {
-        let pushes = self.journal.withdraw(group);
+        let taken = self.journal.withdraw(group);
         let Some(state) = self.groups.get_mut(&group) else {
-            return Withdrawn { last: Version::ZERO, pushes };
+            return Withdrawn { last: Version::ZERO, pushes: taken.pushes };
         };
-        let released = state.withdraw();
-        let last = state.last;
-        self.release_reserved(released);
-        Withdrawn { last, pushes }
+        self.reserved -= state.withdraw();
+        if taken.carry {
+            state.cancel_carry();
+            self.carry_at = 0;
+        }
+        Withdrawn { last: state.last, pushes: taken.pushes }
     }
 
-    /// Is there room for the record? Returns the units and blocks that an entry may need.
-    fn check(&self, record: &Record) -> Result<(u32, u32), StoreError> {
+    /// Is there room for the record? Returns what is to be set aside for an entry.
+    fn check(&self, record: &Record) -> Result<Reserved, StoreError> {
         if self.failed {
             return Err(StoreError::Failed);
         }
@@ -198,7 +203,8 @@ impl Store {
                 // Zeroes free space: they may use the last of the journal. Capacity is what the primary looks at: an entry has its
                 // place in the group's order, and what does not fit waits in the journal until something is freed.
                 self.check_journal(pages, if entry.data.is_some() { 16 } else { 0 })?;
-                Ok(wanted)
+                let (units, blocks) = wanted;
+                Ok(Reserved { units, blocks, journal_pages: carried_pages(pages) })
             }
             Record::Push { group, key, unit, data, .. } => {
                 self.check_journal(data.as_ref().map_or(0, |_| PAGES_PER_UNIT), 16)?;
@@ -210,20 +216,20 @@ impl Store {
                         Reserve::Half,
                     )?;
                 }
-                Ok((0, 0))
+                Ok(Reserved::default())
             }
-            Record::Reset { .. } => self.check_journal(0, 0).map(|()| (0, 0)),
+            // It frees what is set aside.
+            Record::Reset { .. } if self.journal.has_room(0, 0) => Ok(Reserved::default()),
+            Record::Reset { .. } => Err(StoreError::JournalFull),
         }
     }
 
-    fn release_reserved(&mut self, released: (u32, u32)) {
-        self.reserved = (self.reserved.0 - released.0, self.reserved.1 - released.1);
-    }
-
-    /// Is there room in the journal, leaving a `share`-th of it (0: nothing) to those with smaller shares?
+    /// Is there room in the journal, leaving a `share`-th of it (0: nothing) to those with smaller shares, and what it takes to
+    /// carry what is pending?
     fn check_journal(&self, pages: usize, share: u64) -> Result<(), StoreError> {
         let reserve = self.journal.ring_bytes().checked_div(share).unwrap_or(0);
-        if self.journal.has_room(pages, reserve) { Ok(()) } else { Err(StoreError::JournalFull) }
+        let carry = self.carry_reserve(carried_pages(pages));
+        if self.journal.has_room(pages, reserve + carry) { Ok(()) } else { Err(StoreError::JournalFull) }
     }
 
     /// Is there room for new units and blocks, leaving the reserve? New writes leave all of it, resync half: the rest is for
@@ -232,8 +238,8 @@ impl Store {
         let part = if reserve == Reserve::Whole { 1 } else { 2 };
         let unit_reserve = (self.units.count() / 64).clamp(16, 4096) / part;
         let slot_reserve = (self.slots.count() / 64).clamp(4, 1024) / part;
-        let units_used = self.index.promised_units() + self.reserved.0;
-        let slots_used = self.index.slotless() + self.reserved.1;
+        let units_used = self.index.promised_units() + self.reserved.units;
+        let slots_used = self.index.slotless() + self.reserved.blocks;
         let units_fit = units == 0 || units_used + units + unit_reserve <= self.units.free();
         let slots_fit = blocks == 0 || slots_used + blocks + slot_reserve <= self.slots.free();
         if units_fit && slots_fit { Ok(()) } else { Err(StoreError::Full) }
@@ -243,8 +249,7 @@ impl Store {
     pub fn apply(&mut self, group: GroupId, through: Seq) {
         let Some(state) = self.groups.get_mut(&group) else { return };
         state.acknowledged = state.acknowledged.max(through);
-        let released = state.apply_ready(group, &mut self.index);
-        self.release_reserved(released);
+        self.reserved -= state.apply_ready(group, &mut self.index);
     }
 
     /// Asks for `Flushed { token }`: everything durable now is on stable media.
@@ -262,9 +267,7 @@ impl Store {
     /// Hands out the device operations of this turn.
     pub fn end_turn(&mut self, out: &mut Vec<DiskAction>) {
         if !self.failed {
-            if self.destage.is_idle() {
-                self.carry_old_entries();
-            }
+            self.carry_old_entries();
             self.issue_batch();
             self.issue_flush();
             self.retry_stalled_reads();
@@ -369,9 +372,8 @@ impl Store {
         // At most a few groups a batch: a list is found through faster than a map.
         let mut durable: Vec<(GroupId, Seq)> = Vec::new();
         let (groups, index, events) = (&mut self.groups, &mut self.index, &mut self.events);
-        let (mut released, mut relearned) = ((0, 0), false);
-        let mut carried: Vec<GroupId> = Vec::new();
-        let mut release = |more: (u32, u32)| released = (released.0 + more.0, released.1 + more.1);
+        let (mut released, mut relearned) = (Reserved::default(), false);
+        let (mut carried, mut ended) = (Vec::new(), false);
         self.journal.on_written(position, |placed| match placed {
             Placed::Entry { group, seq, life } => {
                 let state = groups.get_mut(&group).expect("a group with entries stays");
@@ -380,7 +382,7 @@ impl Store {
                 }
                 state.entry_mut(seq).expect("an entry is not applied before it is durable").durable = true;
                 if seq <= state.acknowledged {
-                    release(state.apply_ready(group, index));
+                    released += state.apply_ready(group, index);
                 }
                 match durable.iter_mut().rev().find(|(of, _)| *of == group) {
                     Some((_, newest)) => *newest = seq,
@@ -396,12 +398,13 @@ impl Store {
             Placed::Carried { group, carry } => {
                 let state = groups.get_mut(&group).expect("a group with entries stays");
                 state.on_carried_durable(carry);
+                ended = true;
             }
             Placed::Push { token, position, group, key, pages, version, as_of, life, data } => {
                 let state = groups.get_mut(&group).expect("a group with pushes stays");
                 if state.life == life {
                     state.acknowledged = state.acknowledged.max(as_of);
-                    release(state.apply_ready(group, index));
+                    released += state.apply_ready(group, index);
                 }
                 let data = data.as_ref().map(|(position, checksums)| (*position, &checksums[..]));
                 let (previous_first, previous_last) = (Version::ZERO, Version::ZERO);
@@ -428,7 +431,10 @@ impl Store {
         if relearned && self.damaged {
             self.damaged = self.groups.values().any(|group| group.damaged);
         }
-        self.release_reserved(released);
+        self.reserved -= released;
+        if ended {
+            self.carry_at = 0;
+        }
         carried.into_iter().for_each(|group| self.end_carry(group));
         self.events.extend(durable.into_iter().map(|(group, seq)| StoreEvent::Durable { group, seq }));
     }

@@ -8,6 +8,7 @@
 //! - An entry is applied only when it is durable here and acknowledged, in order.
 
 use std::collections::VecDeque;
+use std::ops::{AddAssign, SubAssign};
 use std::sync::Arc;
 
 use xsan_protocol::disk::checkpoint::GroupRow;
@@ -18,6 +19,32 @@ use super::carry::Carry;
 use super::index::{Change, Index};
 use super::{Entry, PageData};
 use crate::disk::buffers::Buffer;
+
+/// What is set aside for entries that are pending.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Reserved {
+    /// Capacity units and blocks that they may need.
+    pub units: u32,
+    pub blocks: u32,
+    /// Pages of the journal, to carry them.
+    pub journal_pages: u32,
+}
+
+impl AddAssign for Reserved {
+    fn add_assign(&mut self, other: Self) {
+        self.units += other.units;
+        self.blocks += other.blocks;
+        self.journal_pages += other.journal_pages;
+    }
+}
+
+impl SubAssign for Reserved {
+    fn sub_assign(&mut self, other: Self) {
+        self.units -= other.units;
+        self.blocks -= other.blocks;
+        self.journal_pages -= other.journal_pages;
+    }
+}
 
 #[derive(Debug)]
 pub struct Pending {
@@ -33,12 +60,11 @@ pub struct Pending {
     pub checksums: Option<Arc<[u32]>>,
     /// What the checksums are of; nothing more once the store has failed.
     pub bytes: Option<Buffer>,
-    /// Capacity units and blocks set aside for it.
-    pub reserved: (u32, u32),
+    pub reserved: Reserved,
 }
 
 impl Pending {
-    pub fn of(entry: &Entry, reserved: (u32, u32)) -> Self {
+    pub fn of(entry: &Entry, reserved: Reserved) -> Self {
         Self {
             position: 0,
             data_position: 0,
@@ -123,15 +149,15 @@ impl Group {
     }
 
     /// Applies what may be; returns the reservations it no longer needs.
-    pub fn apply_ready(&mut self, group: GroupId, index: &mut Index) -> (u32, u32) {
-        let mut released = (0, 0);
+    pub fn apply_ready(&mut self, group: GroupId, index: &mut Index) -> Reserved {
+        let mut released = Reserved::default();
         let acknowledged = self.acknowledged;
         while let Some(entry) =
             self.pending.pop_front_if(|entry| entry.durable && entry.version.seq <= acknowledged)
         {
             index.apply(&entry.change(group));
             self.applied = entry.version;
-            released = (released.0 + entry.reserved.0, released.1 + entry.reserved.1);
+            released += entry.reserved;
         }
         released
     }
@@ -154,14 +180,12 @@ impl Group {
     }
 
     /// Drops what is pending and goes on from `last`; returns the reservations.
-    pub fn reset(&mut self, last: Version) -> (u32, u32) {
+    pub fn reset(&mut self, last: Version) -> Reserved {
         self.unsettled = Some(self.settled());
         self.dropped_position = self.oldest_position();
         self.carry = None;
-        let released = self
-            .pending
-            .drain(..)
-            .fold((0, 0), |sum: (u32, u32), entry| (sum.0 + entry.reserved.0, sum.1 + entry.reserved.1));
+        let mut released = Reserved::default();
+        self.pending.drain(..).for_each(|entry| released += entry.reserved);
         self.life += 1;
         self.last = last;
         self.applied = last;
@@ -169,14 +193,20 @@ impl Group {
         released
     }
 
+    /// Drops what is pending at an opening that trusts nothing of it: the checkpoint that follows says so.
+    pub fn forget_pending(&mut self) {
+        self.pending.clear();
+        self.last = self.applied;
+        self.acknowledged = self.applied.seq;
+    }
+
     /// Takes back the entries that are in no batch; returns their reservations.
-    pub fn withdraw(&mut self) -> (u32, u32) {
-        let mut released = (0, 0);
+    pub fn withdraw(&mut self) -> Reserved {
+        let mut released = Reserved::default();
         while let Some(entry) = self.pending.pop_back_if(|entry| entry.position == 0) {
-            released = (released.0 + entry.reserved.0, released.1 + entry.reserved.1);
+            released += entry.reserved;
         }
         self.last = self.pending.back().map_or(self.applied, |entry| entry.version);
-        self.cancel_carry();
         released
     }
 

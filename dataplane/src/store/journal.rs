@@ -12,7 +12,9 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use xsan_protocol::disk::journal::{BatchHeader, DESCRIPTORS_MAX, Descriptor, HeadWriter, Kind, head_bytes};
+use xsan_protocol::disk::journal::{
+    BatchHeader, DATA_PAGES_MAX, DESCRIPTORS_MAX, Descriptor, HeadWriter, Kind, head_bytes,
+};
 use xsan_protocol::ids::{BlockKey, GroupId, Seq, StoreId, Version};
 use xsan_protocol::mutation::Mutation;
 use xsan_protocol::units::{PAGE_SIZE, PageRange};
@@ -187,6 +189,7 @@ pub struct NewBatch {
     pub position: u64,
     pub parts: Vec<Buffer>,
     pub bytes: usize,
+    /// Data of entries and pushes; not what is there once more.
     pub data_bytes: usize,
 }
 
@@ -199,6 +202,15 @@ pub enum Held {
     Later,
     /// The ring is full: destage must move on.
     Full,
+}
+
+/// What `Journal::withdraw` has taken back beside entries.
+#[derive(Debug, Default)]
+pub struct TakenBack {
+    /// Tokens of pushes.
+    pub pushes: Vec<u64>,
+    /// Records of a carry.
+    pub carry: bool,
 }
 
 #[derive(Debug)]
@@ -276,22 +288,22 @@ impl Journal {
         self.queued_pages = 0;
     }
 
-    /// Takes back the entries and pushes of a group that no batch has yet, and its carry as far as no batch has that; returns the
-    /// tokens of the pushes.
-    pub fn withdraw(&mut self, group: GroupId) -> Vec<u64> {
-        let mut tokens = Vec::new();
+    /// Takes back the entries and pushes of a group that no batch has yet, and its carry as far as no batch has that.
+    pub fn withdraw(&mut self, group: GroupId) -> TakenBack {
+        let mut taken = TakenBack::default();
         let pages = &mut self.queued_pages;
         self.queue.retain(|queued| {
             match &queued.item {
                 item if item.group() != group => return true,
-                Item::Record(Record::Entry(_)) | Item::Carry(..) => {}
-                Item::Record(Record::Push { token, .. }) => tokens.push(*token),
+                Item::Record(Record::Entry(_)) => {}
+                Item::Carry(..) => taken.carry = true,
+                Item::Record(Record::Push { token, .. }) => taken.pushes.push(*token),
                 Item::Record(Record::Reset { .. }) | Item::Carried { .. } => return true,
             }
             *pages -= queued.data_pages();
             false
         });
-        tokens
+        taken
     }
 
     pub fn push(&mut self, queued: Queued) {
@@ -304,7 +316,8 @@ impl Journal {
         let (mut records, mut pages) = (0, 0);
         for queued in self.queue.iter().take(DESCRIPTORS_MAX) {
             let more = pages + queued.data_pages();
-            if records > 0 && head_bytes(records + 1, more) + more * PAGE_SIZE > self.batch_bytes_max {
+            let bytes = head_bytes(records + 1, more) + more * PAGE_SIZE;
+            if records > 0 && (bytes > self.batch_bytes_max || more > DATA_PAGES_MAX) {
                 break;
             }
             (records, pages) = (records + 1, more);
@@ -348,13 +361,14 @@ impl Journal {
         let mut writer = HeadWriter::new(header, &mut head);
         let mut placed = Vec::with_capacity(records);
         let mut parts = Vec::with_capacity(records + 1);
-        let mut page = 0;
+        let (mut page, mut carried) = (0, 0);
         for (index, queued) in self.queue.drain(..records).enumerate() {
             let checksums: &[u32] = queued.data().map_or(&[], |data| &data.checksums);
             writer.push(&queued.descriptor(page), checksums);
             let data_position = position + head_size as u64 + u64::from(page) * PAGE_SIZE as u64;
             placed.push(place(&queued, position + index as u64, data_position));
             page += queued.data_pages() as u32;
+            carried += if matches!(queued.item, Item::Carry(..)) { queued.data_pages() } else { 0 };
             parts.extend(queued.item.into_data().map(|data| data.bytes));
         }
         writer.finish();
@@ -363,7 +377,7 @@ impl Journal {
         self.in_flight.push_back(Batch { position, end, done: false, placed });
         self.head = end;
         self.previous_end = end;
-        Ok(NewBatch { position, parts, bytes, data_bytes: data_pages * PAGE_SIZE })
+        Ok(NewBatch { position, parts, bytes, data_bytes: (data_pages - carried) * PAGE_SIZE })
     }
 
     /// The device has written the batch at `position`. Hands out what became durable, in order.

@@ -29,10 +29,11 @@ use xsan_protocol::mutation::Mutation;
 use xsan_protocol::units::PAGE_SIZE;
 
 use super::allocator::{Slots, Units};
+use super::carry::carried_pages;
 use super::destage::Destage;
 use super::engine::{Options, Store};
 use super::format::{self, FormatError};
-use super::group::{Group, Pending};
+use super::group::{Group, Pending, Reserved};
 use super::index::{Change, Index};
 use super::journal::{Journal, Start};
 use super::layout::Layout;
@@ -326,7 +327,8 @@ impl<'a> Recovery<'a> {
         self.slots.set_recovered(number, record.generation, false);
         self.newest_record = self.newest_record.max(record.entry_position).max(record.push_position);
         let group = self.groups.entry(record.group).or_default();
-        if record.acked.seq > group.applied.seq {
+        // The checkpoint in force when the record was written says as much, and every later one more, but for what a reset took back.
+        if record.cycle > self.checkpoint.number && record.acked.seq > group.applied.seq {
             (group.applied, group.last, group.acknowledged) = (record.acked, record.acked, record.acked.seq);
         }
         if record.is_free() {
@@ -480,7 +482,7 @@ impl<'a> Recovery<'a> {
                 Kind::Carried => {
                     let carried = self.carried.get(&descriptor.group);
                     if carried.is_some_and(|carried| carried.iter().any(|carried| carried.end == position)) {
-                        self.acknowledge(descriptor.group, descriptor.acked);
+                        self.acknowledge_at(descriptor, position);
                     }
                 }
                 Kind::Push | Kind::PushZero => self.replay_push(descriptor, position, at, &table),
@@ -518,12 +520,10 @@ impl<'a> Recovery<'a> {
         !of_it.any(|carried| position < carried.start && !reset_before(carried.start))
     }
 
-    /// Did a later reset drop this entry?
-    fn was_dropped(&self, descriptor: &Descriptor, position: u64) -> bool {
-        let resets = self.resets.get(&descriptor.group);
-        resets.is_some_and(|resets| {
-            resets.iter().any(|(reset, applied)| *reset > position && descriptor.version.seq > *applied)
-        })
+    /// What the group had applied at the next reset behind `position`, if the checkpoint knows of that reset.
+    fn applied_before_reset(&self, group: GroupId, position: u64) -> Option<Seq> {
+        let (next, applied) = self.resets.get(&group)?.iter().find(|(reset, _)| *reset > position)?;
+        (*next <= self.groups.get(&group)?.reset_position).then_some(*applied)
     }
 
     fn replay_entry(
@@ -534,9 +534,10 @@ impl<'a> Recovery<'a> {
         table: Arc<[u32]>,
         bytes: Option<Buffer>,
     ) {
-        let dropped = self.was_dropped(descriptor, position);
+        let before_reset = self.applied_before_reset(descriptor.group, position);
         let group = self.groups.entry(descriptor.group).or_default();
         let has_data = descriptor.kind.has_data();
+        let data_pages = if has_data { usize::from(descriptor.pages.count) } else { 0 };
         let pending = Pending {
             position,
             data_position: at,
@@ -548,17 +549,15 @@ impl<'a> Recovery<'a> {
             previous_last: descriptor.previous_last,
             checksums: has_data.then_some(table),
             bytes,
-            reserved: (0, 0),
+            reserved: Reserved { journal_pages: carried_pages(data_pages), ..Reserved::default() },
         };
-        if descriptor.version.seq <= group.applied.seq {
-            // Acknowledged before the checkpoint (unless its number was given again after a reset had dropped it);
-            // its block's record may or may not hold it.
-            if !dropped {
-                self.index.apply(&pending.change(descriptor.group));
-            }
+        // What was applied, by the checkpoint or the reset, may be in its block's record or not. What a reset dropped is gone, and its seq
+        // may have been given again.
+        if descriptor.version.seq <= before_reset.unwrap_or(group.applied.seq) {
+            self.index.apply(&pending.change(descriptor.group));
             return;
         }
-        if position < group.reset_position {
+        if before_reset.is_some() {
             return;
         }
         if descriptor.version.seq != group.last.seq.next() {
@@ -578,8 +577,16 @@ impl<'a> Recovery<'a> {
         state.apply_ready(group, &mut self.index);
     }
 
+    /// What a record says was acknowledged, unless a reset that the checkpoint knows of came after it: seqs may have gone back.
+    fn acknowledge_at(&mut self, descriptor: &Descriptor, position: u64) {
+        let reset = self.groups.get(&descriptor.group).map_or(0, |group| group.reset_position);
+        if position > reset {
+            self.acknowledge(descriptor.group, descriptor.acked);
+        }
+    }
+
     fn replay_push(&mut self, descriptor: &Descriptor, position: u64, at: u64, table: &[u32]) {
-        self.acknowledge(descriptor.group, descriptor.acked);
+        self.acknowledge_at(descriptor, position);
         self.index.apply(&Change {
             position,
             push: true,
@@ -645,7 +652,7 @@ impl<'a> Recovery<'a> {
         if self.damaged {
             // What is missing may be anywhere: nothing pending is trusted, every group is relearned.
             for group in self.groups.values_mut() {
-                group.reset(group.applied);
+                group.forget_pending();
                 group.damaged = true;
             }
         }
@@ -687,6 +694,8 @@ impl<'a> Recovery<'a> {
 
     fn into_store(self, options: Options, damaged: bool) -> Store {
         let session = self.checkpoint.session + 1;
+        let mut reserved = Reserved::default();
+        self.groups.values().flat_map(|group| &group.pending).for_each(|entry| reserved += entry.reserved);
         let journal = Journal::new(Start {
             store: self.superblock.store,
             session,
@@ -711,7 +720,8 @@ impl<'a> Recovery<'a> {
             units: self.units,
             slots: self.slots,
             groups: self.groups,
-            reserved: (0, 0),
+            reserved,
+            carry_at: 0,
             flushes: Default::default(),
             reads: Default::default(),
             destage: Destage::new(self.checkpoint.number),

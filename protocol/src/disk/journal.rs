@@ -179,9 +179,11 @@ pub struct HeadWriter<'a> {
 
 impl<'a> HeadWriter<'a> {
     /// # Panics
-    /// `out` is not [`BatchHeader::head_bytes`] long: our bug.
+    /// `out` is not [`BatchHeader::head_bytes`] long, or there is more in the batch than a reader takes: our bug.
     pub fn new(header: BatchHeader, out: &'a mut [u8]) -> Self {
         assert!(out.len() == header.head_bytes());
+        assert!(header.descriptor_count as usize <= DESCRIPTORS_MAX);
+        assert!(header.data_pages as usize <= DATA_PAGES_MAX);
         out.fill(0);
         Self { out, header, descriptors: 0, checksums: 0 }
     }

@@ -100,6 +100,22 @@ fn what_no_batch_has_is_taken_back() {
 }
 
 #[test]
+fn what_is_queued_at_once_is_cut_into_batches_that_can_be_read() {
+    for pages in [1, 4, 16, 256] {
+        let mut rig = Rig::with_journal(5, 64 << 20);
+        let count = 3000 / u32::from(pages);
+        for number in 0..count {
+            rig.write(GROUP, key(number % 8), PageRange::new(0, pages), 1 + u64::from(number) * 300);
+        }
+        rig.settle();
+        rig.flush();
+        rig = rig.crash(true);
+        assert!(!rig.recovered.damaged, "{pages} pages each");
+        assert_eq!(rig.store.tail(GROUP).last.seq, Seq(u64::from(count)));
+    }
+}
+
+#[test]
 fn zeroes_free_what_they_cover() {
     let mut rig = Rig::new(2, false);
     let whole = PageRange::new(0, 64);

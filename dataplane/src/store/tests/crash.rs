@@ -269,9 +269,11 @@ fn crash_at(workload: &[Step], operation: u64, power: bool, cached: bool, state:
     // It works on, and a second crash right away finds the same.
     rig = rig.crash(true);
     model.recover(&mut rig, true);
-    let state = model.groups.get_mut(&GROUP).unwrap();
-    state.acked = state.last().seq;
-    rig.store.apply(GROUP, state.acked);
+    for group in [GROUP, BUSY] {
+        let state = model.groups.get_mut(&group).unwrap();
+        state.acked = state.last().seq;
+        rig.store.apply(group, state.acked);
+    }
     rig.idle();
     rig = rig.crash(true);
     model.recover(&mut rig, true);

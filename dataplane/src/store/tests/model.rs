@@ -160,12 +160,24 @@ impl Group {
     /// What is applied when the first `count` records are there and `acked` is known to be acknowledged.
     pub fn state(&self, count: usize, acked: Seq) -> State {
         let mut state = self.base.clone();
-        for event in self.kept(count) {
-            if !matches!(&event, Event::Entry { version, .. } if version.seq > acked) {
-                state.apply(&event);
-            }
-        }
+        self.split(count, acked).0.iter().for_each(|event| state.apply(event));
         state
+    }
+
+    /// The first `count` records: those that are applied, and the entries that are not acknowledged. What came before the last reset
+    /// and was kept is applied, whatever seq it had.
+    fn split(&self, count: usize, acked: Seq) -> (Vec<Event>, Vec<Event>) {
+        let kept = self.kept(count);
+        let reset = kept.iter().rposition(|event| matches!(event, Event::Reset { .. }));
+        let waits = |index: usize, event: &Event| {
+            matches!(event, Event::Entry { version, .. } if version.seq > acked)
+                && reset.is_none_or(|reset| index > reset)
+        };
+        let (mut applied, mut pending) = (Vec::new(), Vec::new());
+        for (index, event) in kept.into_iter().enumerate() {
+            if waits(index, &event) { pending.push(event) } else { applied.push(event) }
+        }
+        (applied, pending)
     }
 
     /// With everything applied.
@@ -182,10 +194,7 @@ impl Group {
     }
 
     fn pending(&self, count: usize, acked: Seq) -> Vec<Event> {
-        let kept = self.kept(count);
-        kept.into_iter()
-            .filter(|event| matches!(event, Event::Entry { version, .. } if version.seq > acked))
-            .collect()
+        self.split(count, acked).1
     }
 }
 
@@ -252,7 +261,6 @@ impl Model {
             let (tail, pending) =
                 found.map_or((none.tail, &none.pending), |found| (found.tail, &found.pending));
             let least = if power { model.flushed } else { model.durable };
-            assert!(tail.acked <= model.acked.max(model.last().seq));
             let pending: Vec<_> =
                 pending.iter().map(|entry| (entry.version, entry.key, entry.pages)).collect();
             let observed = observe(rig, *group);
@@ -260,6 +268,7 @@ impl Model {
                 let model_pending = model.pending(*count, tail.acked);
                 model.last_of(*count) == tail.last
                     && model.said_acked(*count) <= tail.acked
+                    && tail.acked <= tail.last.seq
                     && model_pending.len() == pending.len()
                     && model_pending.iter().zip(&pending).all(|(event, entry)| {
                         matches!(event, Event::Entry { version, key, pages, .. } if (*version, *key, *pages) == *entry)

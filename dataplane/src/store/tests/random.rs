@@ -16,8 +16,8 @@ struct Run {
     refused: u64,
     /// A group that is written to seldom, and whose entries wait long to be acknowledged.
     held: Option<GroupId>,
-    /// Some of what no batch has is taken back.
-    withdraws: bool,
+    /// Some of what no batch has is taken back, and seqs may go back with a reset.
+    goes_back: bool,
     /// How often entries were carried.
     carries: u32,
 }
@@ -26,9 +26,9 @@ impl Run {
     fn new(seed: u64, cached: bool) -> Self {
         let rig = Rig::new(seed, cached);
         let held = seed.is_multiple_of(2).then_some(GroupId(1));
-        let withdraws = seed.is_multiple_of(4);
+        let goes_back = seed.is_multiple_of(4);
         let model = Model::new();
-        Self { rig, model, content: 1, flushes: Vec::new(), refused: 0, held, withdraws, carries: 0 }
+        Self { rig, model, content: 1, flushes: Vec::new(), refused: 0, held, goes_back, carries: 0 }
     }
 
     fn group(&mut self) -> GroupId {
@@ -132,7 +132,10 @@ impl Run {
         if tail.acked.0 != self.model.groups[&group].acked.0.min(last_seq) {
             return;
         }
-        let seq = tail.acked.0 + self.rig.random.below(last_seq - tail.acked.0 + 3);
+        let mut seq = tail.acked.0 + self.rig.random.below(last_seq - tail.acked.0 + 3);
+        if self.goes_back && self.rig.random.chance(30) {
+            seq = seq.saturating_sub(self.rig.random.below(8));
+        }
         let last = Version::new(Epoch(tail.last.epoch.0 + 1), Seq(seq));
         self.append(group, Record::Reset { group, last }, Event::Reset { last, applied: tail.acked });
         let model = self.model.groups.get_mut(&group).unwrap();
@@ -279,7 +282,7 @@ impl Run {
                 self.settle();
                 self.model.check_all(&mut self.rig);
             }
-            810..=819 if self.withdraws => self.withdraw(),
+            810..=819 if self.goes_back => self.withdraw(),
             _ => {}
         }
         self.rig.end_turn();

@@ -68,15 +68,21 @@ pub struct Rig {
     pub now_ns: u64,
     pub operations: u64,
     pub fail_next_flush: bool,
+    /// The next write stays on its way: it never gets to the device.
+    pub hold_next_write: bool,
     next_token: u64,
 }
 
 pub fn format(capacity: &SimDevice, cache: Option<&SimDevice>) {
+    format_with(capacity, cache, JOURNAL_BYTES);
+}
+
+fn format_with(capacity: &SimDevice, cache: Option<&SimDevice>, journal_bytes: u64) {
     let parameters = FormatParameters {
         cluster_id: "test".to_owned(),
         store: StoreId(0xabcd),
         created_ns: 1,
-        journal_bytes: Some(JOURNAL_BYTES),
+        journal_bytes: Some(journal_bytes),
     };
     let cache = cache.map(|device| device as &dyn Device);
     Store::format(capacity, cache, &parameters, pool()).unwrap();
@@ -100,6 +106,13 @@ impl Rig {
         Self::on(capacity, cache, seed)
     }
 
+    /// With a larger journal, as real devices have them.
+    pub fn with_journal(seed: u64, journal_bytes: u64) -> Self {
+        let capacity = SimDevice::new(4 * journal_bytes);
+        format_with(&capacity, None, journal_bytes);
+        Self::on(capacity, None, seed)
+    }
+
     pub fn on(capacity: SimDevice, cache: Option<SimDevice>, seed: u64) -> Self {
         let (store, recovered) = open(&capacity, cache.as_ref());
         Self {
@@ -113,6 +126,7 @@ impl Rig {
             now_ns: 0,
             operations: 0,
             fail_next_flush: false,
+            hold_next_write: false,
             next_token: 1,
         }
     }
@@ -129,6 +143,9 @@ impl Rig {
         let mut actions = Vec::new();
         self.store.end_turn(&mut actions);
         for action in actions {
+            if matches!(action, DiskAction::Write { .. }) && std::mem::take(&mut self.hold_next_write) {
+                continue;
+            }
             let mark = match &action {
                 DiskAction::Flush { device, .. } => self.device(*device).mark(),
                 DiskAction::Read { .. } | DiskAction::Write { .. } => 0,
