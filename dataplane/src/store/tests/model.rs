@@ -148,12 +148,19 @@ impl Group {
     /// Entries of the first `count` records that no later one of them dropped.
     fn kept(&self, count: usize) -> Vec<Event> {
         let mut kept: Vec<Event> = Vec::new();
+        // What came since the last reset: what was kept before it, the next one does not drop, for all its seq.
+        let mut later: Vec<Event> = Vec::new();
         for event in &self.log[..count] {
             if let Event::Reset { applied, .. } = event {
-                kept.retain(|event| !matches!(event, Event::Entry { version, .. } if version.seq > *applied));
+                later
+                    .retain(|event| !matches!(event, Event::Entry { version, .. } if version.seq > *applied));
+                kept.append(&mut later);
+                kept.push(event.clone());
+            } else {
+                later.push(event.clone());
             }
-            kept.push(event.clone());
         }
+        kept.append(&mut later);
         kept
     }
 

@@ -249,9 +249,13 @@ impl Run {
             }
             self.settle();
             self.rig.idle();
+            self.learn();
             self.rig.flush();
-            self.model.groups.values_mut().for_each(super::model::Group::rebase);
             self.rig.events.clear();
+            // With nothing to destage there is no checkpoint: what is acknowledged is not known for good.
+            if self.rig.store.status().journal_used_bytes == 0 {
+                self.model.groups.values_mut().for_each(super::model::Group::rebase);
+            }
         }
         self
     }
