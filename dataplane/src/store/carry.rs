@@ -17,8 +17,9 @@
 //! - Between the records of a carry no other entry of its group is queued.
 //! - What the journal may give up is in it once more, complete, and so is the `Carried`.
 //! - No block record names a place in a carry whose `Carried` is not on stable media.
-//! - Room is kept to carry all that is pending, up to an eighth of the journal; more than that is not carried. Three eighths go by
-//!   before an entry is carried again: so carrying writes at most half as much as comes.
+//! - Room is kept to carry all that is pending, up to an eighth of the journal. If more than that waits, nothing is carried; as long as
+//!   an eighth has not gone by since, an entry does not count as waiting but as on its way. Three eighths go by before it is
+//!   carried again: so carrying an eighth writes half as much as comes.
 //!
 //! Source: the copying of live blocks out of segments that are to be used again, in Rosenblum and Ousterhout, "The Design and
 //! Implementation of a Log-Structured File System", SOSP '91.
@@ -34,9 +35,13 @@ use super::journal::{Item, Queued};
 /// Groups are carried together up to so many pages, then the next: clients' writes wait behind them.
 const BURST_PAGES: u32 = 256;
 
-/// Pages of the journal that it takes to carry an entry with this many: each may need one for its head.
+/// As long as nothing can be carried, it is looked again so often.
+const AGAIN_NS: u64 = 10_000_000;
+
+/// Pages of the journal that it takes to carry an entry with this many: it may need one for its head, and its group one for the
+/// `Carried`.
 pub(super) fn carried_pages(pages: usize) -> u32 {
-    pages as u32 + 1
+    pages as u32 + 2
 }
 
 /// Where an entry of a carry went: its descriptor and its data.
@@ -66,6 +71,12 @@ impl Group {
     /// Where its oldest pending entry is, if a carry may begin.
     fn carriable(&self) -> Option<u64> {
         if self.carry.is_some() || self.is_resetting() { None } else { self.oldest_pending() }
+    }
+
+    /// Pages that it takes to carry what is pending up to a position.
+    fn pages_waiting(&self, through: u64) -> u32 {
+        let waiting = self.pending.iter().take_while(|entry| (1..=through).contains(&entry.position));
+        waiting.map(|entry| entry.reserved.journal_pages).sum()
     }
 
     fn is_copying(&self) -> bool {
@@ -131,14 +142,15 @@ impl Store {
         self.journal.ring_bytes() / 8
     }
 
-    /// What it takes to carry all that is pending, and so many pages more.
-    fn carry_bytes(&self, more_pages: u32) -> u64 {
-        u64::from(self.reserved.journal_pages + more_pages) * PAGE_SIZE as u64
+    /// Room that is kept to carry what is pending and so many pages more.
+    pub(super) fn carry_reserve(&self, more_pages: u32) -> u64 {
+        let all = u64::from(self.reserved.journal_pages + more_pages) * PAGE_SIZE as u64;
+        all.min(self.carry_bytes_max())
     }
 
-    /// Room that is kept, with so many pages more pending.
-    pub(super) fn carry_reserve(&self, more_pages: u32) -> u64 {
-        self.carry_bytes(more_pages).min(self.carry_bytes_max())
+    /// Pages for the `Carried` that are not queued yet.
+    pub(super) fn carried_due(&self) -> usize {
+        self.groups.values().filter(|group| group.is_copying()).count()
     }
 
     /// Begins to carry what three eighths of a journal have gone by since, oldest first. Less than writes are let in for, whatever
@@ -147,12 +159,18 @@ impl Store {
         let all = self.journal.ring_bytes();
         let age = all * 3 / 8;
         let end = self.journal.tail + self.journal.used_bytes();
-        if end < self.carry_at || self.carry_bytes(0) > self.carry_bytes_max() {
+        if end < self.carry_at && self.now_ns < self.carry_again_ns {
             return;
         }
         // As long as nothing that the carry depends on has changed.
-        self.carry_at = u64::MAX;
-        if self.groups.values().any(Group::is_copying) {
+        (self.carry_at, self.carry_again_ns) = (u64::MAX, u64::MAX);
+        if self.carried_due() > 0 {
+            return;
+        }
+        let through = end.saturating_sub(all / 8);
+        let waiting: u32 = self.groups.values().map(|group| group.pages_waiting(through)).sum();
+        if u64::from(waiting) * PAGE_SIZE as u64 > self.carry_bytes_max() {
+            self.carry_again_ns = self.now_ns + AGAIN_NS;
             return;
         }
         let pending = self.groups.iter().filter_map(|(id, group)| Some((group.carriable()?, *id)));
@@ -169,7 +187,10 @@ impl Store {
             }
             match self.carry(id) {
                 Some(more) => pages += more,
-                None => return,
+                None => {
+                    self.carry_again_ns = self.now_ns + AGAIN_NS;
+                    return;
+                }
             }
         }
         // What comes now lies behind the head.
@@ -178,9 +199,10 @@ impl Store {
 
     /// Queues the entries of a group once more; `None`: there is no room. Returns the pages that it takes.
     fn carry(&mut self, id: GroupId) -> Option<u32> {
+        let carried_due = self.carried_due();
         let group = self.groups.get_mut(&id).expect("it was found among them");
-        let pages: u32 = group.pending.iter().map(|entry| carried_pages(entry.data_pages())).sum();
-        if !self.journal.has_room(pages as usize, 0) {
+        let pages = group.pending.iter().map(|entry| entry.reserved.journal_pages).sum();
+        if !self.journal.has_room(pages as usize + carried_due, 0) {
             return None;
         }
         let count = group.pending.len();

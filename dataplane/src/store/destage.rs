@@ -38,7 +38,7 @@ use crate::io::{DeviceRole, DiskAction, DiskError, DiskOk};
 /// Blocks and pages of one cycle.
 const CYCLE_BLOCKS_MAX: usize = 512;
 const CYCLE_PAGES_MAX: usize = 8192;
-/// Pages being copied at once, by the eighths of the journal that are in use: the device serves the journal too,
+/// Pages being copied at once, by the eighths of the journal that are taken: the device serves the journal too,
 /// and what clients wait for is there. The fuller it is, the less they are spared.
 const COPY_PAGES: [usize; 9] = [24, 24, 24, 24, 24, 48, 128, 512, 1024];
 /// As long as nothing is appended.
@@ -166,10 +166,15 @@ impl Store {
         }
     }
 
+    /// Eighths of the journal that nothing new can go to: what is in use, and what is kept to carry entries along.
+    fn eighths_taken(&self) -> usize {
+        let taken = self.journal.used_bytes() + self.carry_reserve(0);
+        (taken * 8 / self.journal.ring_bytes()).min(8) as usize
+    }
+
     fn destage_is_due(&self) -> bool {
-        let (used, all) = (self.journal.used_bytes(), self.journal.ring_bytes());
         let idle = self.journal.is_quiet() && self.now_ns >= self.last_append_ns + self.options.idle_after_ns;
-        used + self.carry_reserve(0) > all / 2 || self.destage.pressed || self.destage.drain || idle
+        self.eighths_taken() >= 4 || self.destage.pressed || self.destage.drain || idle
     }
 
     fn maybe_start_cycle(&mut self) {
@@ -180,8 +185,7 @@ impl Store {
         let chosen = self.choose_blocks();
         if chosen.is_empty() {
             // Nothing to copy, but what was applied and undone again may still hold the tail.
-            let (tail, used) = (self.new_tail(), self.journal.used_bytes());
-            if tail > self.journal.tail && (used > self.journal.ring_bytes() / 2 || self.destage.drain) {
+            if (self.eighths_taken() >= 4 || self.destage.drain) && self.new_tail() > self.journal.tail {
                 self.enter_flush(Phase::FlushRecords);
             }
             return;
@@ -268,9 +272,8 @@ impl Store {
     }
 
     fn step_copy(&mut self) {
-        let eighths = (self.journal.used_bytes() * 8 / self.journal.ring_bytes()).min(8) as usize;
         let quiet = self.now_ns >= self.last_append_ns + QUIET_NS;
-        let most = COPY_PAGES[eighths].max(if quiet { COPY_PAGES_QUIET } else { 0 });
+        let most = COPY_PAGES[self.eighths_taken()].max(if quiet { COPY_PAGES_QUIET } else { 0 });
         while self.destage.pages_in_flight < most {
             let Some(run) = self.destage.runs.pop_front() else { break };
             if let Err(run) = self.start_copy(run) {

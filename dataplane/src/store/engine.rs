@@ -114,8 +114,9 @@ pub struct Store {
     pub(super) groups: BTreeMap<GroupId, Group>,
     /// For all pending entries.
     pub(super) reserved: Reserved,
-    /// What is to be carried is looked for when the journal gets there; 0: now.
+    /// What is to be carried is looked for when the journal gets to the one (0: now), or at the other.
     pub(super) carry_at: u64,
+    pub(super) carry_again_ns: u64,
     pub(super) flushes: Flushes,
     pub(super) reads: Reads,
     pub(super) destage: Destage,
@@ -219,7 +220,9 @@ impl Store {
                 Ok(Reserved::default())
             }
             // It frees what is set aside.
-            Record::Reset { .. } if self.journal.has_room(0, 0) => Ok(Reserved::default()),
+            Record::Reset { .. } if self.journal.has_room(1 + self.carried_due(), 0) => {
+                Ok(Reserved::default())
+            }
             Record::Reset { .. } => Err(StoreError::JournalFull),
         }
     }
@@ -229,7 +232,7 @@ impl Store {
     fn check_journal(&self, pages: usize, share: u64) -> Result<(), StoreError> {
         let reserve = self.journal.ring_bytes().checked_div(share).unwrap_or(0);
         let carry = self.carry_reserve(carried_pages(pages));
-        if self.journal.has_room(pages, reserve + carry) { Ok(()) } else { Err(StoreError::JournalFull) }
+        if self.journal.has_room(pages + 1, reserve + carry) { Ok(()) } else { Err(StoreError::JournalFull) }
     }
 
     /// Is there room for new units and blocks, leaving the reserve? New writes leave all of it, resync half: the rest is for

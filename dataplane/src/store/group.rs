@@ -95,10 +95,6 @@ impl Pending {
         }
     }
 
-    pub fn data_pages(&self) -> usize {
-        self.checksums.as_ref().map_or(0, |checksums| checksums.len())
-    }
-
     pub fn change(&self, group: GroupId) -> Change<'_> {
         Change {
             position: self.position,
@@ -183,7 +179,7 @@ impl Group {
     pub fn reset(&mut self, last: Version) -> Reserved {
         self.unsettled = Some(self.settled());
         self.dropped_position = self.oldest_position();
-        self.carry = None;
+        self.cancel_carry();
         let mut released = Reserved::default();
         self.pending.drain(..).for_each(|entry| released += entry.reserved);
         self.life += 1;

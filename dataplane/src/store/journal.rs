@@ -267,15 +267,21 @@ impl Journal {
 
     /// Bytes that hold something needed, or will when what is queued is written.
     pub fn used_bytes(&self) -> u64 {
-        // A head page a record is far more than batches need, and at depth one what they need.
-        let queued = self.queued_pages + self.queue.len();
-        self.head - self.tail + (queued * PAGE_SIZE) as u64
+        self.head - self.tail + self.queued_bytes()
     }
 
-    /// Would `pages` more leave `reserve` bytes and the room for a jump over the ring's end?
+    /// What is queued takes no more.
+    fn queued_bytes(&self) -> u64 {
+        // A head page a record is far more than batches need, and at depth one what they need.
+        ((self.queued_pages + self.queue.len()) * PAGE_SIZE) as u64
+    }
+
+    /// Would `pages` more, heads included, leave `reserve` bytes?
     pub fn has_room(&self, pages: usize, reserve: u64) -> bool {
-        let more = ((pages + 1) * PAGE_SIZE + self.batch_bytes_max) as u64;
-        self.used_bytes() + more + reserve <= self.ring_bytes
+        let wanted = self.queued_bytes() + (pages * PAGE_SIZE) as u64 + reserve;
+        let left_of_lap = self.ring_bytes - self.head % self.ring_bytes;
+        let jump = if wanted > left_of_lap { self.batch_bytes_max as u64 } else { 0 };
+        self.head - self.tail + wanted + jump <= self.ring_bytes
     }
 
     pub fn is_quiet(&self) -> bool {

@@ -194,6 +194,7 @@ fn read_checkpoint(
 /// Where a walk over the batches is.
 struct Chain {
     end: u64,
+    limit: u64,
     session: u64,
     first: bool,
     /// Start of the next lap of the ring, and what the batch there says is the end of the one before it.
@@ -351,7 +352,7 @@ impl<'a> Recovery<'a> {
     /// Reads batches from the checkpoint's tail on, and applies what is acknowledged.
     fn replay(&mut self) -> Result<(), OpenError> {
         let mut head = self.devices.buffer(HEAD_BYTES_MAX)?;
-        let mut chain = self.chain();
+        let mut chain = self.chain(u64::MAX);
         // Once for the resets and carries: what one of them dropped must not be applied, and comes before it.
         while let Some(batch) = self.next_head(&mut chain, &mut head) {
             for (number, descriptor) in batch.descriptors.iter().enumerate() {
@@ -367,28 +368,35 @@ impl<'a> Recovery<'a> {
                 }
             }
         }
-        if !self.carried.is_empty() {
-            let end = self.whole_end(&mut head);
-            self.carried.values_mut().for_each(|carried| carried.retain(|carried| carried.end < end));
+        // What could not be read a moment ago may be there now, but was not looked through: replay goes no further.
+        let mut limit = chain.end;
+        let is_known_whole = !self.carried.is_empty();
+        if is_known_whole {
+            limit = self.whole_end(limit, &mut head);
+            self.carried.values_mut().for_each(|carried| carried.retain(|carried| carried.end < limit));
         }
-        let mut chain = self.chain();
+        let mut chain = self.chain(limit);
         while let Some(batch) = self.next_head(&mut chain, &mut head) {
             let Some(data) = self.read_data(&batch) else { break };
             self.replay_batch(&batch, &data);
             self.end = chain.end;
         }
+        if is_known_whole && self.end < limit {
+            tracing::error!(store = %self.superblock.store, end = self.end, "the journal can not be read any more");
+            self.damaged = true;
+        }
         self.seen_end = self.seen_end.max(chain.end);
         Ok(())
     }
 
-    /// The beginning of a walk over the batches.
-    fn chain(&self) -> Chain {
-        Chain { end: self.checkpoint.tail, session: 0, first: true, next_lap: (u64::MAX, None) }
+    /// The beginning of a walk over the batches up to `limit`.
+    fn chain(&self, limit: u64) -> Chain {
+        Chain { end: self.checkpoint.tail, limit, session: 0, first: true, next_lap: (u64::MAX, None) }
     }
 
     /// Where replay is going to end: at the first batch whose data is not whole, or behind the last.
-    fn whole_end(&self, head: &mut BufferMut) -> u64 {
-        let mut chain = self.chain();
+    fn whole_end(&self, limit: u64, head: &mut BufferMut) -> u64 {
+        let mut chain = self.chain(limit);
         let mut end = chain.end;
         while let Some(batch) = self.next_head(&mut chain, head)
             && self.read_data(&batch).is_some()
@@ -400,6 +408,9 @@ impl<'a> Recovery<'a> {
 
     /// The head of the batch that follows in the chain.
     fn next_head(&self, chain: &mut Chain, buffer: &mut BufferMut) -> Option<BatchHead> {
+        if chain.end >= chain.limit {
+            return None;
+        }
         let lap = chain.end.next_multiple_of(self.layout.journal.bytes);
         if chain.next_lap.0 != lap {
             chain.next_lap = (lap, self.read_head(lap, buffer).map(|batch| batch.header.previous_end));
@@ -722,6 +733,7 @@ impl<'a> Recovery<'a> {
             groups: self.groups,
             reserved,
             carry_at: 0,
+            carry_again_ns: 0,
             flushes: Default::default(),
             reads: Default::default(),
             destage: Destage::new(self.checkpoint.number),

@@ -22,6 +22,8 @@ struct Inner {
     current: BTreeMap<u64, Page>,
     /// Pages that can not be read until they are written.
     unreadable: BTreeSet<u64>,
+    /// Reads until one fails, though its pages can be read.
+    reads_to_failure: Option<u64>,
     /// Page writes so far.
     written: u64,
     /// Page writes that end well and change nothing.
@@ -133,6 +135,16 @@ impl SimDevice {
         self.inner.borrow_mut().unreadable.insert(offset / PAGE_SIZE as u64);
     }
 
+    /// Of the reads to come one fails, after so many; tried again, it does not.
+    pub fn fail_read_after(&self, reads: u64) {
+        self.inner.borrow_mut().reads_to_failure = Some(reads);
+    }
+
+    /// Is that read still to come?
+    pub fn is_failing_read(&self) -> bool {
+        self.inner.borrow().reads_to_failure.is_some()
+    }
+
     /// The next `pages` page writes end well and change nothing.
     pub fn lose_writes(&self, pages: u64) {
         self.inner.borrow_mut().to_lose += pages;
@@ -239,7 +251,13 @@ impl Device for SimDevice {
 
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
         assert!(offset.is_multiple_of(PAGE_SIZE as u64) && offset + buffer.len() as u64 <= self.bytes);
-        let inner = self.inner.borrow();
+        let mut inner = self.inner.borrow_mut();
+        if let Some(left) = inner.reads_to_failure {
+            inner.reads_to_failure = left.checked_sub(1);
+            if left == 0 {
+                return Err(io::Error::from_raw_os_error(libc::EIO));
+            }
+        }
         let first = offset / PAGE_SIZE as u64;
         for (page, to) in (first..).zip(buffer.chunks_exact_mut(PAGE_SIZE)) {
             if inner.unreadable.contains(&page) {

@@ -1,15 +1,16 @@
 //! Entries that wait for their acknowledgement while the journal goes on.
 
 use xsan_protocol::ids::{GroupId, Seq};
-use xsan_protocol::units::PageRange;
+use xsan_protocol::units::{PAGE_SIZE, PageRange};
 
-use super::rig::{JOURNAL_BYTES, Rig, key, version};
+use super::rig::{JOURNAL_BYTES, Rig, key, open, version};
 use crate::store::group::Reserved;
 use crate::store::{Entry, Record, StoreError, StoreView};
 
 const GROUP: GroupId = GroupId(3);
 /// Writes as much as it can.
 const BUSY: GroupId = GroupId(4);
+const OTHER: GroupId = GroupId(5);
 const WHOLE: PageRange = PageRange::new(0, 256);
 
 /// Writes of whole blocks in the busy group, so many MiB, each applied; refused by none.
@@ -145,7 +146,8 @@ fn as_much_as_an_eighth_of_the_journal_may_wait() {
 /// nothing may pass for newer than the entries that count after all.
 #[test]
 fn an_unfinished_carry_hides_no_entry() {
-    for (cached, power) in [(false, false), (false, true), (true, false), (true, true)] {
+    for case in 0..8 {
+        let [cached, power, reset] = [1, 2, 4].map(|bit| case & bit != 0);
         let mut rig = Rig::new(25, cached);
         three_entries(&mut rig);
         rig.flush();
@@ -158,8 +160,13 @@ fn an_unfinished_carry_hides_no_entry() {
         rig.end_turn();
         assert!(!rig.hold_next_write);
         rig.store.apply(GROUP, Seq(1));
+        if reset {
+            // It is behind the carry's end, and gets as far.
+            rig.store.append(Record::Reset { group: GROUP, last: version(2, 1) }).unwrap();
+        }
         rig.store.destage.drain = true;
         rig.settle();
+        assert!(rig.store.groups[&GROUP].is_marking());
         let mut rig = rig.crash(power);
         assert_eq!(rig.store.tail(GROUP).last.seq, Seq(3));
         rig.store.apply(GROUP, Seq(3));
@@ -226,6 +233,36 @@ fn what_a_reset_drops_is_not_carried_back() {
     }
 }
 
+/// An opening reads the journal more than once: what one read lacks and the next one has is not forgotten without a word.
+#[test]
+fn a_read_that_fails_once_hides_no_entry() {
+    let mut rig = Rig::new(29, false);
+    three_entries(&mut rig);
+    write_mib(&mut rig, JOURNAL_BYTES >> 20);
+    assert!(carries(&rig) > 0);
+    rig.flush();
+    write_mib(&mut rig, 1);
+    let (mut damaged, mut refused, mut whole) = (0, 0, 0);
+    for reads in 0.. {
+        let device = rig.capacity.fork();
+        device.fail_read_after(reads);
+        let found = open(&device, None);
+        if device.is_failing_read() {
+            break;
+        }
+        let Ok((_, recovered)) = found else {
+            refused += 1;
+            continue;
+        };
+        let found = recovered.groups.iter().find(|found| found.group == GROUP);
+        let seqs = found.map(|found| found.pending.iter().map(|entry| entry.version.seq.0).collect());
+        let is_whole = seqs == Some(vec![1, 2, 3]);
+        assert!(is_whole || recovered.damaged, "read {reads}");
+        (damaged, whole) = (damaged + u32::from(!is_whole), whole + u32::from(is_whole));
+    }
+    assert!(damaged > 0 && refused > 0 && whole > 0, "{damaged} {refused} {whole}");
+}
+
 #[test]
 fn what_is_taken_back_is_not_carried() {
     let mut rig = Rig::new(22, false);
@@ -258,6 +295,56 @@ fn what_is_taken_back_is_not_carried() {
         PageRange::new(19, 3),
         |page| if page == 21 { 400 } else { 100 + u64::from(page) },
     );
+}
+
+#[test]
+fn what_is_on_its_way_stops_no_carry() {
+    let mut rig = Rig::new(27, false);
+    three_entries(&mut rig);
+    let mut behind = 0;
+    for number in 0..5 * (JOURNAL_BYTES / PAGE_SIZE as u64 / 130) {
+        // Five are always pending, more than an eighth of the journal.
+        assert_eq!(rig.store.admit(130), Ok(()), "after {number} writes");
+        rig.write(BUSY, key(number as u32 % 3), PageRange::new(0, 130), 1 + number * 1000);
+        rig.settle();
+        behind += u64::from(number >= 4);
+        rig.store.apply(BUSY, Seq(behind));
+        rig.settle();
+    }
+    assert!(carries(&rig) >= 4);
+    rig.store.apply(GROUP, Seq(3));
+    expect_three_entries(&mut rig);
+}
+
+/// The journal is as full as it gets, wherever in the ring: there is room to carry what waits.
+#[test]
+fn a_full_journal_has_room_for_a_carry() {
+    for start in (0..JOURNAL_BYTES / PAGE_SIZE as u64).step_by(32) {
+        let mut rig = Rig::new(28, false);
+        for number in 0..start / 32 {
+            rig.write_through(BUSY, key(0), PageRange::new(0, 31), 1 + number * 1000);
+        }
+        rig.idle();
+        // With what another group waits for it is more than an eighth, and not carried.
+        for number in 0..2 {
+            rig.write(GROUP, key(number), PageRange::new(0, 250), 1 + u64::from(number) * 1000);
+            rig.write(OTHER, key(number), PageRange::new(0, 149), 5000);
+            rig.settle();
+        }
+        while rig.try_write(BUSY, key(1), PageRange::new(0, 128), 9).is_ok() {
+            for number in 0..2 {
+                let _ = rig.try_write(BUSY, key(number), PageRange::new(128, 128), 9);
+            }
+            rig.settle();
+        }
+        assert_eq!((rig.store.admit(256), carries(&rig)), (Err(StoreError::JournalFull), 0));
+        for group in [BUSY, OTHER] {
+            rig.store.apply(group, Seq(u64::MAX));
+        }
+        rig.idle();
+        write_mib(&mut rig, JOURNAL_BYTES >> 20);
+        assert!(carries(&rig) > 0);
+    }
 }
 
 #[test]

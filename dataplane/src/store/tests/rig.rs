@@ -7,7 +7,8 @@ use xsan_protocol::units::{PAGE_SIZE, PageRange};
 use crate::disk::buffers::BufferPool;
 use crate::io::{Device, DeviceRole, DiskAction};
 use crate::store::{
-    Entry, FormatParameters, Options, PageData, ReadError, ReadPages, Record, Recovered, Store, StoreEvent,
+    Entry, FormatParameters, OpenError, Options, PageData, ReadError, ReadPages, Record, Recovered, Refused,
+    Store, StoreEvent,
 };
 use crate::testing::Random;
 use crate::testing::SimDevice;
@@ -88,10 +89,10 @@ fn format_with(capacity: &SimDevice, cache: Option<&SimDevice>, journal_bytes: u
     Store::format(capacity, cache, &parameters, pool()).unwrap();
 }
 
-fn open(capacity: &SimDevice, cache: Option<&SimDevice>) -> (Store, Recovered) {
+pub fn open(capacity: &SimDevice, cache: Option<&SimDevice>) -> Result<(Store, Recovered), OpenError> {
     let cache = cache.map(|device| device as &dyn Device);
     let options = Options { cluster_id: Some("test".to_owned()), ..Options::default() };
-    Store::open(capacity, cache, pool(), options).unwrap()
+    Store::open(capacity, cache, pool(), options)
 }
 
 impl Rig {
@@ -114,7 +115,7 @@ impl Rig {
     }
 
     pub fn on(capacity: SimDevice, cache: Option<SimDevice>, seed: u64) -> Self {
-        let (store, recovered) = open(&capacity, cache.as_ref());
+        let (store, recovered) = open(&capacity, cache.as_ref()).expect("the store opens");
         Self {
             capacity,
             cache,
@@ -242,6 +243,16 @@ impl Rig {
 
     /// Appends a write as the next entry of its group, first version 1.seq.
     pub fn write(&mut self, group: GroupId, block: BlockKey, pages: PageRange, content: u64) -> Version {
+        self.try_write(group, block, pages, content).expect("there is room")
+    }
+
+    pub fn try_write(
+        &mut self,
+        group: GroupId,
+        block: BlockKey,
+        pages: PageRange,
+        content: u64,
+    ) -> Result<Version, Refused> {
         let bytes = (content != 0).then(|| data(content, pages.count));
         let last = self.store.tail(group).last;
         let version = Version::new(Epoch(last.epoch.0.max(1)), last.seq.next());
@@ -249,8 +260,8 @@ impl Rig {
         let (previous_first, previous_last) = (Version::ZERO, Version::ZERO);
         let entry =
             Entry { group, version, acked, key: block, pages, data: bytes, previous_first, previous_last };
-        self.store.append(Record::Entry(entry)).unwrap();
-        version
+        self.store.append(Record::Entry(entry))?;
+        Ok(version)
     }
 
     /// Writes, and has it applied.
