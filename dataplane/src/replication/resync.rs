@@ -443,6 +443,7 @@ impl Group {
             return;
         };
         learner.complete = false;
+        let mut unknown = None;
         for block in list {
             learner.differences += 1;
             let ours = compare.blocks.get(&block.key()).copied().unwrap_or([Version::ZERO; UNITS_PER_BLOCK]);
@@ -450,6 +451,12 @@ impl Group {
             let differs = |unit: &usize| ours[*unit] != theirs[*unit] || theirs[*unit] == Version::UNKNOWN;
             let units = (0..UNITS_PER_BLOCK).filter(differs);
             learner.to_push.extend(units.map(|unit| (block.key(), unit as u8)));
+            unknown = unknown.or_else(|| ours.contains(&Version::UNKNOWN).then(|| block.key()));
+        }
+        if let Some(block) = unknown {
+            // It gets what there is, but nobody may take it for whole.
+            learner.resume_ns = call.now_ns + RESUME_AFTER_NS;
+            tracing::error!(group = %header.group, %block, "what this replica has is of no known version");
         }
         let covered = header.key.min(compare.end);
         learner.pass = frames::successor(covered).map_or(Pass::Done, Pass::From);

@@ -79,6 +79,8 @@ impl Units {
 #[derive(Debug)]
 pub struct Slots {
     generations: Vec<u64>,
+    /// Of all of them.
+    sum: u64,
     free: BTreeSet<u32>,
     count: u32,
 }
@@ -88,7 +90,7 @@ impl Slots {
     /// A mark beyond the last slot: `recover` has checked it.
     pub fn new(count: u32, mark: u32) -> Self {
         assert!(mark <= count);
-        Self { generations: vec![0; mark as usize], free: (0..mark).collect(), count }
+        Self { generations: vec![0; mark as usize], sum: 0, free: (0..mark).collect(), count }
     }
 
     /// Slots below this one were zeroed and may be written.
@@ -98,6 +100,11 @@ impl Slots {
 
     pub fn count(&self) -> u32 {
         self.count
+    }
+
+    /// The sum of all generations.
+    pub fn generations(&self) -> u64 {
+        self.sum
     }
 
     /// All the slots that hold no block, zeroed or not.
@@ -122,7 +129,9 @@ impl Slots {
 
     /// What recovery found in a slot.
     pub fn set_recovered(&mut self, slot: u32, generation: u64, in_use: bool) {
-        self.generations[slot as usize] = generation;
+        let before = std::mem::replace(&mut self.generations[slot as usize], generation);
+        // A record may name any: then the sum is wrong, and recovery sees that.
+        self.sum = self.sum.wrapping_sub(before).wrapping_add(generation);
         if in_use {
             assert!(self.free.remove(&slot));
         }
@@ -139,6 +148,7 @@ impl Slots {
     pub fn next_generation(&mut self, slot: u32) -> u64 {
         let generation = &mut self.generations[slot as usize];
         *generation += 1;
+        self.sum = self.sum.wrapping_add(1);
         *generation
     }
 }
@@ -174,5 +184,7 @@ mod tests {
         slots.release(0);
         assert_eq!(slots.allocate(), Some(0));
         assert_eq!(slots.next_generation(0), 6);
+        assert_eq!(slots.next_generation(2), 1);
+        assert_eq!(slots.generations(), 7);
     }
 }

@@ -167,9 +167,7 @@ impl Store {
         if self.carried_due() > 0 {
             return;
         }
-        let through = end.saturating_sub(all / 8);
-        let waiting: u32 = self.groups.values().map(|group| group.pages_waiting(through)).sum();
-        if u64::from(waiting) * PAGE_SIZE as u64 > self.carry_bytes_max() {
+        if !self.may_carry(end.saturating_sub(all / 8)) {
             self.carry_again_ns = self.now_ns + AGAIN_NS;
             return;
         }
@@ -195,6 +193,16 @@ impl Store {
         }
         // What comes now lies behind the head.
         self.carry_at = self.journal.head + age;
+    }
+
+    /// Is what waits since a position, or longer, no more than is carried?
+    fn may_carry(&self, through: u64) -> bool {
+        let pages_max = self.carry_bytes_max() / PAGE_SIZE as u64;
+        let mut pages = 0;
+        self.groups.values().all(|group| {
+            pages += u64::from(group.pages_waiting(through));
+            pages <= pages_max
+        })
     }
 
     /// Queues the entries of a group once more; `None`: there is no room. Returns the pages that it takes.

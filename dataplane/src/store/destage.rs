@@ -103,8 +103,6 @@ pub struct Destage {
     /// The checkpoint is the one before the copying, not the one after.
     opening: bool,
     pub(super) checkpoint_number: u64,
-    /// An append found no room.
-    pressed: bool,
     /// Everything is to go to its place (idle, or the end of recovery).
     pub(super) drain: bool,
 }
@@ -123,7 +121,6 @@ impl Destage {
             checkpoint: None,
             opening: false,
             checkpoint_number,
-            pressed: false,
             drain: false,
         }
     }
@@ -135,11 +132,6 @@ impl Destage {
 
     pub fn is_idle(&self) -> bool {
         self.phase == Phase::Idle
-    }
-
-    /// The journal is full: start whatever the fill mark says.
-    pub fn press(&mut self) {
-        self.pressed = true;
     }
 }
 
@@ -174,14 +166,13 @@ impl Store {
 
     fn destage_is_due(&self) -> bool {
         let idle = self.journal.is_quiet() && self.now_ns >= self.last_append_ns + self.options.idle_after_ns;
-        self.eighths_taken() >= 4 || self.destage.pressed || self.destage.drain || idle
+        self.eighths_taken() >= 4 || self.destage.drain || idle
     }
 
     fn maybe_start_cycle(&mut self) {
         if !self.reads.no_repairs() || self.reads.repairs_waiting() || !self.destage_is_due() {
             return;
         }
-        self.destage.pressed = false;
         let chosen = self.choose_blocks();
         if chosen.is_empty() {
             // Nothing to copy, but what was applied and undone again may still hold the tail.
@@ -467,6 +458,7 @@ impl Store {
             session: self.session,
             session_start: self.session_start,
             slots_mark: self.slots.mark(),
+            generations: self.slots.generations(),
             damaged: self.damaged,
             groups: rows.collect(),
         }

@@ -24,7 +24,7 @@ use super::carry::{CarryPlace, carried_pages};
 use super::destage::Destage;
 use super::group::{Group, Pending, Reserved};
 use super::index::{Change, Index, MixMap, Place};
-use super::journal::{Held, Item, Journal, Placed, Queued};
+use super::journal::{Item, Journal, Placed, Queued};
 use super::layout::Layout;
 use super::read::Reads;
 use super::status::{Counters, StoreStatus, UnitLocation};
@@ -203,7 +203,7 @@ impl Store {
                 }
                 // Zeroes free space: they may use the last of the journal. Capacity is what the primary looks at: an entry has its
                 // place in the group's order, and what does not fit waits in the journal until something is freed.
-                self.check_journal(pages, if entry.data.is_some() { 16 } else { 0 })?;
+                self.check_journal(pages, if entry.data.is_some() { 16 } else { 64 })?;
                 let (units, blocks) = wanted;
                 Ok(Reserved { units, blocks, journal_pages: carried_pages(pages) })
             }
@@ -219,7 +219,7 @@ impl Store {
                 }
                 Ok(Reserved::default())
             }
-            // It frees what is set aside.
+            // It frees what is set aside, or is one of a few.
             Record::Reset { .. } if self.journal.has_room(1 + self.carried_due(), 0) => {
                 Ok(Reserved::default())
             }
@@ -227,10 +227,10 @@ impl Store {
         }
     }
 
-    /// Is there room in the journal, leaving a `share`-th of it (0: nothing) to those with smaller shares, and what it takes to
-    /// carry what is pending?
+    /// Is there room in the journal, leaving a `share`-th of it to those with smaller shares, and what it takes to carry what is
+    /// pending?
     fn check_journal(&self, pages: usize, share: u64) -> Result<(), StoreError> {
-        let reserve = self.journal.ring_bytes().checked_div(share).unwrap_or(0);
+        let reserve = self.journal.ring_bytes() / share;
         let carry = self.carry_reserve(carried_pages(pages));
         if self.journal.has_room(pages + 1, reserve + carry) { Ok(()) } else { Err(StoreError::JournalFull) }
     }
@@ -298,14 +298,10 @@ impl Store {
 
     fn issue_batch(&mut self) {
         let groups = &mut self.groups;
-        let placed = self.journal.next_batch(self.pool, |queued, position, data_position| {
+        let batch = self.journal.next_batch(self.pool, |queued, position, data_position| {
             place(groups, queued, position, data_position)
         });
-        let batch = match placed {
-            Ok(batch) => batch,
-            Err(Held::Full) => return self.destage.press(),
-            Err(Held::Nothing | Held::Later) => return,
-        };
+        let Some(batch) = batch else { return };
         self.counters.written_journal_bytes += batch.bytes as u64;
         self.counters.entry_bytes += batch.data_bytes as u64;
         let id = self.operation(Operation::Batch { position: batch.position });
@@ -428,7 +424,7 @@ impl Store {
                 let state = groups.get_mut(&group).expect("made when the reset was queued");
                 state.on_reset_durable(position, last, life);
                 events.push(StoreEvent::Reset { group });
-                relearned = true;
+                (relearned, ended) = (true, true);
             }
         });
         if relearned && self.damaged {

@@ -197,6 +197,7 @@ impl Store {
             session: 0,
             session_start: start,
             slots_mark,
+            generations: 0,
             damaged: false,
             groups: Vec::new(),
         };

@@ -7,6 +7,7 @@
 //! - `tail <= flushed <= durable <= head` but for `flushed`, which may stay below `tail`; none ever goes back.
 //! - `durable` grows only over batches that are all complete, in the order of their positions.
 //! - A batch never wraps: what would not fit before the ring's end starts at the next lap.
+//! - What is queued fits (`has_room` was asked), with what a batch may have to jump over.
 //! - Bytes from `tail` to `head` (a lap at most) are never written again.
 
 use std::collections::VecDeque;
@@ -193,17 +194,6 @@ pub struct NewBatch {
     pub data_bytes: usize,
 }
 
-/// Why no batch was formed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Held {
-    /// Nothing is queued.
-    Nothing,
-    /// Enough batches are in flight, or there is no buffer: later.
-    Later,
-    /// The ring is full: destage must move on.
-    Full,
-}
-
 /// What `Journal::withdraw` has taken back beside entries.
 #[derive(Debug, Default)]
 pub struct TakenBack {
@@ -331,17 +321,15 @@ impl Journal {
         (records, pages)
     }
 
-    /// Forms a batch of what is queued; `place` learns where each record and its data went.
+    /// Forms a batch of what is queued, unless enough are in flight, or there is no buffer; `place` learns where each record and its
+    /// data went.
     pub fn next_batch(
         &mut self,
         pool: &'static BufferPool,
         mut place: impl FnMut(&Queued, u64, u64) -> Placed,
-    ) -> Result<NewBatch, Held> {
-        if self.queue.is_empty() {
-            return Err(Held::Nothing);
-        }
-        if self.in_flight.len() == BATCHES_MAX {
-            return Err(Held::Later);
+    ) -> Option<NewBatch> {
+        if self.queue.is_empty() || self.in_flight.len() == BATCHES_MAX {
+            return None;
         }
         let (records, data_pages) = self.batch_size();
         let head_size = head_bytes(records, data_pages);
@@ -351,10 +339,8 @@ impl Journal {
         let jump = if left_of_lap < bytes as u64 { left_of_lap } else { 0 };
         let position = self.head + jump;
         let end = position + bytes as u64;
-        if end - self.tail > self.ring_bytes {
-            return Err(Held::Full);
-        }
-        let mut head = pool.alloc(head_size).ok_or(Held::Later)?;
+        assert!(end - self.tail <= self.ring_bytes, "what is queued had room");
+        let mut head = pool.alloc(head_size)?;
         let header = BatchHeader {
             store: self.store,
             position,
@@ -383,7 +369,7 @@ impl Journal {
         self.in_flight.push_back(Batch { position, end, done: false, placed });
         self.head = end;
         self.previous_end = end;
-        Ok(NewBatch { position, parts, bytes, data_bytes: (data_pages - carried) * PAGE_SIZE })
+        Some(NewBatch { position, parts, bytes, data_bytes: (data_pages - carried) * PAGE_SIZE })
     }
 
     /// The device has written the batch at `position`. Hands out what became durable, in order.

@@ -244,6 +244,8 @@ struct Recovery<'a> {
     broken: Vec<u64>,
     /// Highest journal position in any block record.
     newest_record: u64,
+    /// Slots whose newest record is of the cycle that was cut off: the checkpoint does not count those.
+    written_since: u64,
     /// End of what replay took over.
     end: u64,
     /// End of anything whole that was seen, also behind `end`.
@@ -270,6 +272,7 @@ impl<'a> Recovery<'a> {
             carried: BTreeMap::new(),
             broken: Vec::new(),
             newest_record: 0,
+            written_since: 0,
             damaged: false,
         }
     }
@@ -289,6 +292,12 @@ impl<'a> Recovery<'a> {
             for (index, slot) in part.chunks_exact(SLOT_SIZE).enumerate() {
                 self.load_slot(first + index as u32, slot);
             }
+        }
+        let found = self.slots.generations().wrapping_sub(self.written_since);
+        if found != self.checkpoint.generations {
+            let (store, expected) = (self.superblock.store, self.checkpoint.generations);
+            tracing::error!(%store, expected, found, "block records that were written are not there");
+            self.damaged = true;
         }
         Ok(())
     }
@@ -326,6 +335,7 @@ impl<'a> Recovery<'a> {
         }
         let Some(record) = newest else { return };
         self.slots.set_recovered(number, record.generation, false);
+        self.written_since += u64::from(record.cycle == self.checkpoint.number);
         self.newest_record = self.newest_record.max(record.entry_position).max(record.push_position);
         let group = self.groups.entry(record.group).or_default();
         // The checkpoint in force when the record was written says as much, and every later one more, but for what a reset took back.
@@ -343,6 +353,7 @@ impl<'a> Recovery<'a> {
             tracing::error!(store = %self.superblock.store, slot = number, "a block record contradicts another");
             self.damaged = true;
             self.broken.extend([0, 1].map(|half| self.layout.record_offset(number, half)));
+            self.slots.set_recovered(number, 0, false);
             return;
         }
         self.slots.set_recovered(number, record.generation, true);
@@ -437,25 +448,29 @@ impl<'a> Recovery<'a> {
         follows && in_order && of_session || Mutation::StaleBatchReplayed.is_on()
     }
 
+    /// Reads from the journal's device; a read that fails is tried once more: what can not be read ends the replay.
+    fn read_journal(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        let device = self.devices.of(self.layout.journal_device);
+        device.read_at(offset, buffer).or_else(|_| device.read_at(offset, buffer))
+    }
+
     /// The verified head of the batch at `position`, if there is one that lies within the ring.
     fn read_head(&self, position: u64, buffer: &mut BufferMut) -> Option<BatchHead> {
-        let device = self.devices.of(self.layout.journal_device);
         let offset = self.layout.journal_offset(position);
         let lap_end = self.layout.journal.end();
-        device.read_at(offset, &mut buffer[..PAGE_SIZE]).ok()?;
+        self.read_journal(offset, &mut buffer[..PAGE_SIZE]).ok()?;
         let header = BatchHeader::peek(&buffer[..PAGE_SIZE]).ok()?;
         let ours = header.store == self.superblock.store && header.position == position;
         if !ours || offset + header.batch_bytes() as u64 > lap_end {
             return None;
         }
         let bytes = header.head_bytes();
-        device.read_at(offset, &mut buffer[..bytes]).ok()?;
+        self.read_journal(offset, &mut buffer[..bytes]).ok()?;
         journal::decode(&buffer[..bytes]).ok()
     }
 
     /// The data of a batch, record by record; `None` when any page of it is not as it should be.
     fn read_data(&self, batch: &BatchHead) -> Option<Vec<Option<Buffer>>> {
-        let device = self.devices.of(self.layout.journal_device);
         let data = batch.header.position + batch.header.head_bytes() as u64;
         let mut records = Vec::with_capacity(batch.descriptors.len());
         for descriptor in &batch.descriptors {
@@ -466,9 +481,7 @@ impl<'a> Recovery<'a> {
             let mut buffer = replay_buffer(descriptor.pages.bytes());
             let offset =
                 self.layout.journal_offset(data) + u64::from(descriptor.data_page) * PAGE_SIZE as u64;
-            if device.read_at(offset, &mut buffer).is_err() {
-                return None;
-            }
+            self.read_journal(offset, &mut buffer).ok()?;
             let torn = !super::engine::mismatches(&buffer, checksums(batch, descriptor)).is_empty();
             if torn && !Mutation::TornBatchReplayed.is_on() {
                 return None;

@@ -22,8 +22,9 @@ struct Inner {
     current: BTreeMap<u64, Page>,
     /// Pages that can not be read until they are written.
     unreadable: BTreeSet<u64>,
-    /// Reads until one fails, though its pages can be read.
-    reads_to_failure: Option<u64>,
+    /// Reads until some in a row fail, though their pages can be read; and how many do.
+    reads_to_failure: u64,
+    failing_reads: u64,
     /// Page writes so far.
     written: u64,
     /// Page writes that end well and change nothing.
@@ -135,14 +136,15 @@ impl SimDevice {
         self.inner.borrow_mut().unreadable.insert(offset / PAGE_SIZE as u64);
     }
 
-    /// Of the reads to come one fails, after so many; tried again, it does not.
-    pub fn fail_read_after(&self, reads: u64) {
-        self.inner.borrow_mut().reads_to_failure = Some(reads);
+    /// After so many reads, so many in a row fail; then no more.
+    pub fn fail_reads(&self, after: u64, count: u64) {
+        let mut inner = self.inner.borrow_mut();
+        (inner.reads_to_failure, inner.failing_reads) = (after, count);
     }
 
-    /// Is that read still to come?
-    pub fn is_failing_read(&self) -> bool {
-        self.inner.borrow().reads_to_failure.is_some()
+    /// Are some of these reads still to come?
+    pub fn has_failing_reads(&self) -> bool {
+        self.inner.borrow().failing_reads > 0
     }
 
     /// The next `pages` page writes end well and change nothing.
@@ -252,11 +254,11 @@ impl Device for SimDevice {
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
         assert!(offset.is_multiple_of(PAGE_SIZE as u64) && offset + buffer.len() as u64 <= self.bytes);
         let mut inner = self.inner.borrow_mut();
-        if let Some(left) = inner.reads_to_failure {
-            inner.reads_to_failure = left.checked_sub(1);
-            if left == 0 {
-                return Err(io::Error::from_raw_os_error(libc::EIO));
-            }
+        if inner.reads_to_failure > 0 {
+            inner.reads_to_failure -= 1;
+        } else if inner.failing_reads > 0 {
+            inner.failing_reads -= 1;
+            return Err(io::Error::from_raw_os_error(libc::EIO));
         }
         let first = offset / PAGE_SIZE as u64;
         for (page, to) in (first..).zip(buffer.chunks_exact_mut(PAGE_SIZE)) {

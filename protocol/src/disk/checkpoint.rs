@@ -46,6 +46,8 @@ pub struct Checkpoint {
     pub session_start: u64,
     /// Slots of block records below this one were zeroed before their first use.
     pub slots_mark: u32,
+    /// Of the newest records of all slots, summed: one that is not there after all is missed.
+    pub generations: u64,
     /// Part of the store was lost and not every group has been relearned since.
     pub damaged: bool,
     pub groups: Vec<GroupRow>,
@@ -67,7 +69,8 @@ struct RawHeader {
     session_start: U64, // 56
     slots_mark: U32,    // 64
     group_count: U32,   // 68
-    padding: [u8; 56],  // 72
+    generations: U64,   // 72
+    padding: [u8; 48],  // 80
 }
 
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -111,7 +114,8 @@ impl Checkpoint {
             session_start: self.session_start.into(),
             slots_mark: self.slots_mark.into(),
             group_count: (self.groups.len() as u32).into(),
-            padding: [0; 56],
+            generations: self.generations.into(),
+            padding: [0; 48],
         };
         out.fill(0);
         out[..HEADER_SIZE].copy_from_slice(header.as_bytes());
@@ -145,8 +149,9 @@ impl Checkpoint {
         check_seal(MAGIC, record)?;
         check_version(raw.version.get())?;
         check(raw.damaged <= 1, "damaged")?;
-        check(raw.reserved == 0 && raw.padding == [0; 56], "reserved")?;
-        check_counters(&[raw.number, raw.tail, raw.flushed, raw.session, raw.session_start], "counters")?;
+        check(raw.reserved == 0 && raw.padding == [0; 48], "reserved")?;
+        let RawHeader { number, tail, flushed, session, session_start, generations, .. } = *raw;
+        check_counters(&[number, tail, flushed, session, session_start, generations], "counters")?;
         let page = PAGE_SIZE as u64;
         check(raw.tail.get().is_multiple_of(page), "tail")?;
         check(raw.flushed.get() >= raw.tail.get(), "flushed")?;
@@ -175,6 +180,7 @@ impl Checkpoint {
             session: raw.session.get(),
             session_start: raw.session_start.get(),
             slots_mark: raw.slots_mark.get(),
+            generations: raw.generations.get(),
             damaged: raw.damaged == 1,
             groups,
         })

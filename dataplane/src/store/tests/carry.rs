@@ -233,34 +233,41 @@ fn what_a_reset_drops_is_not_carried_back() {
     }
 }
 
-/// An opening reads the journal more than once: what one read lacks and the next one has is not forgotten without a word.
+/// An opening reads the journal more than once. A read that fails once hides nothing; one that fails twice, and not in the next
+/// pass, nothing that was flushed, but the store says that it is damaged.
 #[test]
-fn a_read_that_fails_once_hides_no_entry() {
-    let mut rig = Rig::new(29, false);
-    three_entries(&mut rig);
-    write_mib(&mut rig, JOURNAL_BYTES >> 20);
-    assert!(carries(&rig) > 0);
-    rig.flush();
-    write_mib(&mut rig, 1);
-    let (mut damaged, mut refused, mut whole) = (0, 0, 0);
-    for reads in 0.. {
-        let device = rig.capacity.fork();
-        device.fail_read_after(reads);
-        let found = open(&device, None);
-        if device.is_failing_read() {
-            break;
+fn reads_that_fail_for_a_moment_hide_no_entry() {
+    for (mib, fails) in [(1, 1), (1, 2), (JOURNAL_BYTES >> 20, 1), (JOURNAL_BYTES >> 20, 2)] {
+        let mut rig = Rig::new(29, false);
+        three_entries(&mut rig);
+        write_mib(&mut rig, mib);
+        assert_eq!(carries(&rig) > 0, mib > 1);
+        if fails == 2 {
+            rig.flush();
+            write_mib(&mut rig, 1);
         }
-        let Ok((_, recovered)) = found else {
-            refused += 1;
-            continue;
-        };
-        let found = recovered.groups.iter().find(|found| found.group == GROUP);
-        let seqs = found.map(|found| found.pending.iter().map(|entry| entry.version.seq.0).collect());
-        let is_whole = seqs == Some(vec![1, 2, 3]);
-        assert!(is_whole || recovered.damaged, "read {reads}");
-        (damaged, whole) = (damaged + u32::from(!is_whole), whole + u32::from(is_whole));
+        let (mut refused, mut damaged, mut whole) = (0, 0, 0);
+        for after in 0.. {
+            let device = rig.capacity.fork();
+            device.fail_reads(after, fails);
+            let Ok((_, recovered)) = open(&device, None) else {
+                refused += 1;
+                continue;
+            };
+            if device.has_failing_reads() {
+                break;
+            }
+            let found = recovered.groups.iter().find(|found| found.group == GROUP);
+            let seqs = found.map(|found| found.pending.iter().map(|entry| entry.version.seq.0).collect());
+            if seqs == Some(vec![1, 2, 3]) {
+                whole += 1;
+            } else {
+                assert!(recovered.damaged, "read {after} and the next fail");
+                damaged += 1;
+            }
+        }
+        assert!(refused > 0 && whole > 0 && (damaged > 0) == (fails == 2), "{refused} {damaged} {whole}");
     }
-    assert!(damaged > 0 && refused > 0 && whole > 0, "{damaged} {refused} {whole}");
 }
 
 #[test]
@@ -325,11 +332,14 @@ fn a_full_journal_has_room_for_a_carry() {
             rig.write_through(BUSY, key(0), PageRange::new(0, 31), 1 + number * 1000);
         }
         rig.idle();
-        // With what another group waits for it is more than an eighth, and not carried.
         for number in 0..2 {
             rig.write(GROUP, key(number), PageRange::new(0, 250), 1 + u64::from(number) * 1000);
-            rig.write(OTHER, key(number), PageRange::new(0, 149), 5000);
             rig.settle();
+        }
+        // With what another group waits for it is more than an eighth, and not carried. Zeroes where nothing is: when they are
+        // acknowledged, nothing is destaged.
+        for number in 0..100 {
+            rig.write(OTHER, key(number), PageRange::of_unit(0), 0);
         }
         while rig.try_write(BUSY, key(1), PageRange::new(0, 128), 9).is_ok() {
             for number in 0..2 {
@@ -337,13 +347,22 @@ fn a_full_journal_has_room_for_a_carry() {
             }
             rig.settle();
         }
-        assert_eq!((rig.store.admit(256), carries(&rig)), (Err(StoreError::JournalFull), 0));
-        for group in [BUSY, OTHER] {
-            rig.store.apply(group, Seq(u64::MAX));
+        while rig.try_write(BUSY, key(0), PageRange::of_unit(0), 0).is_ok() {
+            rig.settle();
         }
+        rig.store.apply(BUSY, Seq(u64::MAX));
+        rig.idle();
+        assert_eq!((rig.store.admit(256), carries(&rig)), (Err(StoreError::JournalFull), 0));
+        rig.store.apply(OTHER, Seq(u64::MAX));
+        rig.now_ns += 1_000_000_000;
+        rig.store.tick(rig.now_ns);
+        rig.end_turn();
+        assert_eq!(carries(&rig), 1);
+        // Resets come between the copies and what ends the carry, as many as are let in.
+        let resets = (100..).map(|number| Record::Reset { group: GroupId(number), last: version(1, 1) });
+        assert!(resets.take_while(|reset| rig.store.append(reset.clone()).is_ok()).count() > 0);
         rig.idle();
         write_mib(&mut rig, JOURNAL_BYTES >> 20);
-        assert!(carries(&rig) > 0);
     }
 }
 

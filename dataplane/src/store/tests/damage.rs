@@ -77,6 +77,50 @@ fn an_unreadable_sector_is_one_damaged_page() {
     rig.expect(GROUP, key(1), PAGES, |page| 98 + u64::from(page));
 }
 
+/// Any one write of a destage does nothing, though the device says that it has ended well.
+#[test]
+fn a_write_that_the_device_lost_is_missed() {
+    let (mut told, mut unread, mut whole) = (0, 0, 0);
+    for lost in 0.. {
+        let mut rig = Rig::new(4, false);
+        // The one block is made anew, the other is there already.
+        rig.write_through(GROUP, key(1), PAGES, 100);
+        rig.idle();
+        rig.write_through(GROUP, key(1), PAGES, 500);
+        rig.write_through(GROUP, key(2), PAGES, 900);
+        rig.now_ns += 20_000_000_000;
+        rig.store.tick(rig.now_ns);
+        rig.end_turn();
+        for _ in 0..lost {
+            rig.complete_one();
+            rig.end_turn();
+        }
+        rig.capacity.lose_writes(u64::MAX);
+        let any = rig.complete_one();
+        rig.capacity.end_failures();
+        if !any {
+            break;
+        }
+        rig.settle();
+        let mut rig = rig.crash(false);
+        if rig.recovered.damaged {
+            told += 1;
+            continue;
+        }
+        for (block, content) in [(1, 500), (2, 900)] {
+            match rig.read(GROUP, key(block), PAGES) {
+                Ok(read) => {
+                    assert!(read.buffer[..PAGE_SIZE] == page_bytes(content), "lost write {lost}");
+                    whole += 1;
+                }
+                Err(ReadError::Damaged { .. }) => unread += 1,
+                Err(error) => panic!("{error:?}"),
+            }
+        }
+    }
+    assert!(told > 0 && unread > 0 && whole > 0, "{told} {unread} {whole}");
+}
+
 #[test]
 fn destage_keeps_what_it_can_not_read_until_it_is_mended() {
     let mut rig = Rig::new(3, false);

@@ -19,6 +19,7 @@ fn example(group_count: usize) -> Checkpoint {
         session: 2,
         session_start: 4096,
         slots_mark: 64,
+        generations: 77,
         damaged: true,
         groups: groups.collect(),
     }

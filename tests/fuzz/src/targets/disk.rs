@@ -131,6 +131,7 @@ fn checkpoint_seeds() -> Vec<Vec<u8>> {
             session: 4,
             session_start: 1 << 20,
             slots_mark: 64,
+            generations: 77,
             damaged: count == 3,
             groups: (0..count as u32).map(row).collect(),
         };
