@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use xsan_protocol::checksum::crc32c;
 use xsan_protocol::error::Code;
-use xsan_protocol::limits::PAGES_PER_WRITE_MAX;
+use xsan_protocol::limits::{FRAME_MAX, PAGES_PER_WRITE_MAX};
 use xsan_protocol::units::PAGE_SIZE;
 use xsan_protocol::wire::header::{HEADER_SIZE, Header, Opcode, flags};
 use xsan_protocol::wire::replication::{AppendMeta, FetchMeta, MetaError, PeerInfo, PushMeta};
@@ -148,6 +148,10 @@ impl Shape {
     pub fn of(header: &Header) -> Result<Self, PayloadError> {
         let found = header.payload_length as usize;
         let error = PayloadError::Length { opcode: header.opcode, found };
+        // Frames of the link between a node's processes may be larger, and do not come here.
+        if found > FRAME_MAX {
+            return Err(error);
+        }
         let meta = Meta::size_of(header.opcode);
         if found == 0 && (meta == 0 || header.status.is_some()) {
             return Ok(Self { meta: 0, pages: 0, data: 0 });

@@ -108,6 +108,10 @@ fn lengths_that_fit_no_payload_are_refused() {
         header.payload_length = length;
         assert!(Shape::of(&header).is_err(), "{length}");
     }
+    // No buffer is as large.
+    header.opcode = Opcode::Link;
+    header.payload_length = FRAME_MAX as u32 + 1;
+    assert!(Shape::of(&Header::decode(&header.encode()).unwrap()).is_err());
     header.opcode = Opcode::PeerInfo;
     header.payload_length = 33;
     assert!(Shape::of(&header).is_err());
