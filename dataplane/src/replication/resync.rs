@@ -43,6 +43,8 @@ const LEARNER_PUSHES_MAX: usize = 8;
 const LEFT_ALONE_NS: u64 = 1_000_000_000;
 /// A pass that left units out is followed by the next one after this.
 const RESUME_AFTER_NS: u64 = 200_000_000;
+/// And one that brought over what is of no known version.
+const UNKNOWN_AFTER_NS: u64 = 10_000_000_000;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Step {
@@ -85,6 +87,8 @@ pub(super) struct Learner {
     timed: Option<(Seq, u64)>,
     pass: Pass,
     differences: u64,
+    /// A block that it got as it is here, and that nobody may take for whole.
+    unknown: Option<BlockKey>,
     compare: Option<Compare>,
     to_push: VecDeque<(BlockKey, u8)>,
     /// Pushes that are not answered yet.
@@ -120,6 +124,7 @@ impl Learner {
             timed: None,
             pass: Pass::From(BlockKey::default()),
             differences: 0,
+            unknown: None,
             compare: None,
             to_push: VecDeque::new(),
             pushing: 0,
@@ -358,6 +363,10 @@ impl Group {
             return;
         }
         if learner.differences > 0 && !Mutation::PromotedEarly.is_on() {
+            if let Some(block) = learner.unknown.take() {
+                tracing::error!(group = %self.id, %block, learner = %learner.node, "what this replica has is of no known version, and no learner can be made of it");
+                learner.resume_ns = call.now_ns + UNKNOWN_AFTER_NS;
+            }
             if call.now_ns < learner.resume_ns {
                 return;
             }
@@ -443,7 +452,6 @@ impl Group {
             return;
         };
         learner.complete = false;
-        let mut unknown = None;
         for block in list {
             learner.differences += 1;
             let ours = compare.blocks.get(&block.key()).copied().unwrap_or([Version::ZERO; UNITS_PER_BLOCK]);
@@ -451,12 +459,9 @@ impl Group {
             let differs = |unit: &usize| ours[*unit] != theirs[*unit] || theirs[*unit] == Version::UNKNOWN;
             let units = (0..UNITS_PER_BLOCK).filter(differs);
             learner.to_push.extend(units.map(|unit| (block.key(), unit as u8)));
-            unknown = unknown.or_else(|| ours.contains(&Version::UNKNOWN).then(|| block.key()));
-        }
-        if let Some(block) = unknown {
-            // It gets what there is, but nobody may take it for whole.
-            learner.resume_ns = call.now_ns + RESUME_AFTER_NS;
-            tracing::error!(group = %header.group, %block, "what this replica has is of no known version");
+            if ours.contains(&Version::UNKNOWN) {
+                learner.unknown = Some(block.key());
+            }
         }
         let covered = header.key.min(compare.end);
         learner.pass = frames::successor(covered).map_or(Pass::Done, Pass::From);

@@ -102,7 +102,7 @@ impl Slots {
         self.count
     }
 
-    /// The sum of all generations.
+    /// The sum of all generations, modulo 2^64: a record that recovery found may name any.
     pub fn generations(&self) -> u64 {
         self.sum
     }
@@ -130,7 +130,6 @@ impl Slots {
     /// What recovery found in a slot.
     pub fn set_recovered(&mut self, slot: u32, generation: u64, in_use: bool) {
         let before = std::mem::replace(&mut self.generations[slot as usize], generation);
-        // A record may name any: then the sum is wrong, and recovery sees that.
         self.sum = self.sum.wrapping_sub(before).wrapping_add(generation);
         if in_use {
             assert!(self.free.remove(&slot));

@@ -201,7 +201,7 @@ impl Store {
                     assert!(data.bytes.len() == pages * PAGE_SIZE);
                     wanted = self.index.wanted(entry.group, entry.key, entry.pages);
                 }
-                // Zeroes free space: they may use the last of the journal. Capacity is what the primary looks at: an entry has its
+                // Zeroes free space: they may use nearly the last of the journal. Capacity is what the primary looks at: an entry has its
                 // place in the group's order, and what does not fit waits in the journal until something is freed.
                 self.check_journal(pages, if entry.data.is_some() { 16 } else { 64 })?;
                 let (units, blocks) = wanted;

@@ -2,7 +2,8 @@
 //!
 //! Replay goes from the checkpoint's tail to the first batch that is not whole. That is the torn end of what was never
 //! flushed, unless there is evidence that everything there had been flushed: a later batch, or the checkpoint, whose
-//! flushed mark lies above; a block record that holds something newer. Then it is corruption: the store
+//! flushed mark lies above; a block record that holds something newer. Then it is corruption, as it is when block
+//! records that the checkpoint counts are not there: the store
 //! says so, keeps what it has, and its groups come back as learners, which repairs them from their peers.
 //!
 //! Invariants
@@ -19,7 +20,7 @@ use std::io;
 use std::sync::Arc;
 
 use xsan_protocol::disk::DiskFormatError;
-use xsan_protocol::disk::block_record::{BlockRecord, NO_CAPACITY, RECORD_SIZE, Remains, SLOT_SIZE};
+use xsan_protocol::disk::block_record::{BlockRecord, NO_CAPACITY, RECORD_SIZE, SLOT_SIZE};
 use xsan_protocol::disk::checkpoint::{self, Checkpoint};
 use xsan_protocol::disk::journal::{self, BatchHead, BatchHeader, Descriptor, HEAD_BYTES_MAX, Kind};
 use xsan_protocol::disk::superblock::Superblock;
@@ -240,7 +241,7 @@ struct Recovery<'a> {
     /// Position of each reset in the journal and what its group had applied before it.
     resets: BTreeMap<GroupId, Vec<(u64, Seq)>>,
     carried: BTreeMap<GroupId, Vec<Carried>>,
-    /// Device offsets of halves of slots that are to be blank: torn, damaged, or contradicting others.
+    /// Device offsets of halves of slots that are to be blank: not whole, or contradicting others.
     broken: Vec<u64>,
     /// Highest journal position in any block record.
     newest_record: u64,
@@ -306,7 +307,7 @@ impl<'a> Recovery<'a> {
     fn read_halves_singly(&self, first: u32, part: &mut [u8]) {
         for (index, half) in part.chunks_exact_mut(RECORD_SIZE).enumerate() {
             let offset = self.layout.record_offset(first, 0) + (index * RECORD_SIZE) as u64;
-            if self.devices.capacity.read_at(offset, half).is_err() {
+            if read_again(self.devices.capacity, offset, half).is_err() {
                 half.fill(0xff);
             }
         }
@@ -324,18 +325,17 @@ impl<'a> Recovery<'a> {
                 newest = newest.into_iter().chain([record]).max_by_key(|record| record.generation);
                 continue;
             }
-            let remains = Remains::of(bytes);
-            if remains != Remains::Blank {
+            if bytes.iter().any(|byte| *byte != 0) {
+                // Torn by a crash, or damaged. If it was the newest of its slot, the sum of the generations tells.
+                tracing::warn!(store = %self.superblock.store, slot = number, half, "a block record is not whole");
                 self.broken.push(self.layout.record_offset(number, half as u64));
-            }
-            if !remains.is_torn_in(self.checkpoint.number) {
-                tracing::error!(store = %self.superblock.store, slot = number, half, "a block record is damaged");
-                self.damaged = true;
             }
         }
         let Some(record) = newest else { return };
         self.slots.set_recovered(number, record.generation, false);
         self.written_since += u64::from(record.cycle == self.checkpoint.number);
+        // It was written under a checkpoint that is not there.
+        self.damaged |= record.cycle > self.checkpoint.number;
         self.newest_record = self.newest_record.max(record.entry_position).max(record.push_position);
         let group = self.groups.entry(record.group).or_default();
         // The checkpoint in force when the record was written says as much, and every later one more, but for what a reset took back.
@@ -448,29 +448,25 @@ impl<'a> Recovery<'a> {
         follows && in_order && of_session || Mutation::StaleBatchReplayed.is_on()
     }
 
-    /// Reads from the journal's device; a read that fails is tried once more: what can not be read ends the replay.
-    fn read_journal(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
-        let device = self.devices.of(self.layout.journal_device);
-        device.read_at(offset, buffer).or_else(|_| device.read_at(offset, buffer))
-    }
-
     /// The verified head of the batch at `position`, if there is one that lies within the ring.
     fn read_head(&self, position: u64, buffer: &mut BufferMut) -> Option<BatchHead> {
+        let device = self.devices.of(self.layout.journal_device);
         let offset = self.layout.journal_offset(position);
         let lap_end = self.layout.journal.end();
-        self.read_journal(offset, &mut buffer[..PAGE_SIZE]).ok()?;
+        read_again(device, offset, &mut buffer[..PAGE_SIZE]).ok()?;
         let header = BatchHeader::peek(&buffer[..PAGE_SIZE]).ok()?;
         let ours = header.store == self.superblock.store && header.position == position;
         if !ours || offset + header.batch_bytes() as u64 > lap_end {
             return None;
         }
         let bytes = header.head_bytes();
-        self.read_journal(offset, &mut buffer[..bytes]).ok()?;
+        read_again(device, offset, &mut buffer[..bytes]).ok()?;
         journal::decode(&buffer[..bytes]).ok()
     }
 
     /// The data of a batch, record by record; `None` when any page of it is not as it should be.
     fn read_data(&self, batch: &BatchHead) -> Option<Vec<Option<Buffer>>> {
+        let device = self.devices.of(self.layout.journal_device);
         let data = batch.header.position + batch.header.head_bytes() as u64;
         let mut records = Vec::with_capacity(batch.descriptors.len());
         for descriptor in &batch.descriptors {
@@ -481,7 +477,7 @@ impl<'a> Recovery<'a> {
             let mut buffer = replay_buffer(descriptor.pages.bytes());
             let offset =
                 self.layout.journal_offset(data) + u64::from(descriptor.data_page) * PAGE_SIZE as u64;
-            self.read_journal(offset, &mut buffer).ok()?;
+            read_again(device, offset, &mut buffer).ok()?;
             let torn = !super::engine::mismatches(&buffer, checksums(batch, descriptor)).is_empty();
             if torn && !Mutation::TornBatchReplayed.is_on() {
                 return None;
@@ -706,7 +702,7 @@ impl<'a> Recovery<'a> {
         Ok((store, Recovered { groups: recovered, damaged }))
     }
 
-    /// A half that is no record is zeroed: the next checkpoint's number would not excuse it any more.
+    /// A half that is no record, or contradicts others, is zeroed: it must not count one day.
     fn blank_broken_halves(&self) -> Result<(), OpenError> {
         let mut zeroes = self.devices.buffer(RECORD_SIZE)?;
         zeroes.fill(0);
@@ -757,6 +753,11 @@ impl<'a> Recovery<'a> {
             counters: Counters::default(),
         }
     }
+}
+
+/// A read that fails is tried once more: what can not be read passes for what is not there.
+fn read_again(device: &dyn Device, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+    device.read_at(offset, buffer).or_else(|_| device.read_at(offset, buffer))
 }
 
 /// Checksums of a record's data.

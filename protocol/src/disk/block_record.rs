@@ -46,8 +46,7 @@ pub struct BlockRecord {
     pub group: GroupId,
     pub key: BlockKey,
     pub timestamp_ns: u64,
-    /// Number of the checkpoint in force when the record was written: a half that is neither whole nor of the
-    /// checkpoint found at open was not torn by a crash, but damaged.
+    /// Number of the checkpoint in force when the record was written, which does not count it.
     pub cycle: u64,
     pub entry_position: u64,
     pub push_position: u64,
@@ -92,48 +91,15 @@ struct RawUnit {
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 struct RawRecord {
-    header: RawHeader,                                           // 0
-    units: [RawUnit; UNITS_PER_BLOCK],                           // 128
-    checksums: [[U32; PAGES_PER_UNIT]; UNITS_PER_BLOCK],         // 1408
-    padding: [u8; RECORD_SIZE - 1408 - PAGES_PER_BLOCK * 4 - 8], // 5504
-    /// As in the header: each page of the record tells when it was written.
-    cycle: U64, // 8184
+    header: RawHeader,                                       // 0
+    units: [RawUnit; UNITS_PER_BLOCK],                       // 128
+    checksums: [[U32; PAGES_PER_UNIT]; UNITS_PER_BLOCK],     // 1408
+    padding: [u8; RECORD_SIZE - 1408 - PAGES_PER_BLOCK * 4], // 5504
 }
 
 const _: () = assert!(size_of::<RawHeader>() == 128);
 const _: () = assert!(size_of::<RawUnit>() == 20);
 const _: () = assert!(size_of::<RawRecord>() == RECORD_SIZE);
-
-/// What the bytes of a half are when they are no valid record.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Remains {
-    /// All zero: never written.
-    Blank,
-    /// A torn write or damage; the cycles that its two pages name.
-    Broken { cycles: [u64; 2] },
-}
-
-impl Remains {
-    /// Judges a half that [`BlockRecord::decode`] refused.
-    ///
-    /// # Panics
-    /// `half` is not [`RECORD_SIZE`] bytes.
-    pub fn of(half: &[u8]) -> Self {
-        if half.iter().all(|byte| *byte == 0) {
-            return Self::Blank;
-        }
-        let raw = RawRecord::ref_from_bytes(half).expect("the caller gives one record's bytes");
-        Self::Broken { cycles: [raw.header.cycle.get(), raw.cycle.get()] }
-    }
-
-    /// Was the half being written when the cycle after checkpoint `checkpoint` was cut off?
-    pub fn is_torn_in(self, checkpoint: u64) -> bool {
-        match self {
-            Self::Blank => true,
-            Self::Broken { cycles } => cycles.contains(&checkpoint),
-        }
-    }
-}
 
 impl BlockRecord {
     /// Writes the record over `out`.
@@ -163,7 +129,6 @@ impl BlockRecord {
             cycle: self.cycle.into(),
             reserved: [0; 24],
         };
-        raw.cycle = self.cycle.into();
         for (index, unit) in self.units.iter().enumerate() {
             raw.units[index] = RawUnit {
                 version: unit.version.into(),
@@ -187,7 +152,6 @@ impl BlockRecord {
         check(header.compression == 0, "compression")?;
         check(header.encryption == 0, "encryption")?;
         check(header.reserved == [0; 24], "reserved")?;
-        check(raw.cycle == header.cycle, "cycle")?;
         let RawHeader { generation, cycle, entry_position, push_position, .. } = *header;
         check_counters(&[generation, cycle, entry_position, push_position], "counters")?;
         check(raw.padding.iter().all(|byte| *byte == 0), "padding")?;

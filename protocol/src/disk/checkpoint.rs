@@ -46,7 +46,7 @@ pub struct Checkpoint {
     pub session_start: u64,
     /// Slots of block records below this one were zeroed before their first use.
     pub slots_mark: u32,
-    /// Of the newest records of all slots, summed: one that is not there after all is missed.
+    /// Of the newest records of all slots, added up modulo 2^64: one that is not there after all is noticed.
     pub generations: u64,
     /// Part of the store was lost and not every group has been relearned since.
     pub damaged: bool,
@@ -150,8 +150,8 @@ impl Checkpoint {
         check_version(raw.version.get())?;
         check(raw.damaged <= 1, "damaged")?;
         check(raw.reserved == 0 && raw.padding == [0; 48], "reserved")?;
-        let RawHeader { number, tail, flushed, session, session_start, generations, .. } = *raw;
-        check_counters(&[number, tail, flushed, session, session_start, generations], "counters")?;
+        let RawHeader { number, tail, flushed, session, session_start, .. } = *raw;
+        check_counters(&[number, tail, flushed, session, session_start], "counters")?;
         let page = PAGE_SIZE as u64;
         check(raw.tail.get().is_multiple_of(page), "tail")?;
         check(raw.flushed.get() >= raw.tail.get(), "flushed")?;

@@ -57,24 +57,6 @@ fn every_flipped_bit_is_refused() {
 }
 
 #[test]
-fn torn_halves_are_told_from_damaged_ones() {
-    assert_eq!(Remains::of(&[0; RECORD_SIZE]), Remains::Blank);
-    let old = example();
-    let new = BlockRecord { generation: old.generation + 2, cycle: 9, ..old.clone() };
-    for landed in 0..2 {
-        let mut half = encoded(&old);
-        let page = landed * PAGE_SIZE..(landed + 1) * PAGE_SIZE;
-        half[page.clone()].copy_from_slice(&encoded(&new)[page]);
-        assert!(BlockRecord::decode(&half).is_err());
-        assert!(Remains::of(&half).is_torn_in(9));
-        assert!(!Remains::of(&half).is_torn_in(10));
-    }
-    let mut rotten = encoded(&old);
-    rotten[700] ^= 4;
-    assert!(!Remains::of(&rotten).is_torn_in(9));
-}
-
-#[test]
 fn an_empty_record_frees_its_slot() {
     let mut record = example();
     assert!(!record.is_free());
