@@ -59,7 +59,7 @@ fn carried_entries() -> Vec<Step> {
         Step::Turn,
         Step::Flush,
     ];
-    steps.extend([Step::Press(BUSY, 4), Step::WriteTo(STUCK, 0, PageRange::new(7, 3), 5000)]);
+    steps.extend([Step::Press(BUSY, 6), Step::WriteTo(STUCK, 0, PageRange::new(7, 3), 5000)]);
     steps.extend([Step::Press(BUSY, 4), Step::Write(0, PageRange::of_unit(4), 0), Step::Press(BUSY, 9)]);
     steps.extend([Step::Acknowledge, Step::Write(1, PageRange::new(4, 1), 6000), Step::Press(BUSY, 6)]);
     steps.extend([Step::Idle, Step::Write(2, PageRange::new(0, 1), 7000), Step::Acknowledge, Step::Idle]);
