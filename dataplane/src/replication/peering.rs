@@ -106,6 +106,8 @@ impl Group {
         continues: bool,
     ) {
         assert!(continues == self.primary.is_some());
+        // Learners begin anew. While the members are asked, which may take long, nothing else is forgotten.
+        self.trim_but_for(call, |learner| group.acting().any(|member| member.node == learner.node));
         let reign = call.core.fresh_token();
         let primary = self.primary.get_or_insert_with(|| Box::new(Primary::new(group.epoch, reign)));
         call.core.pushes -= primary.learners.iter().map(|learner| learner.pushing).sum::<usize>();

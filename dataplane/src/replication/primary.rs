@@ -583,9 +583,15 @@ impl Group {
 
     /// Forgets entries that nobody needs: applied, and in the journal of every member and learner.
     fn trim(&mut self, call: &mut Call<'_>) {
+        self.trim_but_for(call, |_| true);
+    }
+
+    /// The same, of the learners only for those that `matter`.
+    pub(super) fn trim_but_for(&mut self, call: &mut Call<'_>, matter: impl Fn(&Learner) -> bool) {
         let Some(primary) = &self.primary else { return };
         let Some(quorum) = &primary.quorum else { return };
-        let slowest = primary.learners.iter().filter_map(Learner::needs_after).min();
+        let learners = primary.learners.iter().filter(|learner| matter(learner));
+        let slowest = learners.filter_map(Learner::needs_after).min();
         let floor = quorum.durable_everywhere().min(slowest.unwrap_or(Seq(u64::MAX)));
         self.replica.trim(call.core.turn, floor);
     }

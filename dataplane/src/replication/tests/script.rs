@@ -377,6 +377,33 @@ fn what_is_kept_for_late_learners_is_bounded() {
 }
 
 #[test]
+fn what_was_kept_for_learners_is_not_kept_while_members_are_asked() {
+    let begin = [
+        "map epoch=1 primary=1 acting=1,2 learners=3 min=1",
+        "from 2 peer-info last=zero",
+        "lease 100000",
+        "durable",
+        "from 3 learn-started",
+        "write a b5 0+1 fill=a",
+        "durable",
+        "from 2 append-ok 1",
+        "tick 20",
+    ];
+    let kept_in = |map: &str| {
+        let mut script = Script::new();
+        begin.iter().chain([&map]).for_each(|line| script.run(line));
+        script.run("tick 20");
+        script.replication.groups[&group_id()].replica.retained_bytes()
+    };
+    assert_eq!(kept_in("map epoch=2 primary=1 acting=1,2 learners=3 min=1"), 0);
+    assert_ne!(
+        kept_in("map epoch=2 primary=1 acting=1,2,3 min=1"),
+        0,
+        "who acts now may lack what came last"
+    );
+}
+
+#[test]
 fn transcripts_are_what_replication_does() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/scripts");
     let mut paths: Vec<PathBuf> = std::fs::read_dir(&folder)
