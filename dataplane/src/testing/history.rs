@@ -2,7 +2,8 @@
 //!
 //! Every write of data has a value of its own, so the check is exact for them: Gibbons and Korach, "Testing Shared Memories", 1997
 //! (zones). Zeroes are written by many; a read of zero is checked against each of them.
-//! A write that was tried again may be seen more than once while it is not answered (docs/decisions/0010).
+//! A write that was tried again may be seen more than once while it is not answered (docs/decisions/0010). One that is never
+//! answered may take effect at any time until all is at rest (`rest`), or never.
 
 use std::collections::BTreeMap;
 
@@ -23,12 +24,29 @@ struct Write {
     span: Span,
     /// It was tried more than once: until it is answered, it may take effect more than once.
     repeated: bool,
+    answered: bool,
+}
+
+impl Write {
+    fn new(span: Span, repeated: bool) -> Self {
+        Self { span, repeated, answered: span.end != u64::MAX }
+    }
+
+    /// Nothing of it is under way any more.
+    fn rest(&mut self, moment: u64) {
+        self.span.end = self.span.end.min(moment);
+    }
+
+    /// When it has surely taken effect.
+    fn surely_by(&self) -> u64 {
+        if self.answered { self.span.end } else { u64::MAX }
+    }
 }
 
 #[derive(Debug, Default)]
 struct Register {
     writes: BTreeMap<u64, Write>,
-    zeroes: Vec<Span>,
+    zeroes: Vec<Write>,
     reads: Vec<(u64, Span)>,
 }
 
@@ -49,15 +67,34 @@ impl History {
 
     fn wrote_in(&mut self, sector: Sector, value: u64, span: Span, repeated: bool) {
         let register = self.registers.entry(sector).or_default();
+        let write = Write::new(span, repeated);
         if value == 0 {
-            register.zeroes.push(span);
+            register.zeroes.push(write);
         } else {
-            assert!(register.writes.insert(value, Write { span, repeated }).is_none());
+            assert!(register.writes.insert(value, write).is_none());
+        }
+    }
+
+    /// All is at rest: what was not answered has taken effect by now, or never will.
+    pub fn rest(&mut self, moment: u64) {
+        for register in self.registers.values_mut() {
+            let writes = register.writes.values_mut().chain(&mut register.zeroes);
+            writes.for_each(|write| write.rest(moment));
         }
     }
 
     pub fn read(&mut self, sector: Sector, value: u64, span: Span) {
         self.registers.entry(sector).or_default().reads.push((value, span));
+    }
+
+    /// When each value of a sector was last asked for and returned.
+    pub fn last_seen(&self, sector: Sector) -> BTreeMap<u64, u64> {
+        let mut seen = BTreeMap::new();
+        for (value, span) in self.registers.get(&sector).iter().flat_map(|register| &register.reads) {
+            let last: &mut u64 = seen.entry(*value).or_default();
+            *last = span.start.max(*last);
+        }
+        seen
     }
 
     pub fn check(&self) -> Result<(), String> {
@@ -68,27 +105,27 @@ impl History {
     }
 }
 
-/// Spans in the order of their starts, asked for the earliest end behind a moment and the latest end before one.
+/// Writes in the order of their starts, asked which has surely ended first behind a moment, and which may have ended last before one.
 struct Sorted {
     starts: Vec<u64>,
-    /// Of the spans from each on: the earliest end.
+    /// Of the writes from each on: the earliest moment at which one has surely taken effect.
     earliest: Vec<u64>,
-    /// Of the spans up to each: the latest end.
+    /// Of the writes up to each: the latest moment at which one may have.
     latest: Vec<u64>,
 }
 
 impl Sorted {
-    fn new(spans: impl Iterator<Item = Span>) -> Self {
-        let mut spans: Vec<Span> = spans.collect();
-        spans.sort_unstable_by_key(|span| span.start);
-        let mut latest: Vec<u64> = spans.iter().map(|span| span.end).collect();
-        let mut earliest = latest.clone();
-        for index in 1..spans.len() {
+    fn new(writes: impl Iterator<Item = Write>) -> Self {
+        let mut writes: Vec<Write> = writes.collect();
+        writes.sort_unstable_by_key(|write| write.span.start);
+        let mut latest: Vec<u64> = writes.iter().map(|write| write.span.end).collect();
+        let mut earliest: Vec<u64> = writes.iter().map(Write::surely_by).collect();
+        for index in 1..writes.len() {
             latest[index] = latest[index].max(latest[index - 1]);
-            let back = spans.len() - 1 - index;
+            let back = writes.len() - 1 - index;
             earliest[back] = earliest[back].min(earliest[back + 1]);
         }
-        Self { starts: spans.iter().map(|span| span.start).collect(), earliest, latest }
+        Self { starts: writes.iter().map(|write| write.span.start).collect(), earliest, latest }
     }
 
     /// The earliest end of those that start after `moment`.
@@ -111,7 +148,7 @@ impl Register {
             let again = if write.repeated { ", repeated" } else { "" };
             (write.span.start, write.span.end, format!("write {value}{again}"))
         });
-        let zeroes = self.zeroes.iter().map(|span| (span.start, span.end, "zero".to_owned()));
+        let zeroes = self.zeroes.iter().map(|zero| (zero.span.start, zero.span.end, "zero".to_owned()));
         let mut all: Vec<_> = reads.chain(writes).chain(zeroes).collect();
         all.sort();
         let newest = all.iter().skip(all.len().saturating_sub(NEWEST_SHOWN));
@@ -119,15 +156,18 @@ impl Register {
     }
 
     fn check(&self) -> Result<(), String> {
-        let zeroes = Sorted::new(self.zeroes.iter().copied().chain([Span { start: 0, end: 0 }]));
-        let writes = Sorted::new(self.writes.values().map(|write| write.span));
+        let beginning = Write::new(Span { start: 0, end: 0 }, false);
+        let zeroes = Sorted::new(self.zeroes.iter().copied().chain([beginning]));
+        let writes = Sorted::new(self.writes.values().copied());
         let mut zones: BTreeMap<u64, Span> = BTreeMap::new();
+        // Reads of writes that may take effect again: each shows one time.
+        let mut times = Vec::new();
         for (value, read) in &self.reads {
             if *value == 0 {
                 check_zero(*read, &zeroes, &writes)?;
                 continue;
             }
-            let Write { span: write, repeated } =
+            let Write { span: write, repeated, .. } =
                 *self.writes.get(value).ok_or(format!("read {value}, which nobody wrote"))?;
             if read.end < write.start {
                 return Err(format!("read {value} before it was written"));
@@ -136,6 +176,7 @@ impl Register {
                 return Err(format!("read {value} {read:?} ({write:?}) after it was zeroed"));
             }
             if repeated && read.start <= write.end {
+                times.push((*value, *read));
                 continue;
             }
             let zone = zones.entry(*value).or_insert(Span { start: write.start, end: write.end });
@@ -144,11 +185,11 @@ impl Register {
             zone.start = zone.start.max(read.start);
         }
         for (value, write) in &self.writes {
-            if write.span.end != u64::MAX {
+            if write.answered {
                 zones.entry(*value).or_insert(write.span);
             }
         }
-        check_zones(&zones)
+        check_zones(zones.into_iter().chain(times))
     }
 }
 
@@ -163,8 +204,8 @@ fn check_zero(read: Span, zeroes: &Sorted, writes: &Sorted) -> Result<(), String
 }
 
 /// Zones whose first end comes before their last start (forward ones) overlap no other, and contain no backward one.
-fn check_zones(zones: &BTreeMap<u64, Span>) -> Result<(), String> {
-    let (mut forward, backward): (Vec<_>, Vec<_>) = zones.iter().partition(|(_, zone)| zone.end < zone.start);
+fn check_zones(zones: impl Iterator<Item = (u64, Span)>) -> Result<(), String> {
+    let (mut forward, backward): (Vec<_>, Vec<_>) = zones.partition(|(_, zone)| zone.end < zone.start);
     forward.sort_unstable_by_key(|(_, zone)| zone.end);
     for pair in forward.windows(2) {
         let [(a, one), (b, two)] = pair else { unreachable!("windows of two") };
@@ -212,6 +253,35 @@ fn a_lost_write_and_a_read_from_the_past_are_found() {
     again.read(sector, 2, span(9, 9));
     again.read(sector, 1, span(10, 10));
     assert!(again.check().is_err());
+    // Until all is at rest, what was not answered may still come.
+    let mut late = History::default();
+    late.wrote_repeatedly(sector, 1, span(1, u64::MAX));
+    late.wrote(sector, 2, span(3, 4));
+    late.wrote(sector, 0, span(1, u64::MAX));
+    for (value, read) in [(2, span(5, 5)), (1, span(6, 7)), (2, span(8, 8)), (0, span(9, 9))] {
+        late.read(sector, value, read);
+    }
+    assert!(late.check().is_err(), "2 was answered, and is back after another");
+    let mut late = History::default();
+    late.wrote_repeatedly(sector, 1, span(1, u64::MAX));
+    late.wrote(sector, 2, span(3, 4));
+    late.wrote(sector, 0, span(1, u64::MAX));
+    for (value, read) in [(1, span(2, 2)), (2, span(5, 6))] {
+        late.read(sector, value, read);
+    }
+    late.rest(10);
+    late.read(sector, 2, span(11, 12));
+    assert_eq!(late.check(), Ok(()));
+    late.read(sector, 1, span(13, 14));
+    assert!(late.check().is_err(), "it comes after the rest");
+    let mut zero = History::default();
+    zero.wrote(sector, 0, span(1, u64::MAX));
+    zero.rest(10);
+    zero.wrote(sector, 1, span(11, 12));
+    zero.read(sector, 1, span(13, 14));
+    assert_eq!(zero.check(), Ok(()));
+    zero.read(sector, 0, span(15, 16));
+    assert!(zero.check().is_err(), "zeroes come after the rest");
     let mut good = History::default();
     good.wrote(sector, 1, span(1, 9));
     good.wrote(sector, 2, span(1, u64::MAX));

@@ -56,8 +56,17 @@ pub enum Access {
 struct Written {
     value: u64,
     span: Span,
+    answered: bool,
     durable: bool,
     repeated: bool,
+}
+
+impl Written {
+    /// What a sector began with.
+    fn before_all(value: u64, moment: u64) -> Self {
+        let span = Span { start: moment, end: moment };
+        Self { value, span, answered: true, durable: true, repeated: false }
+    }
 }
 
 /// What clients did and saw. Its clock counts beginnings and ends of operations.
@@ -105,7 +114,7 @@ impl Ledger {
             }
             Access::Write { sectors, value, durable } => {
                 self.stable += u64::from(durable);
-                self.wrote(sectors, Written { value, span, durable, repeated });
+                self.wrote(sectors, Written { value, span, answered: true, durable, repeated });
             }
             Access::Flush => {
                 self.stable += 1;
@@ -123,14 +132,9 @@ impl Ledger {
                 ));
             }
             // From here on it is what the sector began with.
-            let begin = Span { start: 1, end: 1 };
-            self.history.wrote(in_history(sector), value, begin);
-            self.written.entry(sector).or_default().push(Written {
-                value,
-                span: begin,
-                durable: true,
-                repeated: false,
-            });
+            let begin = Written::before_all(value, 1);
+            self.history.wrote(in_history(sector), value, begin.span);
+            self.written.entry(sector).or_default().push(begin);
         }
         self.history.read(in_history(sector), value, span);
     }
@@ -157,7 +161,16 @@ impl Ledger {
         self.failed += 1;
         if let Access::Write { sectors, value, .. } = access {
             let span = Span { start, end: u64::MAX };
-            self.wrote(sectors, Written { value, span, durable: false, repeated });
+            self.wrote(sectors, Written { value, span, answered: false, durable: false, repeated });
+        }
+    }
+
+    /// Nothing is under way any more: what was not answered has taken effect by now, or never will.
+    pub fn rest(&mut self) {
+        self.clock += 1;
+        self.history.rest(self.clock);
+        for written in self.written.values_mut().flatten() {
+            written.span.end = written.span.end.min(self.clock);
         }
     }
 
@@ -172,24 +185,25 @@ impl Ledger {
             self.violation = Some(violation);
         }
         let flushed = self.flushed.iter().copied().max().unwrap_or(0);
-        let durable =
-            |write: &Written| write.span.end != u64::MAX && (write.durable || write.span.end < flushed);
+        let durable = |write: &Written| write.answered && (write.durable || write.span.end < flushed);
         // What no read has settled since the last time stays as open as it was.
         let mut possible = std::mem::take(&mut self.possible);
         for (sector, writes) in std::mem::take(&mut self.written) {
             let mut all = writes;
             let before = possible.remove(&sector).unwrap_or_else(|| vec![0]);
             if !all.iter().any(|write| write.span.end <= 1) {
-                let begin = Span { start: 0, end: 0 };
-                all.extend(before.iter().map(|value| Written {
-                    value: *value,
-                    span: begin,
-                    durable: true,
-                    repeated: false,
-                }));
+                all.extend(before.iter().map(|value| Written::before_all(*value, 0)));
             }
-            let replaced =
-                |write: &Written| all.iter().any(|other| durable(other) && write.span.end < other.span.start);
+            let seen = self.history.last_seen(in_history(sector));
+            // What ended before another value was written, or was asked for and returned, came before it.
+            let replaced = |write: &Written| {
+                let seen_later = |other: &Written| {
+                    let others = other.value != write.value && other.value != 0;
+                    others && seen.get(&other.value).is_some_and(|start| write.span.end < *start)
+                };
+                let by = |other: &Written| write.span.end < other.span.start || seen_later(other);
+                all.iter().any(|other| durable(other) && by(other))
+            };
             let left = all.iter().filter(|write| !replaced(write)).map(|write| write.value).collect();
             possible.insert(sector, left);
         }
