@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 
 use xsan_dataplane::io::{Device, DiskAction};
-use xsan_dataplane::store::{Options, ReadError, Store, StoreEvent, StoreView};
+use xsan_dataplane::store::{Options, Store, StoreEvent, StoreView};
 use xsan_dataplane::testing::{History, Span};
 use xsan_protocol::ids::{BlockKey, GroupId, NodeId, Version};
 use xsan_protocol::map::ClusterMap;
@@ -225,8 +225,8 @@ impl Ledger {
 #[derive(Debug, PartialEq)]
 pub struct Content {
     versions: [Version; UNITS_PER_BLOCK],
-    /// Pages that are not zero; `None`: damaged, and known to be.
-    pages: BTreeMap<u16, Option<Vec<u8>>>,
+    /// Pages that are not zero.
+    pages: BTreeMap<u16, Vec<u8>>,
 }
 
 pub type Contents = BTreeMap<GroupId, BTreeMap<BlockKey, Content>>;
@@ -279,32 +279,14 @@ fn content(store: &mut Store, host: &Host, group: GroupId, key: BlockKey) -> Res
                 break result;
             }
         };
-        let (bytes, damaged) = match read {
-            Ok(read) => (read.buffer, Vec::new()),
-            Err(ReadError::Damaged { buffer, damaged, .. }) if host.damage_allowed => (buffer, damaged),
-            Err(error) => return Err(format!("node {} block {key} unit {unit}: {error:?}", host.node)),
-        };
-        for (index, page) in bytes.chunks_exact(PAGE_SIZE).enumerate().take(PAGES_PER_UNIT) {
-            let number = range.first + index as u16;
-            if damaged.contains(&(index as u16)) {
-                pages.insert(number, None);
-            } else if page.iter().any(|byte| *byte != 0) {
-                pages.insert(number, Some(page.to_vec()));
+        let read = read.map_err(|error| format!("node {} block {key} unit {unit}: {error:?}", host.node))?;
+        for (index, page) in read.buffer.chunks_exact(PAGE_SIZE).enumerate().take(PAGES_PER_UNIT) {
+            if page.iter().any(|byte| *byte != 0) {
+                pages.insert(range.first + index as u16, page.to_vec());
             }
         }
     }
     Ok(Content { versions, pages })
-}
-
-/// Damaged pages are no difference: a read mends them.
-fn same_pages(a: &Content, b: &Content) -> bool {
-    let agrees = |(one, other): (&Content, &Content)| {
-        one.pages.iter().all(|(number, page)| {
-            let theirs = other.pages.get(number);
-            page.is_none() || theirs == Some(&None) || theirs == Some(page)
-        })
-    };
-    agrees((a, b)) && agrees((b, a))
 }
 
 /// Do all the replicas of each group hold the same?
@@ -312,7 +294,7 @@ pub fn compare(map: &ClusterMap, contents: &BTreeMap<NodeId, Contents>) -> Resul
     let nothing = BTreeMap::new();
     for group in map.groups.values() {
         let of = |node: NodeId| contents[&node].get(&group.id).unwrap_or(&nothing);
-        let mut members = group.acting().map(|member| member.node).filter(|node| contents.contains_key(node));
+        let mut members = group.acting().map(|member| member.node);
         let Some(first) = members.next() else { continue };
         for other in members {
             let (a, b) = (of(first), of(other));
@@ -324,7 +306,7 @@ pub fn compare(map: &ClusterMap, contents: &BTreeMap<NodeId, Contents>) -> Resul
                 if content.versions != theirs.versions {
                     return Err(format!("block {key}: versions differ on nodes {first} and {other}"));
                 }
-                if !same_pages(content, theirs) {
+                if content.pages != theirs.pages {
                     return Err(format!("block {key}: content differs on nodes {first} and {other}"));
                 }
             }

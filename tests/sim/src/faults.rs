@@ -1,9 +1,11 @@
-//! What goes wrong, and when. Every fault ends by itself, or with `end_faults`.
+//! What goes wrong, and when. Every fault ends by itself, or with `end_faults`. It counts when it takes effect.
 //!
 //! Faults keep to what XSAN promises to bear: at most what one node alone holds is lost for good. So one host loses its power
 //! only while every group has another live member (all hosts at once is `World::blackout`), and one host's device
 //! rots only, never in a run in which others lose what they did not flush.
 
+use xsan_dataplane::io::DeviceRole;
+use xsan_dataplane::testing::SimDevice;
 use xsan_protocol::units::PAGE_SIZE;
 
 use crate::plan::{MS, SECOND};
@@ -53,7 +55,6 @@ impl World {
         let mut choice = self.random.below(kinds.iter().map(|(weight, _)| weight).sum());
         for (weight, kind) in kinds {
             if choice < weight {
-                self.faults += 1;
                 return kind(self, host, other);
             }
             choice -= weight;
@@ -70,18 +71,27 @@ impl World {
     }
 
     fn fault_kill_data(&mut self, host: usize, _: usize) {
+        if self.hosts[host].process.is_some() {
+            self.count("data process killed");
+        }
         self.kill_data(host);
         let wait = self.down_time();
         self.restart(host, wait);
     }
 
     fn fault_kill_control(&mut self, host: usize, _: usize) {
+        if self.hosts[host].control.alive {
+            self.count("control process killed");
+        }
         self.kill_control(host);
         let wait = self.down_time();
         self.restart(host, wait);
     }
 
     fn fault_kill_host(&mut self, host: usize, _: usize) {
+        if self.hosts[host].process.is_some() && self.hosts[host].control.alive {
+            self.count("both processes of a host killed");
+        }
         self.kill_control(host);
         self.kill_data(host);
         let wait = self.down_time();
@@ -92,6 +102,7 @@ impl World {
         if !self.hosts[host].powered || !self.bears_loss_of(host) {
             return;
         }
+        self.count("power of a host lost");
         self.power_off(host);
         let wait = self.down_time();
         let boot = self.hosts[host].boot;
@@ -122,7 +133,7 @@ impl World {
     fn has_failed(&self, host: usize) -> bool {
         let this = &self.hosts[host];
         let mut stores = this.process.iter().flat_map(|process| process.driver.stores());
-        this.capacity.is_failing() || stores.any(|store| store.status().failed)
+        this.devices().any(SimDevice::is_failing) || stores.any(|store| store.status().failed)
     }
 
     /// SIGSTOP, for a while: of the data process, the control process or both.
@@ -132,6 +143,7 @@ impl World {
         let until = self.now + time;
         let which = self.random.below(3);
         self.log(|| format!("host {host}: processes stop for {} ms ({which})", time / MS));
+        self.count("processes stopped for a while");
         if which != 1 {
             self.hosts[host].data_paused_until = until;
         }
@@ -154,6 +166,7 @@ impl World {
             .collect();
         if let Some(&id) = self.random.pick(&between) {
             self.log(|| format!("connection between hosts {host} and {other} breaks"));
+            self.count("connection broken");
             self.break_connection(id);
         }
     }
@@ -163,6 +176,7 @@ impl World {
         let others: Vec<usize> =
             if self.random.one_in(2) { vec![other] } else { (0..self.hosts.len()).collect() };
         self.log(|| format!("host {host} is cut off from {others:?}"));
+        self.count("host cut off, from one or all");
         for other in others {
             self.block(host, other);
             self.block(other, host);
@@ -179,6 +193,7 @@ impl World {
 
     fn fault_one_way(&mut self, host: usize, other: usize) {
         self.log(|| format!("host {other} does not hear host {host}"));
+        self.count("host cut off one way");
         self.block(host, other);
         self.maybe_let_be();
     }
@@ -213,6 +228,9 @@ impl World {
             return self.after(TAKEOVER_POLL, Event::Takeover { host, cut, until });
         }
         self.quiet_until = self.now;
+        if self.is_replaced(host, !cut) {
+            self.count("host back when others had begun to lead");
+        }
         if cut {
             self.heal_network();
         } else {
@@ -245,11 +263,13 @@ impl World {
     fn fault_slow(&mut self, host: usize, _: usize) {
         let time = self.random.below(2 * SECOND);
         self.log(|| format!("host {host}: its device is slow for {} ms", time / MS));
+        self.count("device slow");
         self.hosts[host].slow_until = self.now + time;
         self.hosts[host].slow_cache = self.random.one_in(2);
         if self.plan.demotes {
             let found = self.random.below(2 * time + MS);
             self.log(|| format!("host {host}: found slow for {} ms", found / MS));
+            self.count("host found slow");
             self.hosts[host].found_slow_until = self.now + found;
         }
     }
@@ -258,6 +278,7 @@ impl World {
     fn fault_late_maps(&mut self, host: usize, _: usize) {
         let time = self.random.below(4 * SECOND);
         self.log(|| format!("host {host}: maps are late for {} ms", time / MS));
+        self.count("maps late");
         self.hosts[host].maps_late_until = self.now + time;
     }
 
@@ -266,51 +287,64 @@ impl World {
         if !self.bears_loss_of(host) {
             return;
         }
-        self.log(|| format!("host {host}: its device fails"));
-        self.hosts[host].capacity.fail();
+        let role = self.some_role(host);
+        self.log(|| format!("host {host}: its device fails ({role:?})"));
+        self.count("device failed");
+        self.hosts[host].device(role).fail();
     }
 
     /// A flush fails and takes with it what it was to cover; the next one ends well.
     fn fault_fail_flush(&mut self, host: usize, _: usize) {
-        self.hosts[host].flush_to_fail = true;
+        self.hosts[host].flush_to_fail = Some(self.some_role(host));
     }
 
-    /// Is a flush of this host to fail now?
-    pub fn flush_may_fail(&self, host: usize) -> bool {
-        self.hosts[host].flush_to_fail && self.bears_loss_of(host)
+    /// Is a flush of this device to fail now?
+    pub fn flush_may_fail(&self, host: usize, role: DeviceRole) -> bool {
+        self.hosts[host].flush_to_fail == Some(role) && self.bears_loss_of(host)
+    }
+
+    /// One of the devices of a host.
+    fn some_role(&mut self, host: usize) -> DeviceRole {
+        let cached = self.hosts[host].cache.is_some();
+        if cached && self.random.one_in(2) { DeviceRole::Cache } else { DeviceRole::Capacity }
     }
 
     /// A page of the one host that may rot: a flipped bit, an unreadable page, writes that do nothing or land elsewhere.
     fn fault_damage(&mut self, _: usize, _: usize) {
         let host = (self.plan.seed % self.plan.nodes as u64) as usize;
-        // With fewer replicas it could be the only copy.
+        // Else it could be the only copy.
         let map = self.control.state.map();
         let whole =
             map.groups.values().all(|group| group.acting().count() >= usize::from(self.plan.replica_count));
-        if self.plan.replica_count < 3 || !whole || self.hosts[host].process.is_none() {
+        if !whole || self.hosts[host].process.is_none() {
             return;
         }
         self.hosts[host].damage_allowed = true;
-        let device = self.hosts[host].capacity.clone();
+        let role = self.some_role(host);
+        let device = self.hosts[host].device(role).clone();
         let Some(offset) = device.some_page(&mut self.random) else { return };
         match self.random.below(5) {
             0 => {
-                self.log(|| format!("host {host}: page at {offset} can not be read"));
+                self.log(|| format!("host {host}: page at {offset} can not be read ({role:?})"));
+                self.count("page unreadable");
                 device.make_unreadable(offset);
             }
             1 => {
-                self.log(|| format!("host {host}: its device loses writes"));
+                self.log(|| format!("host {host}: its device loses writes ({role:?})"));
+                self.count("device loses writes");
                 let pages = 1 + self.random.below(4);
                 device.lose_writes(pages);
             }
             2 => {
-                self.log(|| format!("host {host}: its device misdirects writes"));
+                self.log(|| format!("host {host}: its device misdirects writes ({role:?})"));
+                self.count("device misdirects writes");
                 let pages = 1 + self.random.below(4);
                 device.misdirect_writes(pages, 1 + self.random.below(1000));
             }
             _ => {
                 let bit = self.random.below(8 * PAGE_SIZE as u64);
-                self.log(|| format!("host {host}: a bit of the page at {offset} flips"));
+                self.log(|| format!("host {host}: a bit of the page at {offset} flips ({role:?})"));
+                self.count("bit flipped");
                 device.flip_bit(offset, bit);
             }
         }
@@ -323,6 +357,7 @@ impl World {
         let host = self.add_host();
         self.hosts[host].booted_at = self.now;
         self.log(|| format!("host {host} joins"));
+        self.count("node joins");
         self.add_to_cluster(host);
         self.format(host);
         self.start_control(host);
@@ -337,8 +372,8 @@ impl World {
             this.data_paused_until = this.data_paused_until.min(self.now);
             this.control_paused_until = this.control_paused_until.min(self.now);
             (this.slow_until, this.found_slow_until) = (0, 0);
-            this.flush_to_fail = false;
-            this.capacity.end_failures();
+            this.flush_to_fail = None;
+            this.devices().for_each(SimDevice::end_failures);
             if self.has_failed(host) {
                 self.kill_data(host);
             }

@@ -43,8 +43,8 @@ pub struct Host {
     pub slow_until: u64,
     /// And of the cache device.
     pub slow_cache: bool,
-    /// The next flush fails whose loss can be borne, and takes what it was to cover with it.
-    pub flush_to_fail: bool,
+    /// The next flush of this device fails whose loss can be borne, and takes what it was to cover with it.
+    pub flush_to_fail: Option<DeviceRole>,
     /// Until then the others find it slow, whether it is or not.
     pub found_slow_until: u64,
     pub control: Control,
@@ -92,7 +92,7 @@ impl Host {
             cache: plan.cached.then(|| SimDevice::new(JOURNAL_BYTES + (1 << 20))),
             in_flight: BTreeMap::new(),
             slow_until: 0,
-            flush_to_fail: false,
+            flush_to_fail: None,
             slow_cache: false,
             found_slow_until: 0,
             maps_late_until: 0,
@@ -117,6 +117,10 @@ impl Host {
             DeviceRole::Capacity => &self.capacity,
             DeviceRole::Cache => self.cache.as_ref().expect("the store was opened with it"),
         }
+    }
+
+    pub fn devices(&self) -> impl Iterator<Item = &SimDevice> {
+        [&self.capacity].into_iter().chain(&self.cache)
     }
 
     /// Are there processes that can answer?
@@ -155,13 +159,14 @@ impl World {
             return;
         }
         let Some(InFlight { action, mark }) = this.in_flight.remove(&number) else { return };
-        let of_capacity = action.device() == DeviceRole::Capacity;
-        if matches!(action, DiskAction::Flush { .. }) && of_capacity && self.flush_may_fail(host) {
-            self.log(|| format!("host {host}: a flush fails"));
-            self.hosts[host].flush_to_fail = false;
-            self.hosts[host].capacity.fail_next_flush();
+        let role = action.device();
+        if matches!(action, DiskAction::Flush { .. }) && self.flush_may_fail(host, role) {
+            self.log(|| format!("host {host}: a flush fails ({role:?})"));
+            self.count("flush failed, the next one did not");
+            self.hosts[host].flush_to_fail = None;
+            self.hosts[host].device(role).fail_next_flush();
         }
-        let completion = self.hosts[host].device(action.device()).clone().carry_out(action, mark);
+        let completion = self.hosts[host].device(role).clone().carry_out(action, mark);
         self.input(host, Input::Disk(completion));
     }
 
@@ -196,12 +201,17 @@ impl World {
             Err(error) if this.damage_allowed => {
                 // The operator replaces the device.
                 self.log(|| format!("host {host}: its store does not open ({error}) and is replaced"));
+                self.count("store replaced");
                 self.replace_devices(host);
                 return self.start_data(host);
             }
             Err(error) => panic!("host {host}: a store without damage does not open: {error}"),
         };
         let is_damaged = recovered.damaged;
+        if is_damaged {
+            self.count("store found damaged");
+        }
+        let this = &mut self.hosts[host];
         let intact_groups = recovered.intact_groups();
         assert!(
             !is_damaged || this.damage_allowed,
@@ -273,9 +283,7 @@ impl World {
         let this = &mut self.hosts[host];
         this.powered = false;
         this.boot.0 += 1_000;
-        for device in [Some(&this.capacity), this.cache.as_ref()].into_iter().flatten() {
-            device.lose_power(&mut self.random);
-        }
+        this.devices().for_each(|device| device.lose_power(&mut self.random));
     }
 
     pub fn power_on(&mut self, host: usize) {
@@ -293,6 +301,7 @@ impl World {
     pub fn blackout(&mut self) {
         let power = self.plan.weights.damage == 0 && self.random.chance(60);
         self.log(|| format!("all hosts {}", if power { "lose power" } else { "are killed" }));
+        self.count(if power { "power of all hosts lost" } else { "all hosts killed" });
         for host in 0..self.hosts.len() {
             if power {
                 self.power_off(host);

@@ -19,18 +19,22 @@ mod rest;
 mod workload;
 mod world;
 
+use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 pub use plan::Plan;
 
 /// What one seed did.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Summary {
     /// Client operations that were answered well.
     pub answered: u64,
     /// Client operations that ended with an error or without an answer.
     pub failed: u64,
-    pub faults: u64,
+    /// Why, and how often.
+    pub ended: BTreeMap<String, u64>,
+    /// What went wrong, by kind, and how often.
+    pub faults: BTreeMap<&'static str, u64>,
     /// Events of the simulation.
     pub events: u64,
     pub virtual_ns: u64,
@@ -42,7 +46,12 @@ impl Summary {
     pub fn add(&mut self, other: &Self) {
         self.answered += other.answered;
         self.failed += other.failed;
-        self.faults += other.faults;
+        for (why, count) in &other.ended {
+            *self.ended.entry(why.clone()).or_default() += count;
+        }
+        for (fault, count) in &other.faults {
+            *self.faults.entry(fault).or_default() += count;
+        }
         self.events += other.events;
         self.virtual_ns += other.virtual_ns;
         self.longest_ns = self.longest_ns.max(other.longest_ns);

@@ -48,7 +48,13 @@ struct Outcome {
     seeds: u64,
     summary: Summary,
     /// The first seed that failed.
-    failure: Option<(u64, Violation)>,
+    failure: Option<(u64, Failure)>,
+}
+
+struct Failure {
+    violation: Violation,
+    /// A bug was sown, and the seed fails without it, too.
+    without_it: bool,
 }
 
 /// Seeds to run, and how.
@@ -82,10 +88,10 @@ impl Campaign {
                         outcome.seeds += 1;
                         match result {
                             Ok(summary) => outcome.summary.add(&summary),
-                            Err(violation) => {
+                            Err(failure) => {
                                 stop.store(true, Ordering::Relaxed);
                                 if outcome.failure.as_ref().is_none_or(|(other, _)| seed < *other) {
-                                    outcome.failure = Some((seed, violation));
+                                    outcome.failure = Some((seed, failure));
                                 }
                             }
                         }
@@ -104,15 +110,19 @@ impl Campaign {
     }
 
     /// Runs one seed. What it finds without the bug, too, the bug did not do.
-    fn try_seed(&self, seed: u64) -> Result<Summary, Violation> {
-        let result = xsan_sim::run(&Plan::of(seed));
-        if result.is_ok() || self.mutation.is_none() {
-            return result;
-        }
+    fn try_seed(&self, seed: u64) -> Result<Summary, Failure> {
+        let failed = |violation, without_it| Failure { violation, without_it };
+        let violation = match xsan_sim::run(&Plan::of(seed)) {
+            Err(violation) if self.mutation.is_some() => violation,
+            result => return result.map_err(|violation| failed(violation, false)),
+        };
         sow(None);
         let without = xsan_sim::run(&Plan::of(seed));
         sow(self.mutation);
-        if without.is_ok() { result } else { Ok(Summary::default()) }
+        match without {
+            Ok(_) => Err(failed(violation, false)),
+            Err(violation) => Err(failed(violation, true)),
+        }
     }
 }
 
@@ -150,11 +160,16 @@ fn main() -> ExitCode {
             eprintln!("panic at {location}");
         }
     }));
-    let Some((seed, violation)) = campaign.run().failure else { return ExitCode::SUCCESS };
+    let outcome = campaign.run();
+    print_counts(&outcome.summary);
+    let Some((seed, Failure { violation, without_it })) = outcome.failure else {
+        return if outcome.seeds > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+    };
     println!("seed {seed}: {}", violation.what);
     let skip = violation.log.len().saturating_sub(options.log_lines);
     violation.log.iter().skip(skip).for_each(|line| println!("  {line}"));
-    let mutation = options.mutation.map(|mutation| format!(" --mutation {mutation:?}")).unwrap_or_default();
+    let mutation = options.mutation.filter(|_| !without_it);
+    let mutation = mutation.map(|mutation| format!(" --mutation {mutation:?}")).unwrap_or_default();
     println!("replay: tools/sim --seed {seed}{mutation}");
     ExitCode::FAILURE
 }
@@ -169,8 +184,12 @@ fn find_mutations(campaign: &Campaign) -> ExitCode {
         all += 1;
         let outcome = Campaign { mutation: Some(mutation), progress: false, ..*campaign }.run();
         let found = match outcome.failure {
-            Some((seed, violation)) => {
-                format!("{} | {}", seed - campaign.first + 1, in_short(&violation.what))
+            Some((seed, failure)) if failure.without_it => {
+                missed += 1;
+                format!("seed {seed} fails without it | {}", in_short(&failure.violation.what))
+            }
+            Some((seed, failure)) => {
+                format!("{} | {}", seed - campaign.first + 1, in_short(&failure.violation.what))
             }
             None => {
                 missed += 1;
@@ -189,13 +208,22 @@ fn in_short(what: &str) -> String {
     if line.chars().count() > 80 { line.chars().take(80).chain(['…']).collect() } else { line }
 }
 
+/// What went wrong in all the seeds together, and why operations ended, as tables of Markdown.
+fn print_counts(summary: &Summary) {
+    println!("\n| fault | times |\n| --- | ---: |");
+    summary.faults.iter().for_each(|(fault, count)| println!("| {fault} | {count} |"));
+    println!("\n| operations that ended without a good answer | times |\n| --- | ---: |");
+    summary.ended.iter().for_each(|(why, count)| println!("| {why} | {count} |"));
+    println!();
+}
+
 fn print_progress(outcome: &Outcome, started: Instant) {
     let Outcome { seeds, summary, .. } = outcome;
     println!(
         "{seeds} seeds, {} operations answered, {} lost, {} faults, {:.1} h of virtual time in {:.0} s, longest {:.1} s",
         summary.answered,
         summary.failed,
-        summary.faults,
+        summary.faults.values().sum::<u64>(),
         summary.virtual_ns as f64 / 3.6e12,
         started.elapsed().as_secs_f64(),
         summary.longest_ns as f64 / 1e9,

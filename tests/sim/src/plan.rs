@@ -62,6 +62,18 @@ pub enum Strike {
     AtCheckpoint,
 }
 
+impl Strike {
+    /// What it is counted as when its moment comes.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::AnyTime => "at any time",
+            Self::AtPromise => "all hosts down right after a promise",
+            Self::AtDestage => "all hosts down during destage",
+            Self::AtCheckpoint => "all hosts down at a checkpoint",
+        }
+    }
+}
+
 /// How often each kind of fault is chosen, in parts of their sum.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Weights {
@@ -181,6 +193,11 @@ impl Plan {
             grant_ns,
             commit_ns: 0,
         };
+        if plan.replica_count < 3 && rot > 0 {
+            // A page that rots could be the only copy: power is lost instead.
+            let other = Weights { damage: 0, lose_power: rot, fail_device: 1, fail_flush: 1, ..plan.weights };
+            plan.weights = other;
+        }
         // Drawn last: the runs of other seeds stay what they were.
         if random.chance(if calm { 60 } else { 25 }) {
             plan.weights.takeover = 5 + random.below(15);

@@ -6,7 +6,9 @@ use std::sync::Arc;
 use xsan_controlplane::placement::{Proposal, ProposedChange};
 use xsan_dataplane::io::DiskCompletion;
 use xsan_dataplane::net::frame::Frame;
-use xsan_dataplane::replication::{Change, Driver, Operation, Origin, Output, Reply, Request, RequestId};
+use xsan_dataplane::replication::{
+    Change, Driver, Operation, Origin, Output, Reply, Request, RequestId, ScrubOrder,
+};
 use xsan_dataplane::volume::calls::Answer;
 use xsan_dataplane::volume::wire;
 use xsan_protocol::error::Code;
@@ -18,6 +20,8 @@ use crate::network::{ConnectionId, DIAL_WAIT_FIRST};
 use crate::world::{Event, World};
 
 const SHARD: ShardIndex = ShardIndex(0);
+/// Bytes a second.
+const SCRUB_RATE: u64 = 1 << 30;
 
 pub struct Process {
     pub incarnation: Incarnation,
@@ -80,6 +84,7 @@ pub enum Input {
     Flush { number: u64, pool: PoolId },
     Disk(DiskCompletion),
     Map(Arc<ClusterMap>),
+    Scrub(Vec<ScrubOrder>),
     Tick,
 }
 
@@ -202,6 +207,9 @@ impl World {
             Input::Flush { number, pool } => self.start_flush(host, process, Asker::Own(number), pool, out),
             Input::Disk(completion) => process.driver.on_disk(self.hosts[host].store, completion),
             Input::Map(map) => self.on_map(host, process, map, now, out),
+            Input::Scrub(orders) => process.driver.call(now, out, |replication, stores, now, out| {
+                replication.set_scrubs(SCRUB_RATE, orders, stores, now, out);
+            }),
             Input::Tick => process.driver.on_tick(now, out),
         }
     }

@@ -2,11 +2,17 @@
 
 use std::collections::BTreeMap;
 
+use xsan_dataplane::replication::{ScrubFindings, ScrubOrder};
+use xsan_protocol::ids::GroupId;
+
 use crate::plan::SECOND;
+use crate::process::Input;
 use crate::world::{SETTLE_MAX, World};
 
 /// For destage to begin.
 const REST: u64 = 3 * SECOND;
+/// Scrubs until what one host's devices did is mended.
+const SCRUBS_MAX: u32 = 3;
 
 impl World {
     pub fn all_registered(&self) -> bool {
@@ -88,6 +94,61 @@ impl World {
         Ok(())
     }
 
+    /// What was damaged behind a store's back is mended: by opening it, which notices what it lost, and by scrubs of all groups.
+    /// Then a scrub finds nothing; where nobody damaged anything, the first one does.
+    pub fn check_scrubs(&mut self) -> Result<(), String> {
+        let damaged: Vec<usize> =
+            (0..self.hosts.len()).filter(|host| self.hosts[*host].damage_allowed).collect();
+        for &host in &damaged {
+            self.kill_data(host);
+            self.restart(host, SECOND);
+        }
+        self.run_until(SETTLE_MAX, Self::is_quiet)?;
+        let mut rounds = if damaged.is_empty() { 1 } else { SCRUBS_MAX };
+        for number in 1.. {
+            let found = self.scrub(number)?;
+            rounds -= 1;
+            if found.lost_pages > 0 {
+                return Err(format!("a scrub finds pages that nobody can mend: {found:?}"));
+            }
+            if found.damaged_pages + found.differences + found.skipped_units == 0 {
+                break;
+            }
+            if rounds == 0 {
+                return Err(format!("scrub {number} still finds something: {found:?}"));
+            }
+            self.count("scrub found damage");
+        }
+        Ok(())
+    }
+
+    /// A deep scrub of every group: what they found together.
+    fn scrub(&mut self, number: u64) -> Result<ScrubFindings, String> {
+        let groups: Vec<GroupId> = self.control.state.map().groups.keys().copied().collect();
+        let order = |group| ScrubOrder { group, deep: true, number };
+        let orders: Vec<ScrubOrder> = groups.into_iter().map(order).collect();
+        for host in 0..self.hosts.len() {
+            self.input(host, Input::Scrub(orders.clone()));
+        }
+        self.run_until(SETTLE_MAX, |world| {
+            orders.iter().all(|order| world.outcome(order).is_some()) && world.is_quiet()
+        })?;
+        let mut all = ScrubFindings::default();
+        for found in orders.iter().filter_map(|order| self.outcome(order)) {
+            all.damaged_pages += found.damaged_pages;
+            all.lost_pages += found.lost_pages;
+            all.differences += found.differences;
+            all.skipped_units += found.skipped_units;
+        }
+        Ok(all)
+    }
+
+    fn outcome(&self, order: &ScrubOrder) -> Option<ScrubFindings> {
+        let processes = self.hosts.iter().filter_map(|host| host.process.as_ref());
+        let outcomes = processes.flat_map(|process| process.driver.replication.scrub_status().outcomes);
+        outcomes.into_iter().find(|outcome| outcome.order == *order).map(|outcome| outcome.findings)
+    }
+
     /// At rest nobody holds a buffer: destage, which copies what is in the journals to its place, comes to its end.
     pub fn check_buffers(&mut self) -> Result<(), String> {
         self.run_for(self.now + REST)?;
@@ -105,16 +166,13 @@ impl World {
             let given_away: u64 = stores.map(|store| store.status().used_bytes).sum();
             self.kill_data(host);
             let node = self.hosts[host].node;
-            // What a store lost to damage shows when it is opened; its peers would make up for it.
-            if !self.hosts[host].damage_allowed {
-                let (content, used_bytes) = crate::check::contents(&self.hosts[host])?;
-                if used_bytes != given_away {
-                    return Err(format!(
-                        "node {node} has given away {given_away} bytes, its blocks hold {used_bytes}"
-                    ));
-                }
-                contents.insert(node, content);
+            let (content, used_bytes) = crate::check::contents(&self.hosts[host])?;
+            if used_bytes != given_away {
+                return Err(format!(
+                    "node {node} has given away {given_away} bytes, its blocks hold {used_bytes}"
+                ));
             }
+            contents.insert(node, content);
         }
         crate::check::compare(&map, &contents)
     }

@@ -38,6 +38,8 @@ pub struct Workload {
     clients: Vec<Client>,
     operations: BTreeMap<u64, UnderWay>,
     next: u64,
+    /// Why operations ended without a good answer, and how many.
+    pub ended: BTreeMap<String, u64>,
     /// How long a host has had no buffer of so many bytes for its clients.
     starved_ticks: BTreeMap<(usize, usize), u64>,
 }
@@ -86,6 +88,7 @@ impl Workload {
             clients: clients.collect(),
             operations: BTreeMap::new(),
             next: 0,
+            ended: BTreeMap::new(),
             starved_ticks: BTreeMap::new(),
         }
     }
@@ -333,8 +336,13 @@ impl World {
     /// A try failed: another follows, or the operation ends with the code.
     fn refused(&mut self, number: u64, code: Code) {
         let Some(under_way) = self.workload.operations.get_mut(&number) else { return };
-        if code.retry() == Retry::Never || self.now >= under_way.deadline {
+        let late = self.now >= under_way.deadline;
+        if code.retry() == Retry::Never || late {
             self.log(|| format!("operation {number} ends with {code}"));
+            *self.workload.ended.entry(code.to_string()).or_default() += 1;
+            if !late && !(code == Code::StorageFull && self.plan.is_full()) {
+                self.ledger.violation = Some(format!("operation {number} ends with {code}"));
+            }
             return self.end(number, |ledger, repeated| ledger.lost(number, repeated));
         }
         let wait = under_way.backoff;

@@ -1,7 +1,7 @@
 //! The world: hosts, network and control plane, and the queue of what happens next.
 
 use std::cmp::Reverse;
-use std::collections::{BinaryHeap, VecDeque};
+use std::collections::{BTreeMap, BinaryHeap, VecDeque};
 use std::sync::Arc;
 
 use xsan_controlplane::lease::Beat;
@@ -112,7 +112,8 @@ pub struct World {
     pub ledger: Ledger,
     /// Without faults until then.
     pub quiet_until: u64,
-    pub faults: u64,
+    /// What went wrong, by kind, and how often.
+    faults: BTreeMap<&'static str, u64>,
     pub events: u64,
     pub next_store: u64,
     pub next_incarnation: u64,
@@ -138,7 +139,7 @@ impl World {
             workload: Workload::new(&plan),
             ledger: Ledger::default(),
             quiet_until: u64::MAX,
-            faults: 0,
+            faults: BTreeMap::new(),
             events: 0,
             next_store: 1000,
             next_incarnation: 0,
@@ -173,6 +174,11 @@ impl World {
         self.log.push_back(format!("{:>14.6} ms  {line}", self.now as f64 / MS as f64));
     }
 
+    /// Something goes wrong, of this kind.
+    pub fn count(&mut self, fault: &'static str) {
+        *self.faults.entry(fault).or_default() += 1;
+    }
+
     pub fn take_log(&mut self) -> Vec<String> {
         std::mem::take(&mut self.log).into()
     }
@@ -181,7 +187,8 @@ impl World {
         Summary {
             answered: self.ledger.answered,
             failed: self.ledger.failed,
-            faults: self.faults,
+            faults: self.faults.clone(),
+            ended: self.workload.ended.clone(),
             events: self.events,
             virtual_ns: self.now,
             longest_ns: self.ledger.longest_ns,
@@ -214,6 +221,7 @@ impl World {
             self.check_checksums()?;
         }
         self.ledger.check()?;
+        self.check_scrubs()?;
         self.check_buffers()?;
         self.check_replicas()
     }
@@ -260,6 +268,9 @@ impl World {
         let (before, limit) = (count(self), self.now + STRIKE_WAIT);
         while strike != Strike::AnyTime && count(self) == before && self.now < limit {
             self.step()?;
+        }
+        if count(self) != before {
+            self.count(strike.name());
         }
         let capacity_ns = self.plan.device_ns * self.plan.capacity_factor;
         let most = match strike {
