@@ -45,7 +45,8 @@ pub struct NodeConfig {
     /// Drawn once for the data directory, before the node asks for its id: whoever asks with the same one is the
     /// same node, so an answer that was lost costs nothing.
     pub instance: u64,
-    /// Devices that may be formatted though they hold something; empty again once the node has served.
+    /// Devices to be formatted at the next start, whatever they hold. The data process empties this when it has done so,
+    /// before it serves: what it takes in from then on is not lost to a second start.
     pub force_format: Vec<PathBuf>,
     /// The configuration file that later starts read again.
     pub config_file: Option<PathBuf>,
@@ -353,6 +354,12 @@ impl NodeConfig {
     /// It can not be told, as for want of permission.
     pub fn exists(data_dir: &Path) -> io::Result<bool> {
         data_dir.join(NODE_FILE).try_exists()
+    }
+
+    /// The files of the embedded stores, which a node without `storage.devices` has.
+    pub fn store_files(&self) -> Vec<PathBuf> {
+        let directory = self.cluster.data_dir.join("data");
+        (0..self.dataplane.stores).map(|index| directory.join(format!("store-{index}.img"))).collect()
     }
 
     /// Checks names, ranges and what depends on several fields; the path of the first wrong one is in the error.

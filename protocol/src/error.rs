@@ -85,13 +85,13 @@ errors! {
     115 NodeRemoved         Never   "the node was removed from its cluster" "wipe its data directory; the host may join again as a new node";
     116 NodeBusy            Backoff "the node can not leave yet" "wait until it holds no replica and no volume is attached there";
 
-    200 StoreNotFormatted   Never   "the device holds no store" "let the node format it, or correct the path";
-    201 DeviceInUse         Never   "the device holds data that is not XSAN's, or another cluster's" "use another device, or name it with --force-format to lose what it holds";
+    200 StoreNotFormatted   Never   "the device holds no store" "correct the path; a node formats an empty device when it starts, and another when --force-format names it";
+    201 DeviceInUse         Never   "the device holds data that is not XSAN's, another cluster's, or half of a store whose other half is not there" "correct the path, or start the node with --force-format PATH for the device that the message names; what it holds is lost";
     202 StorageFull         Never   "no space left in the pool for the write" "delete or trim data, or add devices";
     203 JournalFull         Backoff "the journal waits for destage" "try again; if it lasts, the capacity device is too slow";
-    204 StoreFailed         Refresh "the store's device failed, it takes no more writes" "replace the device";
+    204 StoreFailed         Refresh "the store's device failed, it takes no more writes" "its replicas are made elsewhere; replace the device and restart the node, with --force-format PATH if the new one is not empty";
     205 ChecksumMismatch    Backoff "stored data does not match its checksum" "it is repaired from another replica; replace the device if it repeats";
-    206 StoreCorrupt        Never   "the store's own records are damaged" "the replica is rebuilt from its peers; replace the device if it repeats";
+    206 StoreCorrupt        Never   "the store's own records are damaged, it can not be opened" "its replicas are made elsewhere; restart the node with --force-format PATH for each device of the store, or replace the device if it repeats";
     207 DeviceTooSmall      Never   "the device is too small for a store" "use a device or file of at least the size that the message names";
     208 FormatUnsupported   Never   "the store was written by a newer release" "start it with that release";
     209 DeviceUnusable      Never   "the device can not be opened, locked or sized" "check that the path exists and that no other process uses it";

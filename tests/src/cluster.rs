@@ -3,8 +3,9 @@
 //! One cluster runs at a time in a process: what is timed is not disturbed by another test. The directory
 //! is kept, and named, when its owner panics or asks for it, and is gone otherwise.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -44,9 +45,19 @@ pub struct Cluster {
     /// Asked nothing: they would answer late, or from the past.
     avoided: BTreeSet<usize>,
     devices: Vec<(usize, LoopDevice)>,
+    killed: Mutex<Killed>,
     // Dropped after the nodes: fields are dropped in order.
     directory: WorkDirectory,
     _turn: MutexGuard<'static, ()>,
+}
+
+/// Processes that were killed. Until its lease ends the cluster shows a dead one as up: `wait_healthy` must not be satisfied by that.
+#[derive(Debug, Default)]
+struct Killed {
+    /// The lives of data processes that ended.
+    lives: BTreeMap<usize, u64>,
+    /// Nodes whose control process must answer for itself.
+    controls: BTreeSet<usize>,
 }
 
 impl Cluster {
@@ -87,7 +98,8 @@ impl Cluster {
         );
         let directory = WorkDirectory::create()?;
         let (nodes, avoided, devices) = (Vec::new(), BTreeSet::new(), Vec::new());
-        Ok(Self { nodes, network: network()?, options, avoided, devices, directory, _turn: turn })
+        let (network, killed) = (network()?, Mutex::default());
+        Ok(Self { nodes, network, options, avoided, devices, killed, directory, _turn: turn })
     }
 
     pub fn add_nodes(&mut self, count: usize) -> Result<()> {
@@ -180,20 +192,61 @@ impl Cluster {
     }
 
     pub fn kill_data(&self, index: usize) -> Result<u32> {
+        self.note_lives(index..index + 1)?;
         self.nodes[index].kill_data()
     }
 
     pub fn kill_control(&self, index: usize) -> Result<u32> {
-        self.nodes[index].kill_control()
+        let pid = self.nodes[index].kill_control()?;
+        self.killed().controls.insert(index);
+        Ok(pid)
     }
 
     pub fn kill_node(&mut self, index: usize) -> Result<()> {
-        self.nodes[index].kill()
+        self.note_lives(index..index + 1)?;
+        self.nodes[index].kill()?;
+        self.killed().controls.insert(index);
+        Ok(())
     }
 
     /// All the processes of all the nodes, as a power cut of the room would (without losing what disks hold).
     pub fn kill_all(&mut self) -> Result<()> {
-        self.nodes.iter_mut().try_for_each(Node::kill)
+        self.note_lives(0..self.nodes.len())?;
+        self.nodes.iter_mut().try_for_each(Node::kill)?;
+        let all = 0..self.nodes.len();
+        self.killed().controls.extend(all);
+        Ok(())
+    }
+
+    fn killed(&self) -> MutexGuard<'_, Killed> {
+        self.killed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// These data processes are about to be killed.
+    fn note_lives(&self, indexes: Range<usize>) -> Result<()> {
+        let status = self.status().context("before a kill")?;
+        let life = |index: usize| Some((index, control::life(&status, &self.nodes[index].name)?));
+        self.killed().lives.extend(indexes.filter_map(life));
+        Ok(())
+    }
+
+    /// Whether others have taken the place of all processes that were killed; what is missing, if not.
+    fn killed_are_replaced(&self, status: &ClusterStatusReply) -> Result<(), String> {
+        let mut killed = self.killed();
+        killed.lives.retain(|index, ended| control::life(status, &self.nodes[*index].name) == Some(*ended));
+        if let Some(index) = killed.lives.keys().next() {
+            return Err(format!("{}: no new data process is known", self.nodes[*index].name));
+        }
+        // The dead one is surely gone: who answers at its address is its successor.
+        while let Some(index) = killed.controls.first().copied() {
+            let node = &self.nodes[index];
+            let answer = Control::new(vec![node.control]).status();
+            if !answer.is_ok_and(|status| control::is_healthy(&status, self.nodes.len())) {
+                return Err(format!("{}: its new control process does not know the cluster yet", node.name));
+            }
+            killed.controls.pop_first();
+        }
+        Ok(())
     }
 
     pub fn stop_node(&mut self, index: usize) -> Result<()> {
@@ -250,10 +303,19 @@ impl Cluster {
         })
     }
 
-    /// Every node up, every replica acting.
+    /// A leader, every node up, every replica acting, and of every process that was killed a new life.
     pub fn wait_healthy(&self, deadline: Duration) -> Result<ClusterStatusReply> {
         let count = self.nodes.len();
-        self.wait_status("every replica to act", deadline, |status| control::is_healthy(status, count))
+        until("every replica to act", deadline, || match self.status() {
+            Ok(status) if control::is_healthy(&status, count) => {
+                Ok(match self.killed_are_replaced(&status) {
+                    Ok(()) => Look::Done(status),
+                    Err(missing) => Look::NotYet(missing),
+                })
+            }
+            Ok(status) => Ok(Look::NotYet(control::summary(&status))),
+            Err(error) => Ok(Look::NotYet(format!("{error:#}"))),
+        })
     }
 
     /// The sum of all groups' epochs: it grows by one with every change of a group.

@@ -77,13 +77,21 @@ where
     }
 }
 
-/// Whether every node is up and every replica of every group acts.
+/// Whether there is a leader, every node is up and every replica of every group acts. Where volumes are, there are groups.
 pub fn is_healthy(status: &ClusterStatusReply, node_count: usize) -> bool {
     let groups = status.groups.unwrap_or_default();
     status.nodes.len() == node_count
+        && status.nodes.iter().any(|node| node.leader)
         && status.nodes.iter().all(|node| node.state == "up")
+        && (groups.total > 0 || status.volume_count == 0)
         && groups.healthy == groups.total
         && groups.resyncing == 0
+}
+
+/// The life of the data process of a node; `None` when it has had none.
+pub fn life(status: &ClusterStatusReply, node: &str) -> Option<u64> {
+    let nodes = status.nodes.iter().filter_map(|status| status.node.as_ref());
+    nodes.into_iter().find(|found| found.name == node)?.data.as_ref().map(|data| data.incarnation)
 }
 
 /// One line of what a status says, for messages.
@@ -91,7 +99,8 @@ pub fn summary(status: &ClusterStatusReply) -> String {
     let groups = status.groups.unwrap_or_default();
     let states: Vec<&str> = status.nodes.iter().map(|node| node.state.as_str()).collect();
     format!(
-        "nodes {}; groups {} of {} healthy, {} degraded, {} resyncing, {} inactive; {} bytes to resync",
+        "{}nodes {}; groups {} of {} healthy, {} degraded, {} resyncing, {} inactive; {} bytes to resync",
+        if status.nodes.iter().any(|node| node.leader) { "" } else { "no leader; " },
         states.join("/"),
         groups.healthy,
         groups.total,
@@ -105,4 +114,53 @@ pub fn summary(status: &ClusterStatusReply) -> String {
 /// Pages of damaged stores that were rewritten from other replicas, over the whole cluster.
 pub fn repaired_pages(status: &ClusterStatusReply) -> u64 {
     status.nodes.iter().flat_map(|node| &node.stores).map(|store| store.repaired_pages).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use xsan_protocol::proto::{DataProcess, GroupCounts, Node, NodeStatus};
+
+    use super::*;
+
+    fn healthy() -> ClusterStatusReply {
+        let node = |id: u32| NodeStatus {
+            node: Some(Node {
+                name: format!("node-{id}"),
+                data: Some(DataProcess { incarnation: u64::from(id) * 100, ..Default::default() }),
+                ..Default::default()
+            }),
+            state: "up".to_owned(),
+            leader: id == 2,
+            ..Default::default()
+        };
+        ClusterStatusReply {
+            nodes: (1..=3).map(node).collect(),
+            volume_count: 1,
+            groups: Some(GroupCounts { total: 256, healthy: 256, ..Default::default() }),
+            ..Default::default()
+        }
+    }
+
+    /// A cluster whose leader had just died passed for healthy, and so did one of which nothing was known.
+    #[test]
+    fn what_only_looks_healthy_is_not() {
+        let is = |change: &dyn Fn(&mut ClusterStatusReply)| {
+            let mut status = healthy();
+            change(&mut status);
+            is_healthy(&status, 3)
+        };
+        assert!(is(&|_| {}));
+        assert!(!is(&|status| status.nodes[1].leader = false), "nobody leads");
+        assert!(!is(&|status| status.groups = None), "a volume without groups");
+        assert!(!is(&|status| status.nodes[0].state = "down".to_owned()));
+        assert!(!is(&|status| status.groups.as_mut().unwrap().healthy = 255));
+        assert!(!is(&|status| drop(status.nodes.pop())));
+        assert!(is(&|status| (status.volume_count, status.groups) = (0, None)), "an empty cluster");
+    }
+
+    #[test]
+    fn the_life_of_a_data_process_is_found_by_its_nodes_name() {
+        assert_eq!(life(&healthy(), "node-3"), Some(300));
+        assert_eq!(life(&healthy(), "node-4"), None);
+    }
 }

@@ -50,7 +50,8 @@ pub struct Crowd {
 pub struct Summary {
     pub operations: usize,
     pub reads: usize,
-    pub reconnects: u64,
+    /// Connections that broke, of all clients: each is the death of a gateway's process.
+    pub losses: u64,
     /// The longest that any client waited for an answer.
     pub stall: Duration,
     /// The longest that the clients of gateways that were not touched waited.
@@ -103,7 +104,7 @@ impl Crowd {
             let report = writer.stop()?;
             ensure!(report.flushes > 0, "client {index} flushed nothing; let it run for longer");
             report.verify(&mut cluster.connect((index + 1) % count, &self.volume)?, self.seed)?;
-            summary.reconnects += report.reconnects;
+            summary.losses += report.losses;
             summary.stall = summary.stall.max(report.stall);
             if !touched.contains(&index) {
                 summary.stall_elsewhere = summary.stall_elsewhere.max(report.stall);

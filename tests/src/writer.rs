@@ -1,10 +1,12 @@
 //! A depth-1 writer that measures how long it was held up, and remembers what it was promised.
 //!
 //! It writes stamped pages of its own range, each by itself, and reconnects when its gateway goes away, as
-//! a client with several addresses does. The longest gap between two answers is the stall that a guest would
+//! a client with several addresses does; how often that happened is counted, for a test to explain. A request without an
+//! answer is a failure. The longest gap between two answers is the stall that a guest would
 //! have seen; its pages can be verified afterwards against what was acknowledged and what was flushed.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::net::SocketAddr;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -83,7 +85,8 @@ pub struct Promise {
 pub struct Report {
     pub operations: u64,
     pub flushes: u64,
-    pub reconnects: u64,
+    /// Connections that broke: each must be explained by the death of a gateway's process.
+    pub losses: u64,
     pub stall: Duration,
     pub pages: BTreeMap<u64, Promise>,
     pub history: History,
@@ -92,6 +95,7 @@ pub struct Report {
 pub struct Writer {
     stop: Arc<AtomicBool>,
     operations: Arc<AtomicU64>,
+    measure_anew: Arc<AtomicBool>,
     /// Why its thread ended, when it was not told to.
     failure: Arc<Mutex<Option<String>>>,
     thread: Option<JoinHandle<Result<Report>>>,
@@ -110,7 +114,8 @@ impl Writer {
         let operations = Arc::new(AtomicU64::new(0));
         let failure = Arc::new(Mutex::new(None));
         let seed = work.seed;
-        let mut task = Task::connect(work, origin)?;
+        let measure_anew = Arc::new(AtomicBool::new(false));
+        let mut task = Task::connect(work, origin, Arc::clone(&measure_anew))?;
         let thread = {
             let (stop, operations, failure) =
                 (Arc::clone(&stop), Arc::clone(&operations), Arc::clone(&failure));
@@ -127,7 +132,7 @@ impl Writer {
                 Ok(task.report)
             })?
         };
-        let writer = Self { stop, operations, failure, thread: Some(thread), seed };
+        let writer = Self { stop, operations, measure_anew, failure, thread: Some(thread), seed };
         writer.wait_operations(10, REQUEST_TIMEOUT)?;
         Ok(writer)
     }
@@ -146,6 +151,11 @@ impl Writer {
             }
             Ok(Look::NotYet(format!("{answered} of {goal}")))
         })
+    }
+
+    /// The stall is that of what follows: of the gap under way, and of those behind it.
+    pub fn measure_anew(&self) {
+        self.measure_anew.store(true, Ordering::Relaxed);
     }
 
     /// The answers so far.
@@ -174,19 +184,20 @@ struct Task {
     random: Random,
     origin: Instant,
     last_answer: Instant,
+    measure_anew: Arc<AtomicBool>,
     buffer: Vec<u8>,
     report: Report,
 }
 
 impl Task {
-    fn connect(work: Work, origin: Instant) -> Result<Self> {
+    fn connect(work: Work, origin: Instant, measure_anew: Arc<AtomicBool>) -> Result<Self> {
         ensure!(!work.gateways.is_empty(), "a writer needs a gateway");
         let client = Client::connect(work.gateways[0], &work.export, REQUEST_TIMEOUT)?;
         // Writers of one seed do not do the same at the same time.
         let random = Random::new(work.seed ^ work.pages.first.rotate_left(32));
         let (last_answer, buffer) = (Instant::now(), vec![0; PAGE_SIZE]);
         let (client, report) = (Some(client), Report::default());
-        Ok(Self { work, client, gateway: 0, random, origin, last_answer, buffer, report })
+        Ok(Self { work, client, gateway: 0, random, origin, last_answer, measure_anew, buffer, report })
     }
 
     fn step(&mut self) -> Result<()> {
@@ -205,7 +216,14 @@ impl Task {
                 self.client = Some(client);
                 Ok(())
             }
-            Err(Failure::Nbd(NbdError::Connection(_))) => Ok(()),
+            // A gateway that lives and does not answer is no gateway that died.
+            Err(Failure::Nbd(NbdError::Connection(error))) if is_timeout(&error) => {
+                bail!("no answer for {:?} at page {page}", self.last_answer.elapsed())
+            }
+            Err(Failure::Nbd(NbdError::Connection(_))) => {
+                self.report.losses += 1;
+                Ok(())
+            }
             Err(Failure::Nbd(error)) => Err(error).with_context(|| format!("at page {page}")),
             Err(Failure::Content(message)) => bail!(message),
         }
@@ -244,6 +262,9 @@ impl Task {
     }
 
     fn answered(&mut self) {
+        if self.measure_anew.swap(false, Ordering::Relaxed) {
+            self.report.stall = Duration::ZERO;
+        }
         self.report.stall = self.report.stall.max(self.last_answer.elapsed());
         self.last_answer = Instant::now();
         self.report.operations += 1;
@@ -252,10 +273,7 @@ impl Task {
     fn reconnect(&mut self) -> Result<()> {
         let address = self.work.gateways[self.gateway];
         match Client::connect(address, &self.work.export, REQUEST_TIMEOUT) {
-            Ok(client) => {
-                self.report.reconnects += 1;
-                self.client = Some(client);
-            }
+            Ok(client) => self.client = Some(client),
             Err(error) => {
                 let waited = self.last_answer.elapsed();
                 ensure!(waited < REQUEST_TIMEOUT, "no gateway for {waited:?}; {address} last said: {error}");
@@ -265,6 +283,11 @@ impl Task {
         }
         Ok(())
     }
+}
+
+/// A socket whose time is up says either.
+fn is_timeout(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut)
 }
 
 enum Failure {

@@ -65,7 +65,7 @@ fn the_writer_measures_a_stall_and_keeps_its_promises() {
     writer.wait_operations(200, TIMEOUT).unwrap();
     let mut report = writer.stop().unwrap();
     assert!(report.stall >= PAUSE, "{:?}", report.stall);
-    assert!(report.reconnects == 1 && report.flushes > 0, "{} {}", report.reconnects, report.flushes);
+    assert!(report.losses == 1 && report.flushes > 0, "{} {}", report.losses, report.flushes);
     report.history.check().unwrap();
     let mut client = Client::connect(network.nbd(0), "", TIMEOUT).unwrap();
     report.verify(&mut client, 4).unwrap();

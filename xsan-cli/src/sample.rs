@@ -56,6 +56,7 @@ pub fn node_status(id: u32) -> NodeStatus {
             failed: false,
             checksum_errors: u64::from(id == 2),
             repaired_pages: u64::from(id == 2),
+            problem: String::new(),
         }],
         ..NodeStatus::default()
     }

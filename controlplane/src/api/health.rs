@@ -160,7 +160,8 @@ fn of_node(survey: &Survey, status: &proto::NodeStatus, found: &mut Found) {
 fn of_store(node: &proto::NodeStatus, store: &proto::StoreStatus, found: &mut Found) {
     let object = || format!("store {:016x} of node {}", store.id, name(node));
     if store.failed {
-        return found.add(Check::StoreFailed, object(), format!("{} failed", store.device));
+        let problem = if store.problem.is_empty() { "failed" } else { &store.problem };
+        return found.add(Check::StoreFailed, object(), format!("{} {problem}", store.device));
     }
     let percent = store.used_bytes.saturating_mul(100).checked_div(store.capacity_bytes).unwrap_or(0);
     let used = || format!("{} is {percent} % full", store.device);

@@ -2,19 +2,59 @@
 //!
 //! Invariants
 //! - A message for another node or another cluster is refused before it is looked at.
+//! - Nothing is passed on that this node could write to its log and not read again: it would never start any more.
 
+use openraft::EntryPayload;
+use openraft::raft::{
+    AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, VoteRequest, VoteResponse,
+};
 use serde::Serialize;
-use serde::de::DeserializeOwned;
 use tokio_stream::StreamExt;
 use tonic::{Request, Response, Status, Streaming};
 use xsan_protocol::ids::NodeId;
 use xsan_protocol::proto::RaftMessage;
 
+use super::encoding::{self, RecordError};
 use super::handle::RaftHandle;
 use super::network::{MESSAGE_BYTES_MAX, SnapshotHead};
-use super::{Snapshot, state_machine};
+use super::{Snapshot, TypeConfig, state_machine};
 
 type Answer = Result<Response<RaftMessage>, Status>;
+pub type Vote = VoteRequest<TypeConfig>;
+pub type VoteAnswer = VoteResponse<TypeConfig>;
+pub type Append = AppendEntriesRequest<TypeConfig>;
+pub type AppendAnswer = AppendEntriesResponse<TypeConfig>;
+pub type SnapshotAnswer = SnapshotResponse<TypeConfig>;
+
+/// # Errors
+/// 206 `StoreCorrupt`: the body is none.
+pub fn decode_vote(body: &[u8]) -> Result<Vote, RecordError> {
+    serde_json::from_slice(body).map_err(|_| RecordError::Encoding)
+}
+
+/// # Errors
+/// 206 `StoreCorrupt`: the body is none, or has a membership that the log would not give back.
+pub fn decode_append(body: &[u8]) -> Result<Append, RecordError> {
+    let append: Append = serde_json::from_slice(body).map_err(|_| RecordError::Encoding)?;
+    for entry in &append.entries {
+        if let EntryPayload::Membership(membership) = &entry.payload {
+            encoding::membership(encoding::membership_record(membership))?;
+        }
+    }
+    Ok(append)
+}
+
+/// # Errors
+/// As `decode_append`.
+pub fn decode_snapshot_head(body: &[u8]) -> Result<SnapshotHead, RecordError> {
+    let head: SnapshotHead = serde_json::from_slice(body).map_err(|_| RecordError::Encoding)?;
+    encoding::membership(encoding::membership_record(head.meta.last_membership.membership()))?;
+    Ok(head)
+}
+
+fn malformed(error: RecordError) -> Status {
+    Status::invalid_argument(format!("a message of Raft: {error}"))
+}
 
 /// Checks and passes Raft's messages on.
 #[derive(Clone)]
@@ -34,11 +74,14 @@ impl Receiver {
         Ok(())
     }
 
-    fn decode<Q: DeserializeOwned>(&self, request: Request<RaftMessage>) -> Result<Q, Status> {
+    fn decode<Q>(
+        &self,
+        request: Request<RaftMessage>,
+        decode: fn(&[u8]) -> Result<Q, RecordError>,
+    ) -> Result<Q, Status> {
         let message = request.into_inner();
         self.check(&message)?;
-        serde_json::from_slice(&message.body)
-            .map_err(|_| Status::invalid_argument("the message does not decode"))
+        decode(&message.body).map_err(malformed)
     }
 
     fn answer<R: Serialize, E: std::error::Error>(&self, result: Result<R, E>) -> Answer {
@@ -48,17 +91,17 @@ impl Receiver {
     }
 
     pub async fn vote(&self, request: Request<RaftMessage>) -> Answer {
-        let request = self.decode(request)?;
+        let request = self.decode(request, decode_vote)?;
         self.answer(self.handle.raft().vote(request).await)
     }
 
     pub async fn pre_vote(&self, request: Request<RaftMessage>) -> Answer {
-        let request = self.decode(request)?;
+        let request = self.decode(request, decode_vote)?;
         self.answer(self.handle.raft().pre_vote(request).await)
     }
 
     pub async fn append_entries(&self, request: Request<RaftMessage>) -> Answer {
-        let request = self.decode(request)?;
+        let request = self.decode(request, decode_append)?;
         self.answer(self.handle.raft().append_entries(request).await)
     }
 
@@ -66,8 +109,7 @@ impl Receiver {
         let mut stream = request.into_inner();
         let head = stream.next().await.ok_or_else(|| Status::invalid_argument("the stream is empty"))??;
         self.check(&head)?;
-        let head: SnapshotHead = serde_json::from_slice(&head.body)
-            .map_err(|_| Status::invalid_argument("the head does not decode"))?;
+        let head = decode_snapshot_head(&head.body).map_err(malformed)?;
         let mut data: <state_machine::StateMachine as openraft::storage::RaftStateMachine<_>>::SnapshotData =
             Vec::new();
         while let Some(part) = stream.next().await {

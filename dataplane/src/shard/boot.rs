@@ -6,15 +6,15 @@
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::sync::mpsc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use monoio::net::{TcpListener, UnixListener};
-use xsan_nodekit::config::{Media, NodeConfig, Role};
+use xsan_nodekit::config::{ConfigError, NodeConfig};
 use xsan_protocol::error::Code;
 use xsan_protocol::ids::{BootId, Incarnation, ShardIndex, StoreId};
 use xsan_protocol::map;
@@ -24,19 +24,19 @@ use xsan_protocol::proto::{self, LinkMessage};
 use super::link::{self, LinkSender};
 use super::mailbox::{Inbox, MeshEnd, mesh};
 use super::port::ShardPort;
+use super::stores::{self, OpenStore, Opened, StorePlan, media_name, wall_clock_ns};
 use super::tasks::{self, Connections};
 use super::topology::{self, Core, TopologyError};
 use super::{Control, Devices, Event, Handle, Identity, Message, Opens, Peers, Scratch, Shard};
 use crate::disk::buffers::BufferPool;
-use crate::disk::device::{DeviceError, DeviceOptions, FileDevice};
-use crate::disk::os;
+use crate::disk::device::{DeviceError, FileDevice};
 use crate::disk::ring::{DiskRing, RingError};
 use crate::gateway::nbd;
 use crate::net::connection::Memory;
 use crate::net::listener::{self, BindError};
 use crate::replication::{Driver, Replication};
 use crate::stats::Stats;
-use crate::store::{Content, FormatError, FormatParameters, OpenError, Options, Recovered, Store};
+use crate::store::{FormatError, OpenError};
 use crate::volume::VolumeClient;
 use crate::volume::calls::Calls;
 
@@ -44,8 +44,6 @@ use crate::volume::calls::Calls;
 const MESH_CAPACITY: usize = 1024;
 /// Device operations of one shard at the kernel at once.
 const RING_DEPTH: u32 = 256;
-/// Smallest store worth formatting.
-const STORE_BYTES_MIN: u64 = 128 << 20;
 /// How long a clean stop may take.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -68,6 +66,8 @@ pub enum BootError {
     Bind(#[from] BindError),
     #[error("{}: {source}", path.display())]
     Path { path: PathBuf, source: std::io::Error },
+    #[error(transparent)]
+    Config(#[from] ConfigError),
     #[error("{what}: {source}")]
     System { what: &'static str, source: std::io::Error },
 }
@@ -83,103 +83,10 @@ impl BootError {
             Self::Ring(error) => error.code(),
             Self::Bind(error) => error.code(),
             Self::Path { .. } => Code::DataDirUnusable,
+            Self::Config(error) => error.code(),
             Self::System { .. } => Code::Internal,
         }
     }
-}
-
-/// A store to open, as the configuration has it.
-#[derive(Clone, Debug)]
-struct StorePlan {
-    capacity: DeviceOptions,
-    cache: Option<DeviceOptions>,
-    media: Media,
-    format_anyway: bool,
-}
-
-/// The stores of a node: one for each capacity device, or the files of an embedded one.
-fn plan(config: &NodeConfig) -> Vec<StorePlan> {
-    let forced = |path: &Path| config.force_format.iter().any(|forced| forced == path);
-    let device = |path: &Path| DeviceOptions::new(path).minimum(STORE_BYTES_MIN);
-    if config.storage.devices.is_empty() {
-        let directory = config.cluster.data_dir.join("data");
-        let file = |index| {
-            let path = directory.join(format!("store-{index}.img"));
-            let format_anyway = forced(&path);
-            let capacity = device(&path).create(config.dataplane.file_size);
-            StorePlan { capacity, cache: None, media: Media::Ssd, format_anyway }
-        };
-        return (0..config.dataplane.stores).map(file).collect();
-    }
-    let of_role = |role| config.storage.devices.iter().filter(move |device| device.role == role);
-    let mut caches = of_role(Role::Cache).map(|cache| device(&cache.path));
-    of_role(Role::Capacity)
-        .map(|capacity| StorePlan {
-            capacity: device(&capacity.path),
-            cache: caches.next(),
-            media: capacity.media,
-            format_anyway: forced(&capacity.path),
-        })
-        .collect()
-}
-
-/// A store that is open, with its devices.
-struct OpenStore {
-    store: Store,
-    recovered: Recovered,
-    capacity: FileDevice,
-    cache: Option<FileDevice>,
-    media: Media,
-}
-
-/// Opens a planned store; formats its devices first when they are blank, or named by `--force-format`.
-fn open_store(plan: &StorePlan, cluster_id: &str, pool: &'static BufferPool) -> Result<OpenStore, BootError> {
-    let capacity = FileDevice::open(&plan.capacity)?;
-    let cache = plan.cache.as_ref().map(FileDevice::open).transpose()?;
-    let path = capacity.path().to_owned();
-    let format_error = |source| BootError::Format { path: path.clone(), source };
-    let mut blank = true;
-    for device in std::iter::once(&capacity).chain(&cache) {
-        let content = Store::probe(device, pool).map_err(format_error)?;
-        let foreign = |content: String| BootError::Foreign { path: device.path().to_owned(), content };
-        match content {
-            Content::Blank => {}
-            Content::Ours { cluster_id: found, .. } if found == cluster_id => blank = false,
-            _ if plan.format_anyway => {}
-            Content::Ours { cluster_id: found, .. } => {
-                return Err(foreign(format!("holds a store of cluster {found}")));
-            }
-            Content::Foreign(kind) => return Err(foreign(format!("holds {}", kind.name()))),
-        }
-    }
-    if blank {
-        let created_ns = wall_clock_ns();
-        let parameters = FormatParameters {
-            cluster_id: cluster_id.to_owned(),
-            store: StoreId(draw()),
-            created_ns,
-            journal_bytes: None,
-        };
-        tracing::info!(device = %path.display(), store = %parameters.store, "formatting a store");
-        Store::format(&capacity, cache.as_ref().map(|device| device as _), &parameters, pool)
-            .map_err(format_error)?;
-    }
-    let options =
-        Options { now_ns: os::boottime_ns(), cluster_id: Some(cluster_id.to_owned()), ..Options::default() };
-    let opened = Store::open(&capacity, cache.as_ref().map(|device| device as _), pool, options);
-    let (store, recovered) = opened.map_err(|source| BootError::Open { path: path.clone(), source })?;
-    tracing::info!(device = %path.display(), store = %store.id(), groups = recovered.groups.len(), damaged = recovered.damaged, "store open");
-    Ok(OpenStore { store, recovered, capacity, cache, media: plan.media })
-}
-
-fn wall_clock_ns() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos() as u64)
-}
-
-/// A random number, from the hasher's per-process keys and the clock.
-fn draw() -> u64 {
-    use std::hash::{BuildHasher, RandomState};
-    RandomState::new().hash_one((std::process::id(), wall_clock_ns(), os::boottime_ns())).max(1)
 }
 
 /// This power-on of the host.
@@ -242,7 +149,7 @@ impl Process {
         let (stopped, all_stopped) = mpsc::channel();
         let directory = config.cluster.data_dir.join("data");
         std::fs::create_dir_all(&directory).map_err(|source| BootError::Path { path: directory, source })?;
-        let plans = plan(&config);
+        let plans = stores::plan(&config);
         let (mut inboxes, mut starts) = (Vec::new(), Vec::new());
         for (index, (core, mesh)) in
             cores.into_iter().zip(mesh(usize::from(shard_count), MESH_CAPACITY)).enumerate()
@@ -277,6 +184,7 @@ impl Process {
             stores.extend(shard.stores);
             damaged_stores.extend(shard.damaged_stores);
         }
+        forget_forced(&config)?;
         let port = config.dataplane.port;
         let process = map::DataProcess {
             incarnation,
@@ -311,6 +219,14 @@ impl Process {
     }
 }
 
+/// What was named with `--force-format` is formatted, and holds nothing yet that a second format would lose: from here on it would.
+fn forget_forced(config: &NodeConfig) -> Result<(), ConfigError> {
+    if config.force_format.is_empty() {
+        return Ok(());
+    }
+    NodeConfig { force_format: Vec::new(), ..config.clone() }.save()
+}
+
 /// A shard's thread.
 fn run(plan: ShardPlan) {
     let ready = plan.ready.clone();
@@ -332,20 +248,9 @@ fn serve(plan: ShardPlan) -> Result<(), BootError> {
     topology::pin(&plan.core);
     let memory = config.dataplane.memory_bytes(usize::from(plan.shard_count)) / u64::from(plan.shard_count);
     let pool = topology::memory(&plan.core, memory as usize, config.dataplane.numa)?;
-    let opened: Vec<OpenStore> = plan
-        .stores
-        .iter()
-        .map(|store| open_store(store, &config.cluster.cluster_id, pool))
-        .collect::<Result<_, _>>()?;
-    let damaged = opened.iter().filter(|open| open.recovered.damaged).map(|open| map::DamagedStore {
-        store: open.store.id(),
-        intact_groups: open.recovered.intact_groups(),
-    });
-    let ready = Ready {
-        shard: plan.shard,
-        stores: opened.iter().map(|open| map_store(open, plan.shard)).collect(),
-        damaged_stores: damaged.collect(),
-    };
+    let opened = stores::open(&plan.stores, &config.cluster.cluster_id, pool)?;
+    let ready =
+        Ready { shard: plan.shard, stores: opened.for_map(plan.shard), damaged_stores: opened.damaged() };
     plan.ready.send(Ok(ready)).expect("the main thread waits for every shard");
     // The main thread gives up when another shard fails; there is nobody left to tell.
     let Ok(go) = plan.go.recv() else { return Ok(()) };
@@ -361,24 +266,6 @@ fn serve(plan: ShardPlan) -> Result<(), BootError> {
         shard.run().await;
         Ok(())
     })
-}
-
-fn map_store(open: &OpenStore, shard: ShardIndex) -> map::Store {
-    map::Store {
-        id: open.store.id(),
-        capacity_bytes: open.store.status().capacity_bytes,
-        shard,
-        device: open.capacity.path().display().to_string(),
-        media: media_name(open.media).to_owned(),
-        failed: false,
-    }
-}
-
-const fn media_name(media: Media) -> &'static str {
-    match media {
-        Media::Ssd => "ssd",
-        Media::Hdd => "hdd",
-    }
 }
 
 fn bind(config: &NodeConfig, shard: ShardIndex) -> Result<Sockets, BootError> {
@@ -405,7 +292,7 @@ fn bind(config: &NodeConfig, shard: ShardIndex) -> Result<Sockets, BootError> {
 fn assemble(
     plan: ShardPlan,
     pool: &'static BufferPool,
-    opened: Vec<OpenStore>,
+    opened: Opened,
     go: &Go,
     sockets: Sockets,
 ) -> Result<Shard, BootError> {
@@ -438,7 +325,7 @@ fn assemble(
     };
     let replication = Replication::new(identity.node, identity.incarnation, identity.shard, pool);
     let mut driver = Driver::new(replication);
-    let (devices, ring) = take_stores(opened, pool, &mut driver)?;
+    let (devices, ring) = take_stores(opened.stores, pool, &mut driver)?;
     monoio::spawn(tasks::watch(ring.eventfd().clone(), handle.clone()));
     monoio::spawn(tasks::watch(plan.mesh.eventfd().clone(), handle.clone()));
     monoio::spawn(tasks::tick(handle.clone()));
@@ -457,6 +344,7 @@ fn assemble(
         client,
         driver,
         devices,
+        broken_stores: opened.broken,
         ring,
         peers: Peers::default(),
         connections,

@@ -47,6 +47,7 @@ mod parker;
 mod peers;
 mod port;
 mod report;
+mod stores;
 mod tasks;
 pub mod topology;
 mod turn;
@@ -57,6 +58,7 @@ use mailbox::MeshEnd;
 pub use message::{Message, Question, Report};
 pub use peers::is_answer;
 use peers::{ConnectionId, PeerShard, Peers};
+use stores::BrokenStore;
 
 /// What a task of the shard's thread has for the next turn.
 pub enum Event {
@@ -139,6 +141,8 @@ pub struct Shard {
     client: VolumeClient,
     driver: Driver,
     devices: HashMap<StoreId, Devices>,
+    /// Stores that could not be opened: told to the control plane, and otherwise not there.
+    broken_stores: Vec<BrokenStore>,
     ring: DiskRing,
     peers: Peers,
     connections: tasks::Connections,

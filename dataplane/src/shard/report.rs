@@ -3,7 +3,7 @@
 use xsan_protocol::ids::{BlockKey, GroupId, Version};
 use xsan_protocol::proto;
 
-use super::{Devices, Question, Report, Shard};
+use super::{BrokenStore, Devices, Question, Report, Shard};
 use crate::replication;
 use crate::stats::{Counter, Stage, Stats};
 use crate::store::Store;
@@ -63,9 +63,10 @@ impl Shard {
             us_p99: slow.us_p99,
             us_p99_peers: slow.us_p99_peers,
         };
+        let open = self.driver.stores().map(|store| self.devices[&store.id()].message(store));
         proto::DataStatus {
             map_version: self.map.version.0,
-            stores: self.driver.stores().map(|store| self.devices[&store.id()].message(store)).collect(),
+            stores: open.chain(self.broken_stores.iter().map(BrokenStore::message)).collect(),
             resync_bytes_moved: replication.counters.resync_bytes_moved,
             resync_bytes_left: replication.resync_bytes_left,
             slow_members: replication.slow_members.iter().map(slow).collect(),
@@ -139,6 +140,7 @@ impl Devices {
             failed: status.failed,
             checksum_errors: status.counters.checksum_errors,
             repaired_pages: status.counters.repaired_pages,
+            problem: String::new(),
         }
     }
 }

@@ -71,7 +71,9 @@ pub enum OpenError {
     Superblock(#[source] DiskFormatError),
     #[error("the device is of cluster {found}")]
     OtherCluster { found: String },
-    #[error("the capacity and the cache device are not of one store")]
+    #[error(
+        "the device is smaller than its store, or the cache device is not the one that its store was made with"
+    )]
     Mismatch,
     #[error("neither checkpoint is valid")]
     Checkpoint,
@@ -91,8 +93,7 @@ impl OpenError {
     pub const fn code(&self) -> Code {
         match self {
             Self::Superblock(error) => error.code(),
-            Self::OtherCluster { .. } => Code::DeviceInUse,
-            Self::Mismatch => Code::DeviceUnusable,
+            Self::OtherCluster { .. } | Self::Mismatch => Code::DeviceInUse,
             Self::Checkpoint | Self::Beyond => Code::StoreCorrupt,
             Self::Device(error) => error.code(),
         }

@@ -187,6 +187,15 @@ fn only_listed_devices_can_be_forced() {
     config.force_format.push("/dev/b".into());
     let error = config.validate().expect_err("a slip of the finger").to_string();
     assert_eq!(error, "force_format[1]: /dev/b is not one of storage.devices");
+
+    // A node without devices has files, which can be named as well.
+    let mut config = node(r#"{"dataplane": {"stores": 2}}"#).expect("valid");
+    config.cluster.data_dir = "/x".into();
+    config.force_format = vec!["/x/data/store-1.img".into()];
+    assert_eq!(config.validate(), Ok(()));
+    config.force_format.push("/x/data/store-2.img".into());
+    let error = config.validate().expect_err("there are two").to_string();
+    assert_eq!(error, "force_format[1]: /x/data/store-2.img is not one of the files in data_dir/data");
 }
 
 /// A configuration that differs from the default in every field.

@@ -88,10 +88,12 @@ fn storage(config: &NodeConfig) -> Result<(), FieldError> {
     if !storage.devices.is_empty() && !capacity {
         return Err(FieldError::new("storage.devices", "has no device of role capacity"));
     }
+    let files = if storage.devices.is_empty() { config.store_files() } else { Vec::new() };
     for (index, path) in config.force_format.iter().enumerate() {
         absolute(&format!("force_format[{index}]"), path)?;
-        if !paths.contains(path) {
-            let problem = format!("{} is not one of storage.devices", path.display());
+        if !paths.contains(path) && !files.contains(path) {
+            let own = if files.is_empty() { "storage.devices" } else { "the files in data_dir/data" };
+            let problem = format!("{} is not one of {own}", path.display());
             return Err(FieldError::new(format!("force_format[{index}]"), problem));
         }
     }

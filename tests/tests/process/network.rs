@@ -50,8 +50,14 @@ fn crowd(cluster: &Cluster, round: u64, seed: u64) -> Crowd {
     crowd
 }
 
-/// The links are whole: everybody goes on, and nobody has seen what must not be.
+/// The links are whole: everybody goes on, and nobody has seen what must not be. Where no process died, nobody lost a connection.
 fn finish(cluster: &Cluster, crowd: Crowd, touched: &[usize]) -> Summary {
+    let summary = finish_after_deaths(cluster, crowd, touched);
+    assert_eq!(summary.losses, 0, "no gateway's process died");
+    summary
+}
+
+fn finish_after_deaths(cluster: &Cluster, crowd: Crowd, touched: &[usize]) -> Summary {
     crowd.wait_operations(OPERATIONS_AFTER, SETTLE_DEADLINE, &[]).unwrap();
     cluster.wait_healthy(RESYNC_DEADLINE).unwrap();
     crowd.finish(cluster, touched).unwrap()
@@ -84,7 +90,7 @@ fn a_node_that_is_cut_off_is_gone_on_without_and_comes_back() {
         report.stall,
         cluster.switch().counts()
     );
-    assert_eq!(report.reconnects, 0, "the writer's own gateway was not cut off");
+    assert_eq!(report.losses, 0, "the writer's own gateway was not cut off");
     assert!(report.stall < CUT_STALL_MAX, "stall {:?}", report.stall);
     // Through the gateway that was cut off, and with only what it holds beside one other.
     report.verify(&mut cluster.connect(victim, VOLUME).unwrap(), 1).unwrap();
@@ -220,8 +226,13 @@ fn all_nodes_killed_during_a_cut_lose_nothing_acknowledged() {
         cluster.heal();
         let started = Instant::now();
         cluster.start_again(&[0, 1, 2]).unwrap();
-        let summary = finish(&cluster, crowd, &[0, 1, 2]);
+        let summary = finish_after_deaths(&cluster, crowd, &[0, 1, 2]);
         println!("killed during a cut: whole after {:?}; {summary:?}", started.elapsed());
-        assert!(summary.reconnects >= 3, "every client lost its gateway");
+        // Nodes die one after the other: a client that went on to the next one loses that as well.
+        assert!(
+            (3..=6).contains(&summary.losses),
+            "every client lost its gateway: {} losses",
+            summary.losses
+        );
     }
 }

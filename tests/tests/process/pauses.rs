@@ -47,6 +47,6 @@ fn processes_that_stood_still_serve_nothing_from_the_past() {
         println!("{part:?} of the {who} stood still for {PAUSE:?}: {changes} changes of groups, {summary:?}");
         assert!(changes > 0, "its groups were led by others");
         assert!(summary.stall_elsewhere < STALL_MAX, "stall {:?}", summary.stall_elsewhere);
-        assert_eq!(summary.reconnects, 0, "no process died");
+        assert_eq!(summary.losses, 0, "no process died");
     }
 }

@@ -61,7 +61,8 @@ pub struct Args {
     /// Configuration file, in JSON [default: /etc/xsan/node.conf if it exists]
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// Format this device of storage.devices though it holds something, which is LOST (may be repeated)
+    /// Format this device at this start, whatever it holds, a store of this cluster too: that is LOST. Only empty devices are
+    /// formatted unasked. A store with a cache device needs both named, or empty (may be repeated)
     #[arg(long, value_name = "PATH")]
     pub force_format: Vec<PathBuf>,
 }

@@ -94,7 +94,7 @@ async fn announce(mut config: NodeConfig) -> std::convert::Infallible {
     // A closed stdout is no reason to stop serving.
     let mut stdout = std::io::stdout();
     let _ = writeln!(stdout, "{line}").and_then(|()| stdout.flush());
-    // From here on a device that holds something else was swapped, and is not ours to format.
+    // The data process has formatted them, and forgot the names before it served: here they are forgotten as well.
     config.established = true;
     config.force_format.clear();
     if let Err(error) = config.save() {

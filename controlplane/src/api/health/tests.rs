@@ -73,6 +73,18 @@ fn stores_are_found_full_failed_and_damaged() {
 }
 
 #[test]
+fn a_store_that_could_not_be_opened_is_told_with_the_reason() {
+    let mut answers = answers(3, &[]);
+    let data = answers.get_mut(&NodeId(2)).expect("it answers").status.data.as_mut().expect("data");
+    data.stores[0].failed = true;
+    let message = |answers| findings(&survey(&state(3, 3), answers)).findings.remove(0).message;
+    assert_eq!(message(answers.clone()), "/dev/x failed");
+    let data = answers.get_mut(&NodeId(2)).expect("it answers").status.data.as_mut().expect("data");
+    data.stores[0].problem = "can not be opened: neither checkpoint is valid".to_owned();
+    assert_eq!(message(answers), "/dev/x can not be opened: neither checkpoint is valid");
+}
+
+#[test]
 fn wishes_of_the_operator_slow_members_clocks_and_releases_are_told() {
     let mut state = state(3, 3);
     state.apply(&Command::SetMaintenance { node: NodeId(2), on: true, force: true });

@@ -10,7 +10,9 @@ use xsan_controlplane::clock::BootTime;
 use xsan_controlplane::lease::Beat;
 use xsan_controlplane::link::frame::{self, FrameError};
 use xsan_controlplane::membership::heartbeat::{self, Datagram, Grant};
-use xsan_controlplane::raft::encoding;
+use xsan_controlplane::raft::network::SnapshotHead;
+use xsan_controlplane::raft::service::{self, Append, AppendAnswer, SnapshotAnswer, Vote, VoteAnswer};
+use xsan_controlplane::raft::{Entry, LogId, SnapshotMeta, encoding};
 use xsan_controlplane::timing::LEASE;
 use xsan_dataplane::testing::Random;
 use xsan_protocol::checksum::crc32c;
@@ -57,6 +59,14 @@ pub const TARGETS: &[Target] = &[
         seeds: log_seeds,
         // The format byte stands before the message.
         check: |bytes| check_log(&[&[encoding::FORMAT], bytes].concat()),
+        ..MESSAGE
+    },
+    Target {
+        name: "raft-rpc",
+        what: "the body of a call or an answer of Raft",
+        form: Form::Json,
+        seeds: rpc_seeds,
+        check: check_rpc,
         ..MESSAGE
     },
 ];
@@ -231,4 +241,83 @@ fn check_log(bytes: &[u8]) -> anyhow::Result<Verdict> {
         ensure!(again == *entry, "an entry is not the same after its record");
     }
     Ok(Verdict::of(&decoded))
+}
+
+/// A value of JSON is 2 bytes in the text; an entry that it becomes has a command in it.
+const RPC_BOUND: Bound = Bound::new(1_000, 64 * 1024);
+
+/// Every entry that a log can have.
+fn entries() -> Vec<Entry> {
+    let record = |bytes: Vec<u8>| proto::LogRecord::decode(&bytes[..]).expect("a seed decodes");
+    log_seeds().into_iter().map(|bytes| encoding::entry(record(bytes)).expect("a seed is an entry")).collect()
+}
+
+fn rpc_seeds() -> Vec<Vec<u8>> {
+    let vote = encoding::vote(&proto::VoteRecord { term: 3, node: 2, committed: true });
+    let last = LogId::new_term_index(3, 98);
+    let append = |entries| Append { vote, prev_log_id: Some(last), entries, leader_commit: Some(last) };
+    let membership = log_seeds().into_iter().find_map(|bytes| {
+        match proto::LogRecord::decode(&bytes[..]).expect("a seed decodes").payload {
+            Some(proto::log_record::Payload::Membership(membership)) => Some(membership),
+            _ => None,
+        }
+    });
+    let position = encoding::position(&last);
+    let last_membership = encoding::stored_membership(Some(&position), membership).expect("a seed is right");
+    let meta = SnapshotMeta { last_log_id: Some(last), last_membership };
+    let json = [
+        serde_json::to_vec(&Vote::new(vote, Some(last))),
+        serde_json::to_vec(&Vote::new(vote, None)),
+        serde_json::to_vec(&append(Vec::new())),
+        serde_json::to_vec(&append(entries())),
+        serde_json::to_vec(&SnapshotHead { vote, meta }),
+        serde_json::to_vec(&VoteAnswer::new(vote, Some(last), true)),
+        serde_json::to_vec(&AppendAnswer::Success),
+        serde_json::to_vec(&AppendAnswer::PartialSuccess(Some(last))),
+        serde_json::to_vec(&AppendAnswer::Conflict),
+        serde_json::to_vec(&AppendAnswer::HigherVote(vote)),
+        serde_json::to_vec(&SnapshotAnswer::new(vote)),
+    ];
+    json.into_iter().map(|json| json.expect("a message of Raft is JSON")).collect()
+}
+
+/// A body does not say of which call it is, so it is given to the decoders of all.
+fn check_rpc(bytes: &[u8]) -> anyhow::Result<Verdict> {
+    let votes = of_rpc(bytes, service::decode_vote)?;
+    let appends = of_rpc(bytes, service::decode_append)?;
+    let snapshots = of_rpc(bytes, service::decode_snapshot_head)?;
+    if let Some(append) = &appends {
+        for entry in &append.entries {
+            let sealed = encoding::seal(&encoding::entry_record(entry));
+            let read = encoding::entry(encoding::unseal(&sealed)?)?;
+            ensure!(read == *entry, "an entry is another once the log has had it");
+        }
+    }
+    if let Some(SnapshotHead { meta, .. }) = &snapshots {
+        let record = encoding::membership_record(meta.last_membership.membership());
+        ensure!(
+            encoding::membership(record)? == *meta.last_membership.membership(),
+            "a membership is another once a snapshot has had it"
+        );
+    }
+    // The answers; `network` decodes them as they come.
+    let answers = [
+        of_rpc(bytes, |body| serde_json::from_slice::<VoteAnswer>(body))?.is_some(),
+        of_rpc(bytes, |body| serde_json::from_slice::<AppendAnswer>(body))?.is_some(),
+        of_rpc(bytes, |body| serde_json::from_slice::<SnapshotAnswer>(body))?.is_some(),
+    ];
+    let taken = votes.is_some() || appends.is_some() || snapshots.is_some() || answers.contains(&true);
+    Ok(if taken { Verdict::Accepted } else { Verdict::Refused })
+}
+
+/// What decodes must be the same after its own encoding.
+fn of_rpc<T: serde::Serialize, E>(
+    bytes: &[u8],
+    decode: impl Fn(&[u8]) -> Result<T, E>,
+) -> anyhow::Result<Option<T>> {
+    let Ok(decoded) = RPC_BOUND.hold(bytes.len(), || decode(bytes))? else { return Ok(None) };
+    let encoded = serde_json::to_vec(&decoded)?;
+    let again = decode(&encoded).ok().map(|again| serde_json::to_vec(&again)).transpose()?;
+    ensure!(again.as_deref() == Some(&encoded[..]), "a body is not the same after its encoding");
+    Ok(Some(decoded))
 }

@@ -5,11 +5,12 @@
 //! hit again (a bug in our own writer, or malice; damage alone never does that).
 //!
 //! Oracle: opening ends in a store or an error; what the store gives matches its checksums; unless an edit was
-//! sealed, it is zero or something that was once written there; a store that opened opens again; it takes a write, which
-//! then is what it returns.
+//! sealed, it is zero or something that was once written there; what was flushed is there, unless an edit hit the journal, the
+//! store says that it is damaged, or the page does not match its checksum; a store that opened opens again; it takes a write,
+//! which then is what it returns.
 
 use std::cell::OnceCell;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Context, ensure};
 use xsan_dataplane::disk::buffers::BufferPool;
@@ -225,11 +226,37 @@ fn data(first: u64, count: u16) -> PageData {
 /// Group, block, page and checksum of all that was ever written.
 type Written = BTreeSet<(GroupId, u32, u16, u32)>;
 
+/// Checksums of what a page held, the newest last; the first is of what the last flush covered.
+type Flushed = BTreeMap<(GroupId, u32, u16), Vec<u32>>;
+
+/// What was done to a store.
+#[derive(Default)]
+struct Story {
+    written: Written,
+    flushed: Flushed,
+}
+
+impl Story {
+    fn note(&mut self, group: GroupId, block: u32, pages: PageRange, content: Option<u64>) {
+        for (index, page) in pages.pages().enumerate() {
+            let bytes = content.map_or([0; PAGE_SIZE], |content| page_bytes(content + index as u64));
+            self.written.insert((group, block, page, crc32c(&bytes)));
+            let never_written = || vec![crc32c(&[0; PAGE_SIZE])];
+            self.flushed.entry((group, block, page)).or_insert_with(never_written).push(crc32c(&bytes));
+        }
+    }
+
+    /// From here on only what each page now holds will do, or something newer.
+    fn on_flush(&mut self) {
+        self.flushed.values_mut().for_each(|contents| drop(contents.drain(..contents.len() - 1)));
+    }
+}
+
 /// A store to damage.
 struct Image {
     device: SimDevice,
     superblock: Superblock,
-    written: Written,
+    story: Story,
     /// Pages of the journal: those that hold the heads of batches, and those behind them.
     heads: Vec<u64>,
     data: Vec<u64>,
@@ -247,37 +274,40 @@ impl Image {
         };
         Store::format(&device, None, &parameters, pool()).expect("the device is large enough");
         let (mut rig, _) = Rig::open(&device).expect("a new store opens");
-        let mut written = Written::new();
+        let mut story = Story::default();
         let mut content = 1000;
-        let mut round = |rig: &mut Rig, written: &mut Written| {
+        let mut round = |rig: &mut Rig, story: &mut Story| {
             for group in GROUPS {
                 for (block, pages) in
                     [(0, PageRange::new(0, 20)), (1, PageRange::new(14, 6)), (0, PageRange::new(3, 1))]
                 {
                     content += 100;
-                    note(written, group, block, pages, content);
+                    story.note(group, block, pages, Some(content));
                     rig.write_through(group, block, pages, Some(content));
                 }
+                story.note(group, 1, PageRange::new(16, 16), None);
                 rig.write_through(group, 1, PageRange::new(16, 16), None);
                 content += 100;
-                note(written, group, 2, PageRange::of_unit(1), content);
+                story.note(group, 2, PageRange::of_unit(1), Some(content));
                 rig.push(group, 2, 1, content);
             }
         };
-        round(&mut rig, &mut written);
+        round(&mut rig, &mut story);
         rig.flush();
+        story.on_flush();
         if stage > 0 {
             rig.idle(20_000_000_000).expect("a new store comes to rest");
         }
         if stage > 1 {
-            round(&mut rig, &mut written);
+            round(&mut rig, &mut story);
             rig.flush();
+            story.on_flush();
             let last = rig.store.tail(GROUPS[1]).last;
             let last = Version::new(Epoch(2), Seq(last.seq.0 + 5));
             rig.store.append(Record::Reset { group: GROUPS[1], last }).expect("a new store has room");
             rig.settle().expect("a new store comes to rest");
             (rig, _) = Rig::open(&device).expect("an undamaged store opens");
-            round(&mut rig, &mut written);
+            round(&mut rig, &mut story);
         }
         // Entries that are in the journal and not acknowledged.
         for block in 0..2 {
@@ -285,7 +315,7 @@ impl Image {
                 rig.write(GROUPS[0], key(block), PageRange::new(5, 2), Some(9000)),
                 "a new store has room"
             );
-            note(&mut written, GROUPS[0], block, PageRange::new(5, 2), 9000);
+            story.note(GROUPS[0], block, PageRange::new(5, 2), Some(9000));
         }
         rig.settle().expect("a new store comes to rest");
         let mut page = vec![0; PAGE_SIZE];
@@ -300,7 +330,7 @@ impl Image {
                 data.push(offset);
             }
         }
-        Self { device, superblock, written, heads, data }
+        Self { device, superblock, story, heads, data }
     }
 
     /// Device offset of a page of a region, all of whose pages hold something.
@@ -317,12 +347,6 @@ impl Image {
             6 => within(self.superblock.records.offset, 8 * 4),
             _ => within(self.superblock.units.offset, 8 * (UNIT_SIZE / PAGE_SIZE) as u64),
         }
-    }
-}
-
-fn note(written: &mut Written, group: GroupId, block: u32, pages: PageRange, content: u64) {
-    for (page, content) in pages.pages().zip(content..) {
-        written.insert((group, block, page, crc32c(&page_bytes(content))));
     }
 }
 
@@ -353,6 +377,13 @@ impl<'a> Edit<'a> {
             place: u16::from_le_bytes([place_low, place_high]),
             value: value.first_chunk()?,
         })
+    }
+
+    fn hits_journal(&self, image: &Image) -> bool {
+        let journal = image.superblock.journal;
+        let steps = 0..=u64::from(self.repeat % 4);
+        let mut places = steps.map(|step| image.offset(self.region, u64::from(self.page) + step));
+        places.any(|offset| (journal.offset..journal.end()).contains(&offset))
     }
 
     /// Damages `device`. Sealed edits seal the record again that holds the page.
@@ -486,11 +517,12 @@ fn check(input: &[u8], may_seal: bool) -> anyhow::Result<Verdict> {
             edit.apply(image, &device, may_seal);
         }
         let sealed = may_seal && edits.iter().any(|edit| edit.operation & SEALED != 0);
-        examine(image, &device, sealed)
+        let journal_hit = edits.iter().any(|edit| edit.hits_journal(image));
+        examine(image, &device, sealed, journal_hit)
     })
 }
 
-fn examine(image: &Image, device: &SimDevice, sealed: bool) -> anyhow::Result<Verdict> {
+fn examine(image: &Image, device: &SimDevice, sealed: bool, journal_hit: bool) -> anyhow::Result<Verdict> {
     let (mut rig, recovered) = match Rig::open(device) {
         Ok(opened) => opened,
         Err(error) => {
@@ -508,6 +540,9 @@ fn examine(image: &Image, device: &SimDevice, sealed: bool) -> anyhow::Result<Ve
         }
     }
     look_at(&mut rig, image, sealed)?;
+    if !sealed && !journal_hit && !recovered.damaged {
+        has_what_was_flushed(&mut rig, image, &recovered)?;
+    }
     // The store goes on: it takes a write, puts it in its place, and has it after the next opening.
     let pages = PageRange::new(30, 3);
     let took = rig.write(GROUPS[0], key(0), pages, Some(77_000));
@@ -529,6 +564,34 @@ fn examine(image: &Image, device: &SimDevice, sealed: bool) -> anyhow::Result<Ve
     Ok(Verdict::Accepted)
 }
 
+/// The store says that it is whole: then nothing is gone that was flushed. What is pending is there too, it is only not applied.
+fn has_what_was_flushed(rig: &mut Rig, image: &Image, recovered: &Recovered) -> anyhow::Result<()> {
+    let mut pending: BTreeSet<(GroupId, BlockKey, u16, u32)> = BTreeSet::new();
+    for entry in recovered.groups.iter().flat_map(|group| &group.pending) {
+        for (index, page) in entry.pages.pages().enumerate() {
+            let zeroes = || crc32c(&[0; PAGE_SIZE]);
+            let checksum = entry.data.as_ref().map_or_else(zeroes, |data| data.checksums[index]);
+            pending.insert((entry.group, entry.key, page, checksum));
+        }
+    }
+    for group in GROUPS {
+        for block in 0..BLOCKS {
+            for (page, bytes) in rig.read(group, key(block), PAGES)? {
+                let Some(contents) = image.story.flushed.get(&(group, block, page)) else { continue };
+                let there = contents.contains(&crc32c(&bytes));
+                let waits = || {
+                    contents.iter().any(|checksum| pending.contains(&(group, key(block), page, *checksum)))
+                };
+                ensure!(
+                    there || waits(),
+                    "page {page} of block {block} of group {group} was flushed and is gone, and the store says that it is whole"
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
 /// Reads all there may be.
 fn look_at(rig: &mut Rig, image: &Image, sealed: bool) -> anyhow::Result<()> {
     for group in GROUPS {
@@ -539,7 +602,7 @@ fn look_at(rig: &mut Rig, image: &Image, sealed: bool) -> anyhow::Result<()> {
         for block in 0..BLOCKS {
             for (page, bytes) in rig.read(group, key(block), PAGES)? {
                 let is_zero = bytes.iter().all(|byte| *byte == 0);
-                let known = is_zero || image.written.contains(&(group, block, page, crc32c(&bytes)));
+                let known = is_zero || image.story.written.contains(&(group, block, page, crc32c(&bytes)));
                 ensure!(
                     known || sealed,
                     "page {page} of block {block} of group {group} is what nobody wrote there"
