@@ -159,7 +159,9 @@ pub struct Shard {
 }
 
 /// Calls that attach volumes.
-type Opens = Calls<(), Box<(Volume, MapVersion)>>;
+type Opens = Calls<(), Opened>;
+/// A volume that was attached, and a map that has it.
+type Opened = Box<(Volume, MapVersion)>;
 
 /// Vectors that every turn fills and empties.
 #[derive(Default)]

@@ -308,7 +308,9 @@ impl Shard {
                 let report = Box::new(self.answer(question));
                 self.tell(from, Message::Report { number, report });
             }
-            Message::Opened { number, result } => self.opens.complete(number, result),
+            Message::Opened { number, result } => {
+                port::on_opened(&self.handle, &self.opens, number, result);
+            }
             Message::Scrub { bytes_per_second, orders } => {
                 self.replicate(|replication, stores, now, out| {
                     replication.set_scrubs(bytes_per_second, orders.to_vec(), stores, now, out)
