@@ -108,6 +108,10 @@ impl Outbox {
         self.0.frames.borrow_mut().retain(|frame| !unwanted(&frame.header));
     }
 
+    pub fn is_closed(&self) -> bool {
+        self.0.closed.get()
+    }
+
     /// Ends the connection; what is queued is dropped.
     pub fn close(&self) {
         self.0.closed.set(true);

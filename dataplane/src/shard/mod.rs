@@ -73,6 +73,7 @@ pub enum Event {
         connection: ConnectionId,
         peer: PeerShard,
         outbox: Outbox,
+        wanted: Rc<Cell<bool>>,
     },
     Closed(ConnectionId),
     /// A gateway's request of a group of this shard.
