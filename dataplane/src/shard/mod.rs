@@ -40,6 +40,7 @@ use crate::volume::{VolumeClient, wire};
 
 pub mod boot;
 mod control;
+mod incarnation;
 pub mod link;
 pub mod mailbox;
 mod message;
