@@ -19,6 +19,8 @@ mod protocol;
 mod raw;
 #[path = "nbd/server.rs"]
 mod server;
+#[path = "nbd/stalls.rs"]
+mod stalls;
 
 const PACKAGES: &str = "libnbd-bin, qemu-utils and fio";
 

@@ -372,13 +372,20 @@ impl NodeConfig {
 }
 
 /// Replaces `file` by `content` so that a crash at any moment leaves the old or the new one, whole.
-fn replace(file: &Path, content: &[u8]) -> io::Result<()> {
-    let aside = file.with_extension("json.new");
+///
+/// # Errors
+/// As the file system has them: the old one is there, or the new one may be lost with the host's power.
+///
+/// # Panics
+/// `file` is in no directory.
+pub fn replace(file: &Path, content: &[u8]) -> io::Result<()> {
+    let mut aside = file.as_os_str().to_owned();
+    aside.push(".new");
     let mut new = File::create(&aside)?;
     new.write_all(content)?;
     new.sync_all()?;
     fs::rename(&aside, file)?;
-    let directory = file.parent().expect("node.json is in the data directory");
+    let directory = file.parent().expect("a file is in a directory");
     File::open(directory)?.sync_all()
 }
 

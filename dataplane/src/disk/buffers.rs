@@ -25,6 +25,16 @@ pub const CLASS_BYTES: [usize; 4] = [PAGE_SIZE, 16 * 1024, 128 * 1024, 1024 * 10
 /// Share of the arena that each class gets, in percent.
 const CLASS_PERCENT: [usize; 4] = [25, 15, 20, 40];
 
+/// The smallest class whose slots hold `length` bytes.
+///
+/// # Panics
+/// `length` is 0 or larger than the largest class.
+pub fn size_class(length: usize) -> usize {
+    assert!(length > 0);
+    let smallest = CLASS_BYTES.iter().position(|bytes| length <= *bytes);
+    smallest.expect("no payload is larger than the largest class")
+}
+
 const _: () = assert!(CLASS_PERCENT[0] + CLASS_PERCENT[1] + CLASS_PERCENT[2] + CLASS_PERCENT[3] == 100);
 
 struct Class {
@@ -54,6 +64,11 @@ impl Claim {
             Self::Request => 2,
             Self::Replication => 1,
         }
+    }
+
+    /// How many of a class's `slots` stay free for the claims after it.
+    pub const fn leaves(self, slots: usize) -> usize {
+        slots * self.leaves_eighths() / 8
     }
 }
 
@@ -173,10 +188,7 @@ impl BufferPool {
     /// # Panics
     /// `length` is 0 or larger than the largest class.
     pub fn alloc(&'static self, length: usize) -> Option<BufferMut> {
-        assert!(length > 0);
-        let smallest = CLASS_BYTES.iter().position(|bytes| length <= *bytes);
-        let smallest = smallest.expect("no payload is larger than the largest class");
-        let slot = self.classes[smallest..].iter().find_map(|class| class.free.pop())?;
+        let slot = self.classes[size_class(length)..].iter().find_map(|class| class.free.pop())?;
         Some(self.handle(slot, length))
     }
 
@@ -185,11 +197,9 @@ impl BufferPool {
     /// # Panics
     /// As [`BufferPool::alloc`].
     pub fn alloc_for(&'static self, claim: Claim, length: usize) -> Option<BufferMut> {
-        assert!(length > 0);
-        let smallest = CLASS_BYTES.iter().position(|bytes| length <= *bytes);
-        let smallest = smallest.expect("no payload is larger than the largest class");
-        let reserve = |class: &Class| class.free.capacity() * claim.leaves_eighths() / 8;
-        let mut classes = self.classes[smallest..].iter().filter(|class| class.free.len() > reserve(class));
+        let reserve = |class: &Class| claim.leaves(class.free.capacity());
+        let mut classes =
+            self.classes[size_class(length)..].iter().filter(|class| class.free.len() > reserve(class));
         let slot = classes.find_map(|class| class.free.pop())?;
         Some(self.handle(slot, length))
     }

@@ -108,6 +108,10 @@ impl Outbox {
         self.0.frames.borrow_mut().retain(|frame| !unwanted(&frame.header));
     }
 
+    pub fn is_closed(&self) -> bool {
+        self.0.closed.get()
+    }
+
     /// Ends the connection; what is queued is dropped.
     pub fn close(&self) {
         self.0.closed.set(true);
@@ -144,13 +148,19 @@ impl Connection {
     /// Receives the hello of whoever connected, and answers with `hello`.
     ///
     /// # Errors
-    /// It says none in time, or is of another cluster or release: it is told so.
+    /// It says none in time, is of another cluster or release, or claims to be this node: it is told so.
     pub async fn accept(stream: TcpStream, hello: &Hello) -> Result<Self, ConnectionError> {
         timeout(async {
             let (mut receiver, mut writer) = split(stream)?;
             let theirs = match receive_hello(&mut receiver).await {
-                Ok(theirs) if theirs.cluster_id == hello.cluster_id => theirs,
-                Ok(_) => return Err(refuse(&mut writer, Code::ClusterIdMismatch).await),
+                Ok(theirs) if theirs.cluster_id != hello.cluster_id => {
+                    return Err(refuse(&mut writer, Code::ClusterIdMismatch).await);
+                }
+                // Nothing above expects a node to send frames to itself.
+                Ok(theirs) if theirs.node == hello.node => {
+                    return Err(refuse(&mut writer, Code::NodeIdTaken).await);
+                }
+                Ok(theirs) => theirs,
                 Err(ConnectionError::Hello(error)) => return Err(refuse(&mut writer, error.code()).await),
                 Err(ConnectionError::Header(error)) => return Err(refuse(&mut writer, error.code()).await),
                 Err(error) => return Err(error),

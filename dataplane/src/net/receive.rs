@@ -6,7 +6,9 @@
 //! their header is, and the rest is received into its place. After a large payload just the next header is asked
 //! for, because another large payload probably follows it.
 
+use std::cell::Cell;
 use std::io;
+use std::rc::Rc;
 
 use monoio::buf::IoBufMut;
 use monoio::io::AsyncReadRent;
@@ -37,12 +39,22 @@ pub struct Receiver<R> {
     /// Bytes of the header that messages begin with: what is asked for behind a large payload.
     header_bytes: usize,
     copied_bytes: u64,
+    received_bytes: Rc<Cell<u64>>,
 }
 
 impl<R: AsyncReadRent> Receiver<R> {
     pub fn new(stream: R, header_bytes: usize) -> Self {
         let buffer = vec![0; BYTES_FIRST].into_boxed_slice();
-        Self { stream, buffer, start: 0, end: 0, headers_only: false, header_bytes, copied_bytes: 0 }
+        Self {
+            stream,
+            buffer,
+            start: 0,
+            end: 0,
+            headers_only: false,
+            header_bytes,
+            copied_bytes: 0,
+            received_bytes: Rc::default(),
+        }
     }
 
     /// Enlarges the receive buffer to `bytes`, keeping what is in it.
@@ -56,6 +68,15 @@ impl<R: AsyncReadRent> Receiver<R> {
     /// Are `bytes` more held, so that taking them does not wait?
     pub fn holds(&self, bytes: usize) -> bool {
         self.end - self.start >= bytes
+    }
+
+    /// All bytes that ever came, for those who watch whether some do.
+    pub fn received_bytes(&self) -> Rc<Cell<u64>> {
+        self.received_bytes.clone()
+    }
+
+    fn count(&self, bytes: usize) {
+        self.received_bytes.set(self.received_bytes.get() + bytes as u64);
     }
 
     /// Payload bytes copied since the last call.
@@ -140,7 +161,10 @@ impl<R: AsyncReadRent> Receiver<R> {
             buffer = slice.into_inner();
             match result? {
                 0 => return Err(ReceiveError::Truncated),
-                bytes => next += bytes,
+                bytes => {
+                    self.count(bytes);
+                    next += bytes;
+                }
             }
         }
         Ok(buffer)
@@ -157,6 +181,7 @@ impl<R: AsyncReadRent> Receiver<R> {
         let (result, slice) = self.stream.read(buffer.slice_mut(self.end..limit)).await;
         self.buffer = slice.into_inner();
         let bytes = result?;
+        self.count(bytes);
         self.end += bytes;
         Ok(bytes)
     }

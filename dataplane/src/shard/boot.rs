@@ -21,6 +21,7 @@ use xsan_protocol::map;
 use xsan_protocol::proto::link_message::Body;
 use xsan_protocol::proto::{self, LinkMessage};
 
+use super::incarnation;
 use super::link::{self, LinkSender};
 use super::mailbox::{Inbox, MeshEnd, mesh};
 use super::port::ShardPort;
@@ -142,13 +143,14 @@ impl Process {
         let config = Arc::new(config);
         let cores = topology::cores(&config.dataplane.cores)?;
         let shard_count = cores.len() as u16;
-        let incarnation = Incarnation(wall_clock_ns().max(1));
         let lease_until_ns = Arc::new(AtomicU64::new(0));
         let counters = Arc::new(nbd::Counters::default());
         let (ready, from_shards) = mpsc::channel();
         let (stopped, all_stopped) = mpsc::channel();
         let directory = config.cluster.data_dir.join("data");
-        std::fs::create_dir_all(&directory).map_err(|source| BootError::Path { path: directory, source })?;
+        let path_error = |source| BootError::Path { path: directory.clone(), source };
+        std::fs::create_dir_all(&directory).map_err(path_error)?;
+        let incarnation = incarnation::begin(&directory, wall_clock_ns()).map_err(path_error)?;
         let plans = stores::plan(&config);
         let (mut inboxes, mut starts) = (Vec::new(), Vec::new());
         for (index, (core, mesh)) in

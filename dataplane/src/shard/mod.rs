@@ -40,6 +40,7 @@ use crate::volume::{VolumeClient, wire};
 
 pub mod boot;
 mod control;
+mod incarnation;
 pub mod link;
 pub mod mailbox;
 mod message;
@@ -75,6 +76,7 @@ pub enum Event {
         connection: ConnectionId,
         peer: PeerShard,
         outbox: Outbox,
+        wanted: Rc<Cell<bool>>,
     },
     Closed(ConnectionId),
     /// A gateway's request of a group of this shard.
@@ -163,7 +165,9 @@ pub struct Shard {
 }
 
 /// Calls that attach volumes.
-type Opens = Calls<(), Box<(Volume, MapVersion)>>;
+type Opens = Calls<(), Opened>;
+/// A volume that was attached, and a map that has it.
+type Opened = Box<(Volume, MapVersion)>;
 
 /// Vectors that every turn fills and empties.
 #[derive(Default)]

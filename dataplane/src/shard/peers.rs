@@ -7,7 +7,9 @@
 //! Invariants
 //! - Of one sender (client id) only the newest session is kept: an older connection is closed when a newer
 //!   session says hello, and its queued frames are dropped with it.
+//! - To one peer there is at most one dialled connection, the one of the newest life that the map names.
 
+use std::cell::Cell;
 use std::collections::HashMap;
 
 use xsan_protocol::ids::{GroupId, NodeId, ShardIndex};
@@ -44,6 +46,16 @@ pub struct Peers {
     dirty: Vec<ConnectionId>,
 }
 
+/// What came of a connection that was dialled.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Dialled {
+    Kept,
+    /// Kept; this one was there before and is closed.
+    Replaces(Closed),
+    /// It leads to an older life of the peer: it is closed.
+    Unwanted,
+}
+
 /// What came of an accepted hello.
 pub enum Accepted {
     Kept,
@@ -54,10 +66,27 @@ pub enum Accepted {
 }
 
 impl Peers {
-    pub fn add_dialled(&mut self, id: ConnectionId, peer: PeerShard, outbox: Outbox) {
+    /// Registers a connection that this side made, if it is still `wanted`; what it replaces is closed.
+    ///
+    /// Without the last look at `wanted`: (1) a life of the peer answers its hello late; (2) the map names the next
+    /// life, which is dialled and registered; (3) the late connection takes its place; (4) it ends, and no frame
+    /// reaches the peer until the living connection breaks, too.
+    pub fn add_dialled(
+        &mut self,
+        id: ConnectionId,
+        peer: PeerShard,
+        outbox: Outbox,
+        wanted: &Cell<bool>,
+    ) -> Dialled {
+        if !wanted.get() {
+            outbox.close();
+            return Dialled::Unwanted;
+        }
+        let older = self.dialled.get(&peer).copied().and_then(|older| self.remove(older));
         let connection = Connection { outbox, peer, dialled: true, client_id: 0, session: 0 };
         self.connections.insert(id, connection);
         self.dialled.insert(peer, id);
+        older.map_or(Dialled::Kept, Dialled::Replaces)
     }
 
     pub fn add_accepted(&mut self, id: ConnectionId, hello: &Hello, outbox: Outbox) -> Accepted {
@@ -89,7 +118,7 @@ impl Peers {
         {
             newest.1 = None;
         }
-        Some(Closed { peer: connection.peer, dialled: connection.dialled })
+        Some(Closed { id, peer: connection.peer, dialled: connection.dialled })
     }
 
     pub fn peer_of(&self, id: ConnectionId) -> Option<PeerShard> {
@@ -143,6 +172,7 @@ impl Peers {
 
 #[derive(Debug, PartialEq, Eq)]
 pub struct Closed {
+    pub id: ConnectionId,
     pub peer: PeerShard,
     pub dialled: bool,
 }
@@ -175,7 +205,7 @@ mod tests {
             (Peers::default(), (NodeId(2), ShardIndex(0)), (NodeId(3), ShardIndex(1)));
         let outboxes = [near, far].map(|peer| {
             let outbox = Outbox::default();
-            peers.add_dialled(u64::from(peer.0.0), peer, outbox.clone());
+            peers.add_dialled(u64::from(peer.0.0), peer, outbox.clone(), &Cell::new(true));
             outbox
         });
         for opcode in [Opcode::Append, Opcode::Write, Opcode::Push, Opcode::Peer, Opcode::FetchPages] {
@@ -199,5 +229,35 @@ mod tests {
         assert_eq!(left(&outboxes[0], 7), [Opcode::Write, Opcode::Peer, Opcode::FetchPages]);
         assert_eq!(left(&outboxes[0], 8).len(), 5);
         assert_eq!(left(&outboxes[1], 7).len(), 5);
+    }
+
+    fn sends(peers: &mut Peers, peer: PeerShard) -> bool {
+        peers.send(peer, Frame::new(Header::new(Opcode::Append)))
+    }
+
+    /// A connection to a life of the peer that is gone took the place of the living one, and left it empty when it
+    /// ended. Found by reading.
+    #[test]
+    fn a_late_connection_to_an_older_life_leaves_the_living_one_alone() {
+        let (mut peers, peer) = (Peers::default(), (NodeId(2), ShardIndex(0)));
+        let (older, newer) = (Outbox::default(), Outbox::default());
+        assert_eq!(peers.add_dialled(2, peer, newer, &Cell::new(true)), Dialled::Kept);
+        assert_eq!(peers.add_dialled(1, peer, older, &Cell::new(false)), Dialled::Unwanted);
+        assert_eq!(peers.remove(1), None);
+        assert!(sends(&mut peers, peer));
+        assert_eq!(peers.remove(2), Some(Closed { id: 2, peer, dialled: true }));
+        assert!(!sends(&mut peers, peer));
+    }
+
+    #[test]
+    fn a_connection_that_is_replaced_is_closed_and_its_end_takes_nothing_with_it() {
+        let (mut peers, peer) = (Peers::default(), (NodeId(2), ShardIndex(0)));
+        let (older, newer) = (Outbox::default(), Outbox::default());
+        assert_eq!(peers.add_dialled(1, peer, older.clone(), &Cell::new(true)), Dialled::Kept);
+        let closed = Closed { id: 1, peer, dialled: true };
+        assert_eq!(peers.add_dialled(2, peer, newer, &Cell::new(true)), Dialled::Replaces(closed));
+        assert!(older.is_closed());
+        assert_eq!(peers.remove(1), None, "nothing follows when it ends");
+        assert!(sends(&mut peers, peer));
     }
 }

@@ -153,7 +153,12 @@ impl Connections {
                 Ok(connection) if connection.hello.incarnation == to.incarnation => {
                     wait = DIAL_WAIT_FIRST;
                     let outbox = Outbox::default();
-                    let dialled = |connection, outbox| Event::Dialled { connection, peer, outbox };
+                    let dialled = |connection, outbox| Event::Dialled {
+                        connection,
+                        peer,
+                        outbox,
+                        wanted: wanted.clone(),
+                    };
                     self.carry(connection, dialled, outbox).await;
                 }
                 Ok(connection) => {

@@ -1,7 +1,7 @@
 //! The turn: events in, actions out. See `shard` for what a turn is.
 
 use super::control::Outcome;
-use super::peers::Accepted;
+use super::peers::{Accepted, Closed, Dialled};
 use super::*;
 use crate::io::DeviceRole;
 use crate::stats::Counter;
@@ -29,11 +29,8 @@ impl Shard {
                 }
             }
             Event::Accepted { connection, hello, outbox } => self.on_accepted(connection, &hello, outbox),
-            Event::Dialled { connection, peer, outbox } => {
-                self.peers.add_dialled(connection, peer, outbox);
-                self.replicate(|replication, stores, now, out| {
-                    replication.on_peer_up(peer.0, stores, now, out)
-                });
+            Event::Dialled { connection, peer, outbox, wanted } => {
+                self.on_dialled(connection, peer, outbox, &wanted);
             }
             Event::Closed(connection) => self.on_closed(connection),
             Event::Request(request) => self.on_request(*request),
@@ -254,6 +251,15 @@ impl Shard {
         }
     }
 
+    fn on_dialled(&mut self, connection: ConnectionId, peer: PeerShard, outbox: Outbox, wanted: &Cell<bool>) {
+        match self.peers.add_dialled(connection, peer, outbox, wanted) {
+            Dialled::Unwanted => return,
+            Dialled::Replaces(older) => self.on_lost(older),
+            Dialled::Kept => {}
+        }
+        self.replicate(|replication, stores, now, out| replication.on_peer_up(peer.0, stores, now, out));
+    }
+
     fn on_accepted(&mut self, connection: ConnectionId, hello: &Hello, outbox: Outbox) {
         match self.peers.add_accepted(connection, hello, outbox) {
             Accepted::Kept => {}
@@ -271,8 +277,14 @@ impl Shard {
     }
 
     fn on_closed(&mut self, connection: ConnectionId) {
-        let Some(closed) = self.peers.remove(connection) else { return };
-        self.driver.replication.on_origin_gone(Origin::Connection(connection));
+        if let Some(closed) = self.peers.remove(connection) {
+            self.on_lost(closed);
+        }
+    }
+
+    /// A connection that was served is not any more.
+    fn on_lost(&mut self, closed: Closed) {
+        self.driver.replication.on_origin_gone(Origin::Connection(closed.id));
         if closed.dialled {
             let (node, shard) = closed.peer;
             let map = self.map.clone();
@@ -308,7 +320,9 @@ impl Shard {
                 let report = Box::new(self.answer(question));
                 self.tell(from, Message::Report { number, report });
             }
-            Message::Opened { number, result } => self.opens.complete(number, result),
+            Message::Opened { number, result } => {
+                port::on_opened(&self.handle, &self.opens, number, result);
+            }
             Message::Scrub { bytes_per_second, orders } => {
                 self.replicate(|replication, stores, now, out| {
                     replication.set_scrubs(bytes_per_second, orders.to_vec(), stores, now, out)

@@ -74,18 +74,22 @@ impl<D, A> Calls<D, A> {
 
     /// The answer to call `number`; nothing happens if it was given up.
     pub fn complete(&self, number: u64, result: Result<A, Code>) {
+        self.offer(number, result);
+    }
+
+    /// As [`Self::complete`]; an answer that nobody waits for is given back.
+    pub fn offer(&self, number: u64, result: Result<A, Code>) -> Option<Result<A, Code>> {
         let mut table = self.0.borrow_mut();
-        let Some((generation, slot)) = table.slots.get_mut(number as u32 as usize) else { return };
-        if u64::from(*generation) != number >> 32 {
-            return;
-        }
-        if let Slot::Waiting { waker, .. } = slot {
-            let waker = waker.take();
-            *slot = Slot::Done(result);
-            drop(table);
-            if let Some(waker) = waker {
-                waker.wake();
+        match table.slots.get_mut(number as u32 as usize) {
+            Some((generation, slot @ Slot::Waiting { .. })) if u64::from(*generation) == number >> 32 => {
+                let before = std::mem::replace(slot, Slot::Done(result));
+                drop(table);
+                if let Slot::Waiting { waker: Some(waker), .. } = before {
+                    waker.wake();
+                }
+                None
             }
+            _ => Some(result),
         }
     }
 
@@ -138,20 +142,30 @@ pub struct Call<D = Destination, A = Answer> {
     number: u64,
 }
 
+impl<D, A> Call<D, A> {
+    /// The answer, if it has come and the future did not return it.
+    pub fn take(&mut self) -> Option<Result<A, Code>> {
+        let mut table = self.calls.0.borrow_mut();
+        match &mut table.slots[self.number as u32 as usize].1 {
+            Slot::Done(result) => Some(std::mem::replace(result, Err(Code::Internal))),
+            _ => None,
+        }
+    }
+}
+
 impl<D, A> Future for Call<D, A> {
     type Output = Result<A, Code>;
 
-    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        let mut table = self.calls.0.borrow_mut();
-        let (_, slot) = &mut table.slots[self.number as u32 as usize];
-        match slot {
-            Slot::Waiting { waker, .. } => {
-                *waker = Some(context.waker().clone());
-                Poll::Pending
-            }
-            Slot::Done(result) => Poll::Ready(std::mem::replace(result, Err(Code::Internal))),
-            Slot::Free => unreachable!("a call keeps its slot until it is dropped"),
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        if let Some(result) = self.take() {
+            return Poll::Ready(result);
         }
+        let mut table = self.calls.0.borrow_mut();
+        match &mut table.slots[self.number as u32 as usize].1 {
+            Slot::Waiting { waker, .. } => *waker = Some(context.waker().clone()),
+            _ => unreachable!("a call keeps its slot until it is dropped"),
+        }
+        Poll::Pending
     }
 }
 
@@ -187,8 +201,8 @@ mod tests {
         let calls = Calls::default();
         let (number, mut call) = calls.start(DESTINATION);
         assert!(poll(&mut call).is_pending());
-        calls.complete(number, Ok(Answer::Reply(Reply::Done)));
-        calls.complete(number, Err(Code::Busy));
+        assert!(calls.offer(number, Ok(Answer::Reply(Reply::Done))).is_none());
+        assert!(calls.offer(number, Err(Code::Busy)).is_some());
         assert!(matches!(poll(&mut call), Poll::Ready(Ok(Answer::Reply(Reply::Done)))));
     }
 
@@ -199,7 +213,7 @@ mod tests {
         drop(call);
         let (new, mut call) = calls.start(DESTINATION);
         assert_ne!(old, new);
-        calls.complete(old, Ok(Answer::Reply(Reply::Done)));
+        assert!(calls.offer(old, Ok(Answer::Reply(Reply::Done))).is_some());
         assert!(poll(&mut call).is_pending());
         assert_eq!(calls.count(), 1);
     }

@@ -1,6 +1,7 @@
 //! The gateways' client: carries out one request on the groups that it touches.
 
-use std::collections::{BTreeSet, HashSet};
+use std::cell::Cell;
+use std::collections::{BTreeSet, HashSet, VecDeque};
 use std::future::Future;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -103,12 +104,20 @@ impl VolumeClient {
         Some(call)
     }
 
-    /// One operation of one group, until it is answered for good.
-    async fn carry_out(&self, context: Context, operation: Operation) -> Result<Reply, Code> {
+    /// One operation of one group, until it is answered for good, or `failed`: then it is not sent again.
+    async fn carry_out(
+        &self,
+        context: Context,
+        operation: Operation,
+        failed: &Cell<Option<Code>>,
+    ) -> Result<Reply, Code> {
         let key = operation.key().expect("only operations of blocks are carried out one by one");
         let group = group_of(&context, key);
         let mut backoff = Backoff::new();
         loop {
+            if let Some(code) = failed.get() {
+                return Err(code);
+            }
             let outcome = match self.start(group, context.durability, operation.clone()) {
                 Some(call) => call.await,
                 None => Err(Code::GroupInactive),
@@ -126,35 +135,51 @@ impl VolumeClient {
         if code.retry() == Retry::Never {
             return Err(code);
         }
-        if self.port.now_ns() >= deadline_ns {
-            tracing::warn!(cause = %code, seconds = IO_TIMEOUT.as_secs(), "a request got no answer in time");
-            return Err(Code::Timeout);
+        if self.port.now_ns() < deadline_ns {
+            monoio::time::sleep(backoff.next()).await;
+            if self.port.now_ns() < deadline_ns {
+                return Ok(());
+            }
         }
-        monoio::time::sleep(backoff.next()).await;
-        Ok(())
+        tracing::warn!(cause = %code, seconds = IO_TIMEOUT.as_secs(), "a request got no answer in time");
+        Err(Code::Timeout)
     }
 
-    /// All of `operations`, some at once; their replies in order.
+    /// All of `operations`, some at once; their replies in order, or the error that came first.
+    ///
+    /// Ends when the last part that was sent has, also after an error: what the client writes next must not be
+    /// overtaken by a part of this request (docs/decisions/0010).
     async fn carry_out_all(
         &self,
         context: Context,
         operations: impl IntoIterator<Item = Operation>,
     ) -> Result<Vec<Reply>, Code> {
+        let failed = Rc::new(Cell::new(None));
         let mut replies = Vec::new();
-        let mut under_way = std::collections::VecDeque::with_capacity(2);
+        let mut under_way = VecDeque::with_capacity(2);
         let mut operations = operations.into_iter();
         loop {
             while under_way.len() < PARTS_MAX
+                && failed.get().is_none()
                 && let Some(operation) = operations.next()
             {
-                let this = self.clone();
-                under_way.push_back(monoio::spawn(async move { this.carry_out(context, operation).await }));
+                let (this, failed) = (self.clone(), failed.clone());
+                under_way.push_back(monoio::spawn(async move {
+                    let result = this.carry_out(context, operation, &failed).await;
+                    failed.set(failed.get().or(result.as_ref().err().copied()));
+                    result
+                }));
             }
             match under_way.pop_front() {
-                Some(part) => replies.push(part.await?),
-                None => return Ok(replies),
+                Some(part) => replies.extend(part.await.ok()),
+                None => return failed.get().map_or(Ok(replies), Err),
             }
         }
+    }
+
+    /// The only part of a request.
+    async fn carry_out_one(&self, context: Context, operation: Operation) -> Result<Reply, Code> {
+        self.carry_out(context, operation, &Cell::new(None)).await
     }
 
     async fn read(&self, context: Context, offset: u64, length: u64) -> Result<BlockReply, Code> {
@@ -162,7 +187,7 @@ impl VolumeClient {
         let operations = parts.iter().map(|part| Operation::Read { key: part.key, pages: part.pages });
         let replies = match &parts[..] {
             [part] => {
-                vec![self.carry_out(context, Operation::Read { key: part.key, pages: part.pages }).await?]
+                vec![self.carry_out_one(context, Operation::Read { key: part.key, pages: part.pages }).await?]
             }
             _ => self.carry_out_all(context, operations).await?,
         };
@@ -189,7 +214,7 @@ impl VolumeClient {
     ) -> Result<BlockReply, Code> {
         let mut parts = split::write(context.address, offset, &data, fua);
         if parts.len() == 1 {
-            self.carry_out(context, parts.remove(0)).await?;
+            self.carry_out_one(context, parts.remove(0)).await?;
         } else {
             self.carry_out_all(context, parts).await?;
         }
@@ -371,3 +396,6 @@ impl Volumes for VolumeClient {
 fn export(volume: &Volume) -> Export {
     Export { volume: volume.id, name: volume.name.clone(), size_bytes: volume.size_bytes }
 }
+
+#[cfg(test)]
+mod tests;

@@ -7,6 +7,7 @@
 //! Invariants
 //! - A fail-over within `IO_TIMEOUT` is never an error of the request.
 //! - A request is sent again only when its last copy was answered, or can not be carried out any more.
+//! - A request ends when the last of its parts has, also after an error.
 
 pub mod calls;
 pub mod request;

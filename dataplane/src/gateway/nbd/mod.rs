@@ -8,7 +8,10 @@
 //!
 //! Invariants
 //! - Whatever a client sends, only its own connection suffers.
-//! - A connection holds at most `bytes_in_flight_max` of the pool (or one piece, if that is larger).
+//! - A connection holds at most `bytes_in_flight_max` of the pool (or one piece, if that is larger), and no more of
+//!   each class of buffers than the others leave free; all together hold no more than half of each.
+//! - A client that holds buffers and takes nothing of its replies, or sends nothing of the payload that it owes, is
+//!   sent away long before a request of another one times out. One that holds none may be silent for ever.
 
 mod budget;
 mod handshake;
@@ -30,8 +33,9 @@ use xsan_protocol::error::Code;
 
 use crate::disk::buffers::BufferPool;
 use crate::net::receive::{ReceiveError, Receiver};
+use crate::volume::IO_TIMEOUT;
 use crate::volume::request::{Export, Volumes};
-use budget::Budget;
+use budget::Share;
 use wire::{Errno, Malformed};
 
 /// A listener that fails (out of file descriptors, most likely) is asked again after this.
@@ -46,15 +50,16 @@ const KEEPALIVE_PROBES: u32 = 4;
 pub struct Options {
     /// Connections of all gateways that share one [`Counters`].
     pub connections_max: usize,
-    /// Payload bytes under way on one connection, until their replies are written.
+    /// Bytes of buffers of one connection, until the replies are written.
     pub bytes_in_flight_max: usize,
-    /// Operations under way on one connection; a request is one per MiB.
+    /// Operations under way on one connection; a request may be one per MiB.
     pub operations_in_flight_max: usize,
     /// Receive buffer of a connection: how much one system call takes.
     pub receive_bytes: usize,
     /// Longest wait for each step of the handshake.
     pub handshake_timeout: Duration,
-    /// A client that takes nothing of its replies for this long (or up to twice as long) is sent away.
+    /// A client that holds buffers, and for this long (or a quarter longer) takes nothing of its replies or sends
+    /// nothing of a payload, is sent away. Others may wait for its buffers, and must not time out meanwhile.
     pub stall_timeout: Duration,
 }
 
@@ -66,7 +71,7 @@ impl Default for Options {
             operations_in_flight_max: 256,
             receive_bytes: 256 * 1024,
             handshake_timeout: Duration::from_secs(10),
-            stall_timeout: Duration::from_secs(60),
+            stall_timeout: IO_TIMEOUT / 2,
         }
     }
 }
@@ -89,7 +94,7 @@ pub struct Counters {
     pub written_bytes: AtomicU64,
     /// Payload bytes copied in user space on their way from the socket.
     pub copied_bytes: AtomicU64,
-    /// Times that the buffer pool was empty.
+    /// Times that an operation waited for buffers.
     pub pool_waits: AtomicU64,
 }
 
@@ -155,7 +160,7 @@ enum Closed {
     TooManyOptions,
     #[error("the export can not be opened: {0}")]
     Open(Code),
-    #[error("the client takes no replies")]
+    #[error("the client holds buffers, and takes no replies or sends no payload")]
     Stalled,
     #[error("a write claims {0} bytes")]
     WriteTooLong(u32),
@@ -169,7 +174,7 @@ pub struct Gateway<V> {
     pool: &'static BufferPool,
     options: Options,
     counters: Arc<Counters>,
-    assembly_budget: Rc<Budget>,
+    share: Rc<Share>,
 }
 
 impl<V: Volumes> Clone for Gateway<V> {
@@ -179,7 +184,7 @@ impl<V: Volumes> Clone for Gateway<V> {
             pool: self.pool,
             options: self.options.clone(),
             counters: Arc::clone(&self.counters),
-            assembly_budget: Rc::clone(&self.assembly_budget),
+            share: Rc::clone(&self.share),
         }
     }
 }
@@ -193,8 +198,8 @@ impl<V: Volumes> Gateway<V> {
         assert!(options.connections_max > 0);
         assert!(options.bytes_in_flight_max > 0);
         assert!(options.operations_in_flight_max > 0);
-        let assembly_budget = Budget::new(rules::ASSEMBLED_BYTES_MAX as usize, usize::MAX);
-        Self { volumes, pool, options, counters, assembly_budget }
+        let share = Share::new(pool, Arc::clone(&counters));
+        Self { volumes, pool, options, counters, share }
     }
 
     /// Accepts connections for ever; each is served by a task of its own.

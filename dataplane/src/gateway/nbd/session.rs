@@ -19,7 +19,7 @@ use std::time::Duration;
 use monoio::io::{AsyncReadRent, AsyncWriteRent};
 use xsan_protocol::units::PAGE_SIZE;
 
-use super::budget::{Budget, Permit};
+use super::budget::{Budget, Permit, Slots};
 use super::handshake::Negotiated;
 use super::outbox::{Outbox, push_chunks, push_plain};
 use super::rules::{self, ASSEMBLED_BYTES_MAX, Agreed, Command, Piece, SKIPPED_BYTES_MAX};
@@ -33,6 +33,8 @@ use crate::volume::request::{BlockReply, BlockRequest, Operation, Segment, Volum
 const BLOCK_STATUS_BYTES_MAX: u64 = 1 << 30;
 /// Most extents of one answer.
 const EXTENTS_MAX: usize = 4096;
+/// How often a client is looked at while its time to do something passes.
+const STALL_LOOKS: u32 = 4;
 /// How soon an exhausted pool is asked again.
 const POOL_RETRY: Duration = Duration::from_millis(1);
 
@@ -42,9 +44,10 @@ struct Context<V: Volumes> {
     agreed: Agreed,
     pool: &'static BufferPool,
     budget: Rc<Budget>,
-    /// Of all connections of the gateway: bytes of reads that are being assembled.
-    assembly_budget: Rc<Budget>,
     outbox: Outbox,
+    /// The client owes the rest of a payload, whose buffer waits for it.
+    payload_awaited: Cell<bool>,
+    received_bytes: Rc<Cell<u64>>,
     failure_logged: Cell<bool>,
     counters: Arc<Counters>,
 }
@@ -72,9 +75,14 @@ where
         attachment: negotiated.attachment,
         agreed: negotiated.agreed,
         pool: gateway.pool,
-        budget: Budget::new(options.bytes_in_flight_max, options.operations_in_flight_max),
-        assembly_budget: Rc::clone(&gateway.assembly_budget),
+        budget: Budget::new(
+            options.bytes_in_flight_max,
+            options.operations_in_flight_max,
+            Rc::clone(&gateway.share),
+        ),
         outbox: Outbox::new(),
+        payload_awaited: Cell::new(false),
+        received_bytes: receiver.received_bytes(),
         failure_logged: Cell::new(false),
         counters: Arc::clone(&gateway.counters),
     });
@@ -93,18 +101,37 @@ where
     end.unwrap_or(Err(Closed::Stalled))
 }
 
-/// Ends a connection whose client takes nothing of its replies for between one and two `timeout`s: what it
-/// holds of the buffer pool is everybody's.
+/// Ends a connection whose client holds buffers and does nothing to free them for `timeout`, or a little longer:
+/// what it holds of the pool is everybody's. A client that holds none may be silent, as one that is paused is.
 async fn end_when_stalled<V: Volumes>(context: Weak<Context<V>>, timeout: Duration) {
-    let mut before = None;
+    let (mut sending, mut receiving) = (Watch::default(), Watch::default());
     loop {
-        monoio::time::sleep(timeout).await;
+        monoio::time::sleep(timeout / STALL_LOOKS).await;
         let Some(context) = context.upgrade() else { return };
-        let now = context.outbox.progress();
-        if now.is_some() && now == before {
+        let holds = context.budget.holds_buffers();
+        let sent = context.outbox.progress().filter(|_| holds);
+        let received = context.payload_awaited.get().then(|| context.received_bytes.get());
+        let stalled = [sending.stands_still(sent), receiving.stands_still(received)];
+        if stalled.contains(&true) {
             return context.outbox.abort();
         }
-        before = now;
+    }
+}
+
+/// Sees whether a count grows.
+#[derive(Default)]
+struct Watch {
+    before: Option<u64>,
+    looks: u32,
+}
+
+impl Watch {
+    /// The count as it is now, `None` if it need not grow; has it been the same for `STALL_LOOKS` intervals?
+    fn stands_still(&mut self, now: Option<u64>) -> bool {
+        let same = now.is_some() && now == self.before;
+        self.looks = if same { self.looks + 1 } else { 0 };
+        self.before = now;
+        self.looks == STALL_LOOKS
     }
 }
 
@@ -132,20 +159,20 @@ impl<R: AsyncReadRent, V: Volumes> Session<R, V> {
                     }
                     self.receiver.skip(request.length).await?;
                 }
-                let permit = context.budget.admit(0).await;
+                let permit = context.budget.admit(Slots::NONE).await;
                 context.refuse(&request, error, permit);
                 Ok(())
             }
             Ok(Command::Write { fua }) => self.on_write(&request, fua).await,
             Ok(Command::Read { dont_fragment }) => self.on_read(&request, dont_fragment).await,
             Ok(Command::BlockStatus { one }) => {
-                let permit = context.budget.admit(0).await;
+                let permit = context.budget.admit(Slots::NONE).await;
                 monoio::spawn(context.block_status(request, one, permit));
                 Ok(())
             }
             Ok(Command::Cache) => {
                 // Nothing lies above the stores that could be filled in advance; the hint is valid and done.
-                let permit = context.budget.admit(0).await;
+                let permit = context.budget.admit(Slots::NONE).await;
                 context.outbox.push([permit], |out| out.push_head(&wire::simple_reply(request.cookie, None)));
                 Ok(())
             }
@@ -159,7 +186,7 @@ impl<R: AsyncReadRent, V: Volumes> Session<R, V> {
 
     /// Starts a request without payload and without data in its answer.
     async fn start(&mut self, request: &Request, operation: Operation) -> Result<(), Closed> {
-        let permit = self.context.budget.admit(0).await;
+        let permit = self.context.budget.admit(Slots::NONE).await;
         let (offset, length) = (request.offset, u64::from(request.length));
         let progress = Progress::new(1);
         monoio::spawn(Rc::clone(&self.context).change(
@@ -177,10 +204,12 @@ impl<R: AsyncReadRent, V: Volumes> Session<R, V> {
         let pieces = rules::pieces(request.offset, request.length);
         let progress = Progress::new(pieces.clone().count());
         for Piece { offset, length } in pieces {
-            let permit = self.context.budget.admit(length).await;
             let begin = (offset % PAGE_SIZE as u64) as usize;
+            let permit = self.context.budget.admit(Slots::new(1, begin + length)).await;
             let buffer = self.context.buffer(begin + length).await;
+            self.context.payload_awaited.set(true);
             let buffer = self.receiver.payload(buffer, begin).await?;
+            self.context.payload_awaited.set(false);
             let operation = Operation::Write { data: whole(buffer, begin), fua };
             monoio::spawn(Rc::clone(&self.context).change(
                 request.cookie,
@@ -205,17 +234,21 @@ impl<R: AsyncReadRent, V: Volumes> Session<R, V> {
         }
         let pieces = rules::pieces(request.offset, request.length);
         let count = pieces.clone().count();
-        let reply = if chunks {
-            ReadReply::Chunks(Progress::new(count))
-        } else {
-            // A read that waits for a buffer while it holds others must not wait for its like.
-            let bytes = if count > 1 { request.length as usize } else { 0 };
-            let share = context.assembly_budget.admit(bytes).await;
-            ReadReply::Assembled(Assembly::new(count, share))
-        };
+        if chunks {
+            let progress = Progress::new(count);
+            for piece in pieces {
+                let permit = context.budget.admit(slots(piece)).await;
+                let progress = Rc::clone(&progress);
+                monoio::spawn(Rc::clone(context).read_chunk(request.cookie, piece, permit, progress));
+            }
+            return Ok(());
+        }
+        // All at once: one that waits for buffers while it holds others could wait for its like.
+        let largest = pieces.clone().map(placed_bytes).max().expect("a read has pieces");
+        let permit = context.budget.admit(Slots::new(count, largest)).await;
+        let assembly = Assembly::new(count, permit);
         for (index, piece) in pieces.enumerate() {
-            let permit = context.budget.admit(piece.length).await;
-            monoio::spawn(Rc::clone(context).read_piece(*request, piece, index, permit, reply.clone()));
+            monoio::spawn(Rc::clone(context).read_part(*request, piece, index, Rc::clone(&assembly)));
         }
         Ok(())
     }
@@ -228,7 +261,7 @@ impl<R: AsyncReadRent, V: Volumes> Session<R, V> {
         let context = &self.context;
         context.budget.idle().await;
         for (index, piece) in rules::pieces(request.offset, request.length).enumerate() {
-            let permit = context.budget.admit(piece.length).await;
+            let permit = context.budget.admit(slots(piece)).await;
             match context.read(piece).await {
                 Ok(segments) => context.outbox.push([permit], |out| {
                     if index == 0 {
@@ -268,29 +301,31 @@ impl Progress {
     }
 }
 
-/// A piece of an assembled read, and the permit of what it holds.
-type HeldPiece = (Vec<Segment>, Permit);
-
 /// A read that is answered in one run of data.
 struct Assembly {
     progress: Rc<Progress>,
-    pieces: RefCell<Vec<Option<HeldPiece>>>,
-    /// Its share of the buffers that reads may hold while they wait for more.
-    _share: Permit,
+    pieces: RefCell<Vec<Vec<Segment>>>,
+    /// Of all that it holds, until the reply takes it.
+    permit: Cell<Option<Permit>>,
 }
 
 impl Assembly {
-    fn new(pieces: usize, share: Permit) -> Rc<Self> {
-        let held = (0..pieces).map(|_| None).collect();
-        Rc::new(Self { progress: Progress::new(pieces), pieces: RefCell::new(held), _share: share })
+    fn new(pieces: usize, permit: Permit) -> Rc<Self> {
+        Rc::new(Self {
+            progress: Progress::new(pieces),
+            pieces: RefCell::new(vec![Vec::new(); pieces]),
+            permit: Cell::new(Some(permit)),
+        })
     }
 }
 
-#[derive(Clone)]
-enum ReadReply {
-    /// Each piece is answered by chunks of its own.
-    Chunks(Rc<Progress>),
-    Assembled(Rc<Assembly>),
+/// Bytes of a buffer that holds the piece where its page begins.
+fn placed_bytes(piece: Piece) -> usize {
+    (piece.offset % PAGE_SIZE as u64) as usize + piece.length
+}
+
+fn slots(piece: Piece) -> Slots {
+    Slots::new(1, placed_bytes(piece))
 }
 
 impl<V: Volumes> Context<V> {
@@ -361,7 +396,7 @@ impl<V: Volumes> Context<V> {
             Ok(reply) => panic!("a change is answered with Done, not {reply:?}"),
             Err(error) => Some(error),
         };
-        permit.release_bytes();
+        permit.release_slots();
         if progress.ended(error) {
             let error = progress.error.get();
             self.counters.failed_requests.fetch_add(u64::from(error.is_some()), Ordering::Relaxed);
@@ -382,32 +417,9 @@ impl<V: Volumes> Context<V> {
         }
     }
 
-    async fn read_piece(
-        self: Rc<Self>,
-        request: Request,
-        piece: Piece,
-        index: usize,
-        permit: Permit,
-        reply: ReadReply,
-    ) {
+    /// One piece of a read that is answered by chunks.
+    async fn read_chunk(self: Rc<Self>, cookie: u64, piece: Piece, permit: Permit, progress: Rc<Progress>) {
         let result = self.read(piece).await;
-        match reply {
-            ReadReply::Chunks(progress) => self.answer_chunk(&request, piece, result, permit, &progress),
-            ReadReply::Assembled(assembly) => {
-                self.answer_assembled(&request, index, result, permit, &assembly);
-            }
-        }
-    }
-
-    fn answer_chunk(
-        &self,
-        request: &Request,
-        piece: Piece,
-        result: Result<Vec<Segment>, Errno>,
-        permit: Permit,
-        progress: &Progress,
-    ) {
-        let cookie = request.cookie;
         let done = progress.ended(result.as_ref().err().copied());
         if done && progress.error.get().is_some() {
             self.counters.failed_requests.fetch_add(1, Ordering::Relaxed);
@@ -418,32 +430,28 @@ impl<V: Volumes> Context<V> {
         });
     }
 
-    fn answer_assembled(
-        &self,
-        request: &Request,
-        index: usize,
-        result: Result<Vec<Segment>, Errno>,
-        permit: Permit,
-        assembly: &Assembly,
-    ) {
+    /// One piece of a read that is answered in one run of data; the last piece answers.
+    async fn read_part(self: Rc<Self>, request: Request, piece: Piece, index: usize, assembly: Rc<Assembly>) {
+        let result = self.read(piece).await;
         let error = result.as_ref().err().copied();
-        assembly.pieces.borrow_mut()[index] = Some((result.unwrap_or_default(), permit));
+        assembly.pieces.borrow_mut()[index] = result.unwrap_or_default();
         if !assembly.progress.ended(error) {
             return;
         }
-        let (segments, mut permits): (Vec<_>, Vec<_>) = assembly.pieces.take().into_iter().flatten().unzip();
+        let pieces = assembly.pieces.take();
+        let permit = assembly.permit.take().expect("one piece is the last");
         if let Some(error) = assembly.progress.error.get() {
-            let permit = permits.pop().expect("each piece has one");
-            return self.refuse(request, error, permit);
+            drop(pieces);
+            return self.refuse(&request, error, permit);
         }
-        self.outbox.push(permits, |out| {
+        self.outbox.push([permit], |out| {
             if self.agreed.structured {
                 let length = request.length as usize;
                 out.push_head(&wire::chunk_data(request.cookie, request.offset, length, true));
             } else {
                 out.push_head(&wire::simple_reply(request.cookie, None));
             }
-            segments.into_iter().for_each(|segments| push_plain(out, segments));
+            pieces.into_iter().for_each(|segments| push_plain(out, segments));
         });
     }
 

@@ -125,6 +125,22 @@ fn a_node_of_another_cluster_is_told_so() {
     });
 }
 
+/// Frames of a peer with this node's own id met an assert: whoever said such a hello ended the process. Found by
+/// reading.
+#[test]
+fn a_node_that_claims_to_be_this_one_is_told_so() {
+    run(async {
+        let (listener, address) = listener();
+        monoio::spawn(async move {
+            let stream = crate::net::listener::accept(&listener).await;
+            let refused = Connection::accept(stream, &hello(2, "c")).await.err();
+            assert!(matches!(refused, Some(ConnectionError::Refused(Code::NodeIdTaken))));
+        });
+        let refused = Connection::dial(address, &hello(2, "c")).await.err();
+        assert!(matches!(refused, Some(ConnectionError::Refused(Code::NodeIdTaken))), "{refused:?}");
+    });
+}
+
 #[test]
 fn a_flipped_bit_closes_the_connection_and_hands_over_nothing() {
     run(async {

@@ -1,0 +1,221 @@
+use std::cell::RefCell;
+
+use xsan_protocol::ids::{BootId, Incarnation, Layer, Lineage, StoreId};
+use xsan_protocol::map::{DataProcess, Group, Member, Node, Store};
+use xsan_protocol::units::BLOCK_SIZE;
+
+use super::*;
+
+const NODE: NodeId = NodeId(1);
+const STORE: StoreId = StoreId(1);
+const POOL: PoolId = PoolId(1);
+const VOLUME: VolumeId = VolumeId(1);
+const BLOCK: u64 = BLOCK_SIZE as u64;
+/// Longer than any wait between two tries.
+const LONG: Duration = Duration::from_millis(BACKOFF_MAX.as_millis() as u64 * 4);
+
+/// One node that leads the only group of the only pool.
+fn map() -> ClusterMap {
+    let (incarnation, boot_id, shard) = (Incarnation(7), BootId(1), ShardIndex(0));
+    let store = Store {
+        id: STORE,
+        capacity_bytes: 1 << 30,
+        shard,
+        device: "".into(),
+        media: "".into(),
+        failed: false,
+    };
+    let data =
+        DataProcess { incarnation, boot_id, shard_ports: vec![9100], nbd_port: 10809, stores: vec![store] };
+    let node = Node {
+        id: NODE,
+        name: "node-001".to_owned(),
+        address: std::net::IpAddr::from([127, 0, 0, 1]),
+        control_port: 8080,
+        failure_domain: String::new(),
+        voter: true,
+        data: Some(data),
+    };
+    let member = Member { node: NODE, store: STORE, incarnation, boot_id, learner: false, damaged: false };
+    let group = Group {
+        id: GroupId::new(POOL, 0),
+        epoch: Epoch(1),
+        primary: Some(NODE),
+        members: vec![member],
+        former: Vec::new(),
+    };
+    let volume = Volume {
+        id: VOLUME,
+        name: "disk".to_owned(),
+        lineage: Lineage(1),
+        layer: Layer(0),
+        size_bytes: 1 << 30,
+        pool: POOL,
+        durability: Durability::OnFlush,
+        policy: String::new(),
+        created_unix_ms: 0,
+        attached_nodes: Vec::new(),
+    };
+    ClusterMap {
+        nodes: [(NODE, node)].into(),
+        pools: [(POOL, Pool { id: POOL, replica_count: 1, min_replicas: 1, group_count: 1 })].into(),
+        groups: [(group.id, group)].into(),
+        volumes: [(VOLUME, volume)].into(),
+        ..ClusterMap::default()
+    }
+}
+
+/// A port whose clock stands still, and that keeps what is sent for the test to answer.
+struct FakePort {
+    map: Arc<ClusterMap>,
+    sent: RefCell<Vec<u64>>,
+    now_ns: Cell<u64>,
+}
+
+impl Port for FakePort {
+    fn map(&self) -> Arc<ClusterMap> {
+        self.map.clone()
+    }
+
+    fn send(&self, number: u64, _: Target, _: Durability, _: Operation) {
+        self.sent.borrow_mut().push(number);
+    }
+
+    fn send_flush(&self, number: u64, _: NodeId, _: ShardIndex, _: PoolId) {
+        self.sent.borrow_mut().push(number);
+    }
+
+    fn open(&self, _: &str) -> std::pin::Pin<Box<dyn Future<Output = Result<Volume, Code>>>> {
+        Box::pin(async { Err(Code::NotFound) })
+    }
+
+    fn close(&self, _: VolumeId) {}
+
+    fn now_ns(&self) -> u64 {
+        self.now_ns.get()
+    }
+
+    fn observe(&self, _: Stage, _: u64) {}
+}
+
+/// A client, and what a test does to it.
+struct Rig {
+    port: Rc<FakePort>,
+    calls: Calls,
+    client: VolumeClient,
+}
+
+impl Rig {
+    fn new() -> Self {
+        let port = Rc::new(FakePort { map: Arc::new(map()), sent: RefCell::default(), now_ns: Cell::new(1) });
+        let calls = Calls::default();
+        let client = VolumeClient::new(port.clone(), calls.clone(), BufferPool::anonymous(16 << 20));
+        Self { port, calls, client }
+    }
+
+    /// Starts a write-zeroes; its result comes into the cell.
+    fn zero(&self, offset: u64, length: u64) -> Rc<RefCell<Option<Result<BlockReply, Code>>>> {
+        let (client, result) = (self.client.clone(), Rc::new(RefCell::new(None)));
+        let cell = result.clone();
+        let operation = Wanted::WriteZeroes { fua: false, no_hole: false };
+        monoio::spawn(async move {
+            let ended = client.submit(BlockRequest { volume: VOLUME, offset, length, operation }).await;
+            *cell.borrow_mut() = Some(ended);
+        });
+        result
+    }
+
+    fn sent(&self) -> usize {
+        self.port.sent.borrow().len()
+    }
+
+    async fn until_sent(&self, count: usize) {
+        for _ in 0..1000 {
+            if self.sent() >= count {
+                return;
+            }
+            monoio::time::sleep(Duration::from_millis(1)).await;
+        }
+        panic!("{} parts were sent, not {count}", self.sent());
+    }
+
+    /// Answers what was sent as number `index`.
+    fn answer(&self, index: usize, result: Result<(), Code>) {
+        let number = self.port.sent.borrow()[index];
+        self.calls.complete(number, result.map(|()| Answer::Reply(Reply::Done)));
+    }
+}
+
+fn run<F: Future>(work: F) -> F::Output {
+    let mut runtime = monoio::RuntimeBuilder::<monoio::IoUringDriver>::new().enable_timer().build().unwrap();
+    runtime.block_on(work)
+}
+
+/// The head of a write-zeroes met a full store, and the client was told at once. Other parts of it, which had met a
+/// full journal, were sent again and again, up to 30 s later: they zeroed what the client had written since. Found by
+/// reading.
+#[test]
+fn a_request_that_fails_ends_when_its_last_part_has() {
+    run(async {
+        let rig = Rig::new();
+        // A head of some sectors, and one part of each of eight blocks.
+        let result = rig.zero(512, 8 * BLOCK - 512);
+        rig.until_sent(9).await;
+        rig.answer(2, Err(Code::JournalFull));
+        rig.answer(0, Err(Code::StorageFull));
+        (3..9).for_each(|part| rig.answer(part, Ok(())));
+        monoio::time::sleep(LONG).await;
+        assert!(result.borrow().is_none(), "part 1 can still land");
+        rig.answer(1, Err(Code::JournalFull));
+        monoio::time::sleep(LONG).await;
+        assert!(matches!(*result.borrow(), Some(Err(Code::StorageFull))), "{result:?}");
+        assert_eq!(rig.sent(), 9, "nothing is sent after the first failure");
+        assert_eq!(rig.calls.count(), 0);
+    });
+}
+
+#[test]
+fn after_a_failure_no_more_parts_are_begun() {
+    run(async {
+        let rig = Rig::new();
+        let result = rig.zero(0, 2 * PARTS_MAX as u64 * BLOCK);
+        rig.until_sent(PARTS_MAX).await;
+        rig.answer(5, Err(Code::StorageFull));
+        (0..PARTS_MAX).filter(|part| *part != 5).for_each(|part| rig.answer(part, Ok(())));
+        monoio::time::sleep(LONG).await;
+        assert!(matches!(*result.borrow(), Some(Err(Code::StorageFull))), "{result:?}");
+        assert_eq!(rig.sent(), PARTS_MAX);
+    });
+}
+
+#[test]
+fn all_parts_are_tried_until_they_succeed() {
+    run(async {
+        let rig = Rig::new();
+        let result = rig.zero(0, 2 * BLOCK);
+        rig.until_sent(2).await;
+        rig.answer(0, Err(Code::JournalFull));
+        rig.answer(1, Ok(()));
+        rig.until_sent(3).await;
+        rig.answer(2, Ok(()));
+        monoio::time::sleep(LONG).await;
+        assert!(matches!(*result.borrow(), Some(Ok(BlockReply::Done))), "{result:?}");
+    });
+}
+
+/// The time limit was looked at before a wait alone: a part was sent once more after its request had timed out.
+#[test]
+fn nothing_is_sent_after_the_time_limit() {
+    run(async {
+        let rig = Rig::new();
+        let result = rig.zero(0, BLOCK);
+        rig.until_sent(1).await;
+        rig.answer(0, Err(Code::JournalFull));
+        // The part looks at the clock and waits; the limit passes meanwhile.
+        monoio::time::sleep(Duration::ZERO).await;
+        rig.port.now_ns.set(1 + IO_TIMEOUT.as_nanos() as u64);
+        monoio::time::sleep(LONG).await;
+        assert!(matches!(*result.borrow(), Some(Err(Code::Timeout))), "{result:?}");
+        assert_eq!(rig.sent(), 1);
+    });
+}
