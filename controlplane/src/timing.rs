@@ -3,12 +3,13 @@
 //! Used by `raft`, `lease`, `membership`, `controller` and `link`.
 //!
 //! Why a lease is safe. A node counts its lease from when it *sent* the beat that the leader granted. A leader
-//! grants only while a quorum has acknowledged it within `quorum_ack_age_max`. Let a new leader be elected
+//! grants only while a quorum has acknowledged it within `QUORUM_ACK_AGE_MAX`. Let a new leader be elected
 //! at E. One of its voters was in that quorum, and voted after it acknowledged, so the old leader's last
-//! acknowledged message was sent before E, and its last grant made before E + `quorum_ack_age_max`; the beat was
-//! sent before that. So every lease of the old leader has ended at E + `quorum_ack_age_max` + `LEASE`: that,
+//! acknowledged message was sent before E, and its last grant made before E + `QUORUM_ACK_AGE_MAX`; the beat was
+//! sent before that. So every lease of the old leader has ended at E + `QUORUM_ACK_AGE_MAX` + `LEASE`: that,
 //! with some slack, is how long a new leader waits before it takes a node for dead. It does not rest on what
-//! the Raft library promises about its own leases.
+//! the Raft library promises about its own leases, nor on the election timeout of any node: each has its own in its
+//! configuration, and while that is changed node by node they differ.
 //!
 //! Source: Gray and Cheriton, "Leases", SOSP '89; DESIGN.md, replication, point 3.
 
@@ -20,6 +21,11 @@ pub const LEASE: Duration = Duration::from_millis(1500);
 /// Added by the leader before it takes a lease for ended: clock drift over one lease (CLOCK_BOOTTIME, at
 /// most 500 ppm: under 1 ms) and late timers on a loaded host.
 pub const LEASE_SLACK: Duration = Duration::from_millis(50);
+/// No leader grants a lease whose quorum has not acknowledged it for this long. The same on every node: a new leader counts on it
+/// of the one before.
+pub const QUORUM_ACK_AGE_MAX: Duration = Duration::from_millis(250);
+/// Raft's heartbeats are never further apart, or a leader with a long election timeout could hardly grant.
+pub const RAFT_HEARTBEAT_MAX: Duration = Duration::from_millis(100);
 /// Beats are sent this often when the configuration does not say: six chances a lease.
 pub const BEAT_INTERVAL: Duration = Duration::from_millis(250);
 /// A data process that has not told its status for this long is taken to hang: no lease is asked for it.
@@ -69,6 +75,7 @@ pub const LEADER_WAIT: Duration = Duration::from_secs(10);
 /// How long the API waits for another node's own part of an answer.
 pub const GATHER_WAIT: Duration = Duration::from_millis(1500);
 
+const _: () = assert!(2 * RAFT_HEARTBEAT_MAX.as_millis() < QUORUM_ACK_AGE_MAX.as_millis());
 const _: () = assert!(LEASE.as_millis() >= 4 * BEAT_INTERVAL.as_millis());
 const _: () = assert!(DOWN_OUT_MIN.as_millis() > 2 * LEASE.as_millis());
 const _: () = assert!(DOWN_OUT_MIN.as_millis() <= OUT_AFTER.as_millis());
@@ -100,16 +107,43 @@ impl RaftTiming {
 
     pub fn new(election_timeout: Duration) -> Self {
         let total = election_timeout.max(Self::ELECTION_TIMEOUT_MIN);
-        Self { heartbeat: total / 10, election_min: total / 4, election_max: total / 2 }
+        let heartbeat = (total / 10).min(RAFT_HEARTBEAT_MAX);
+        Self { heartbeat, election_min: total / 4, election_max: total / 2 }
     }
 
     /// A leader grants leases only while a quorum acknowledged it this lately.
-    pub const fn quorum_ack_age_max(&self) -> Duration {
-        self.election_min
+    pub fn quorum_ack_age_max(&self) -> Duration {
+        self.election_min.min(QUORUM_ACK_AGE_MAX)
     }
 
-    /// How long a new leader takes every node for alive: see the argument above.
+    /// How long a new leader takes every node for alive: see the argument above. Whatever its own times are, the leader before
+    /// may have had longer ones.
     pub fn leader_grace(&self) -> Duration {
-        LEASE + LEASE_SLACK + self.quorum_ack_age_max()
+        LEASE + LEASE_SLACK + QUORUM_ACK_AGE_MAX
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The grace was of the new leader's election timeout, and the last grant of the old leader's: 10 s there, 1 s here, and a
+    /// lease ran 700 ms longer than it was counted.
+    #[test]
+    fn the_grace_covers_every_lease_of_the_leader_before_whatever_its_times_are() {
+        let all = || (200..=10_000).step_by(100).map(|ms| RaftTiming::new(Duration::from_millis(ms)));
+        for (old, new) in all().flat_map(|old| all().map(move |new| (old, new))) {
+            let leases_end = old.quorum_ack_age_max() + LEASE;
+            assert!(leases_end < new.leader_grace(), "{old:?} before {new:?}");
+            assert!(2 * old.heartbeat < old.quorum_ack_age_max(), "{old:?} can grant");
+        }
+    }
+
+    #[test]
+    fn with_the_default_election_timeout_times_are_as_documented() {
+        let timing = RaftTiming::new(Duration::from_secs(1));
+        assert_eq!(timing.quorum_ack_age_max(), Duration::from_millis(250));
+        assert_eq!(timing.heartbeat, Duration::from_millis(100));
+        assert_eq!(timing.leader_grace(), Duration::from_millis(1800));
     }
 }

@@ -180,11 +180,11 @@ fn replica_bytes(survey: &Survey, node: NodeId) -> u64 {
     bytes.checked_div(replicas).unwrap_or(0)
 }
 
-/// Groups of which no other node that is not lost acts.
+/// Groups of which no other node that is not lost surely holds everything: who was only just taken in may lack the last of it.
 fn held_alone(survey: &Survey, node: NodeId) -> Vec<GroupId> {
     let goes = |other: NodeId| other == node || survey.state.departure(other) == Departure::Lost;
     let alone = survey.state.groups().filter(|(_, group)| {
-        group.acting().any(|member| member.node == node) && group.acting().all(|member| goes(member.node))
+        group.holders().any(|member| member.node == node) && group.holders().all(|member| goes(member.node))
     });
     alone.map(|(_, group)| group.id).collect()
 }

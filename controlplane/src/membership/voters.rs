@@ -55,6 +55,12 @@ fn retiring(state: &ClusterState) -> BTreeSet<NodeId> {
 /// This node does not lead, or a change is under way: the next step tries again.
 pub async fn reconcile(handle: &RaftHandle) -> Result<(), ProposeError> {
     let members = handle.members();
+    if members.is_joint {
+        // A leader that died in the middle of a change left it so, and Raft does not end it by itself: if one half lost its
+        // quorum, the other would be worth nothing.
+        tracing::info!(voters = ?members.voters, "ending a change of the voters");
+        return handle.change_voters(members.voters).await;
+    }
     let state = handle.state();
     for node in state.map().nodes.values() {
         let id = u64::from(node.id.0);
@@ -96,7 +102,12 @@ async fn remove(handle: &RaftHandle, node: NodeId) -> Result<(), ProposeError> {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
+    use crate::raft::network::Channels;
+    use crate::raft::tests::{joint_membership, open};
+    use crate::timing::RaftTiming;
 
     fn members(voters: &[u64], caught_up: &[u64]) -> Members {
         Members {
@@ -142,5 +153,32 @@ mod tests {
     #[test]
     fn a_voter_that_lags_stays_one() {
         check(&[1, 2, 3], &[1, 3], &[1, 2, 3]);
+    }
+
+    /// A leader died between the two steps of a change. No later one ended it: the union of both halves was taken for the
+    /// voters, and that was what was wanted.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_change_that_a_dead_leader_left_half_done_is_ended() {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let (mut log, machine) = open(directory.path());
+        joint_membership(&mut log).await;
+        let timing = RaftTiming::new(Duration::from_millis(400));
+        let started = RaftHandle::start(NodeId(1), "c1", log, machine, timing, Channels::default());
+        let handle = started.await.expect("it starts");
+        let end = tokio::time::Instant::now() + Duration::from_secs(20);
+        while handle.members().voters.is_empty() {
+            assert!(tokio::time::Instant::now() < end, "Raft does not tell its members");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        assert!(handle.members().is_joint);
+        while handle.members().is_joint {
+            assert!(tokio::time::Instant::now() < end, "the membership stays joint");
+            if let Err(error) = reconcile(&handle).await {
+                assert_eq!(error, ProposeError::NotLeader, "it is not elected yet");
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        assert_eq!(handle.members().voters, [1].into());
+        handle.shutdown().await;
     }
 }

@@ -62,31 +62,59 @@ fn relieve(view: &View<'_>, group: &Group, counts: &PrimaryCounts) -> Option<Gro
 
 /// The operator gave up a node that had what nobody else has: the group goes on with what is left.
 ///
-/// With members that are back, what they hold; else with learners, which hold a part; else empty.
+/// That is, in this order: holders that are back, with who was being taken in beside them; who was being taken in, alone;
+/// learners, which hold a part; empty replicas. Empty ones never act beside others: they would pass for a source.
 fn go_on_without(view: &View<'_>, group: &Group) -> Option<GroupChange> {
     let is_lost = |member: &&Member| {
         let given_up = view.state.departure(member.node) == Departure::Lost;
         given_up && view.standing(member) == Standing::Gone
     };
     let rest: Vec<&Member> = group.holders().filter(|member| !is_lost(member)).collect();
-    let serves = group.acting().any(|member| view.standing(member) == Standing::Live);
+    let is_live = |member: &Member| view.standing(member) == Standing::Live;
+    // With a holder `decide` goes on, and with a whole acting set the primary does.
+    let serves = group.holders().any(is_live) || group.acting().all(is_live);
     let waits = rest.iter().any(|member| view.standing(member) != Standing::Back);
     if serves || waits || rest.len() == group.holders().count() {
         return None;
     }
-    let renewed = |member: &&Member| view.member(group.id, member.node, member.store, false);
-    let mut members: Vec<Member> = rest.iter().filter_map(renewed).collect();
-    if rest.is_empty() {
-        members = group.learners().filter_map(|learner| renewed(&learner)).collect();
+    let renewed = |member: &Member| view.member(group.id, member.node, member.store, false);
+    let mut members: Vec<Member> = rest.iter().filter_map(|member| renewed(member)).collect();
+    members.extend(taken_in(view, group, &rest, is_lost)?);
+    if members.is_empty() {
+        members = group.learners().filter_map(renewed).collect();
     }
-    if rest.is_empty() && members.is_empty() {
+    if members.is_empty() {
         members = first_members(view, group.id);
+    }
+    let stays = |member: &Member| members.iter().any(|other| other.node == member.node);
+    if group.acting().any(|member| !stays(member) && !view.may_leave(group, member)) {
+        return None;
     }
     let primary = members.iter().map(|member| member.node).min_by_key(|node| (view.avoids(*node), *node));
     let primary = primary?;
     tracing::warn!(group = %group.id, %primary, "the group goes on without the node that was given up");
     let (group, expected, primary) = (group.id, group.epoch, Some(primary));
     Some(GroupChange { group, expected, primary, members, settle: false })
+}
+
+/// Acting members that hold nothing by themselves yet, as the epoch is not settled, and are what there is beside `rest`. `None`: one
+/// may come back with more than anybody else has.
+fn taken_in(
+    view: &View<'_>,
+    group: &Group,
+    rest: &[&Member],
+    is_lost: impl Fn(&&Member) -> bool,
+) -> Option<Vec<Member>> {
+    let holds = |member: &Member| group.holders().any(|holder| holder.node == member.node);
+    let others: Vec<&Member> = group.acting().filter(|member| !holds(member) && !is_lost(member)).collect();
+    let standing = |wanted: Standing| others.iter().filter(move |member| view.standing(member) == wanted);
+    let live: Vec<Member> = standing(Standing::Live).map(|member| **member).collect();
+    if !rest.is_empty() || !live.is_empty() {
+        return Some(live);
+    }
+    let renewed = |member: &&&Member| view.member(group.id, member.node, member.store, false);
+    let back: Vec<Member> = standing(Standing::Back).filter_map(|member| renewed(&member)).collect();
+    (back.len() == others.len()).then_some(back)
 }
 
 /// Empty replicas where the group belongs.

@@ -256,6 +256,13 @@ impl Cluster {
         }
     }
 
+    /// The acting members of the group looked at, once it has followed a wish; `None` when it stays as it is.
+    fn follow_group(&mut self) -> Option<Vec<NodeId>> {
+        let epoch = self.group().epoch;
+        self.follow();
+        (self.group().epoch != epoch).then(|| self.acting())
+    }
+
     fn led_by(&self, node: NodeId) -> usize {
         self.state.map().groups.values().filter(|group| group.primary == Some(node)).count()
     }

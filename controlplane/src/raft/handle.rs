@@ -102,7 +102,10 @@ pub struct RaftHandle {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Members {
     pub addresses: BTreeMap<u64, String>,
+    /// In a joint membership, those that it leads to.
     pub voters: BTreeSet<u64>,
+    /// Begun and not ended: quorums of the voters before and of these are needed.
+    pub is_joint: bool,
     /// Those whose log is nearly as long as the leader's; empty on other nodes.
     pub caught_up: BTreeSet<u64>,
 }
@@ -222,9 +225,11 @@ impl RaftHandle {
             matched.as_ref().is_some_and(|log_id| near(log_id.index())).then_some(*node)
         });
         let membership = &metrics.membership_config;
+        let configs = membership.membership().get_joint_config();
         Members {
             addresses: membership.nodes().map(|(node, peer)| (*node, peer.addr.clone())).collect(),
-            voters: membership.voter_ids().collect(),
+            voters: configs.last().cloned().unwrap_or_default(),
+            is_joint: configs.len() > 1,
             caught_up: caught_up.collect(),
         }
     }

@@ -41,4 +41,4 @@ pub type Snapshot = openraft::alias::SnapshotOf<TypeConfig, Vec<u8>>;
 pub type Raft = openraft::Raft<TypeConfig, state_machine::StateMachine>;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -13,7 +13,7 @@ use super::*;
 use crate::state::ClusterState;
 use crate::state::command::NewNode;
 
-fn open(directory: &Path) -> (LogStore, StateMachine) {
+pub fn open(directory: &Path) -> (LogStore, StateMachine) {
     let log = LogStore::open(&directory.join("raft.redb")).expect("a fresh directory");
     let machine = StateMachine::open(&directory.join("state.sled"), log.clone()).expect("a fresh directory");
     (log, machine)
@@ -55,6 +55,17 @@ fn membership(index: u64) -> Entry {
     );
     let payload = EntryPayload::Membership(membership.expect("one voter, one peer"));
     Entry::new(LogId::new_term_index(1, index), payload)
+}
+
+/// A log whose only entry is the first half of a change of the voters. Both halves are one and the same node, which is a
+/// quorum of both.
+pub async fn joint_membership(log: &mut LogStore) {
+    let peer = BasicNode { addr: "127.0.0.1:1".into() };
+    let halves = vec![BTreeSet::from([1]), BTreeSet::from([1])];
+    let peers: std::collections::BTreeMap<_, _> = [(1, peer)].into();
+    let membership = Membership::new(halves, peers).expect("voters that are peers");
+    let entry = Entry::new(LogId::new_term_index(0, 0), EntryPayload::Membership(membership));
+    log.blocking_append([entry]).await.expect("the disk is well");
 }
 
 /// Puts entries in the log, commits them and applies those from `applied_from` on.

@@ -1,5 +1,6 @@
 use super::super::sample::{CAPACITY, answers, state, survey};
 use super::*;
+use crate::state::command::GroupChange;
 
 fn node(survey: &Survey, id: u32) -> &Node {
     &survey.state.map().nodes[&NodeId(id)]
@@ -80,6 +81,25 @@ fn what_only_a_dead_node_holds_is_told_and_a_live_node_is_not_given_up() {
     assert_eq!(dead_and_alone(&alive, node(&alive, 2), lost.len()), None);
     let copied = survey(&super::super::sample::state(3, 3), answers(3, &[2]));
     assert!(held_alone(&copied, NodeId(2)).is_empty());
+}
+
+/// Node 2 acts in a group of node 1, and nobody knows yet whether it has all of it. The plan looked at who acts and said that
+/// nothing is lost.
+#[test]
+fn a_copy_that_may_not_be_whole_yet_does_not_count_as_one() {
+    let mut state = state(2, 1);
+    let (_, group) = state.groups().find(|(_, group)| group.primary == Some(NodeId(1))).expect("some are");
+    let (id, expected, mut members) = (group.id, group.epoch, group.members.clone());
+    let (_, other) = state.groups().find(|(_, group)| group.primary == Some(NodeId(2))).expect("some are");
+    members.extend(&other.members);
+    let change = GroupChange { group: id, expected, primary: Some(NodeId(1)), members, settle: false };
+    state.apply(&Command::ReconfigureGroups(vec![change.clone()]));
+    let taken_in = survey(&state, answers(2, &[1]));
+    assert!(held_alone(&taken_in, NodeId(1)).contains(&id));
+    assert!(!held_alone(&taken_in, NodeId(2)).contains(&id));
+    let settled = GroupChange { expected: expected.next(), settle: true, ..change };
+    state.apply(&Command::ReconfigureGroups(vec![settled]));
+    assert!(!held_alone(&survey(&state, answers(2, &[1])), NodeId(1)).contains(&id));
 }
 
 #[test]

@@ -139,6 +139,65 @@ fn a_group_that_went_on_without_a_lost_node_does_so_again_when_that_was_not_sett
     assert_eq!(cluster.acting(), [a, b]);
 }
 
+/// Two replicas. One node is given up, the third is brought up in its place and has just been taken in: with it the group
+/// is not settled when the last holder dies. Returns that holder, and who was taken in.
+fn taken_in_when_the_holder_dies() -> (Cluster, NodeId, NodeId) {
+    let mut cluster = Cluster::new(3, 2);
+    let (holder, first_dead) = (cluster.primary(), cluster.secondary());
+    let taken_in = cluster.others(&[holder, first_dead])[0];
+    cluster.set_health(first_dead, Health::Gone);
+    cluster.leave(first_dead, Departure::Lost);
+    while !cluster.learners().contains(&taken_in) {
+        assert!(cluster.step(), "it is brought up");
+        cluster.confirm_all();
+    }
+    cluster.settles = false;
+    cluster.wish(taken_in, ProposedChange::Promote);
+    assert!(cluster.step());
+    cluster.confirm_all();
+    assert!(!cluster.group().is_settled());
+    cluster.set_health(holder, Health::Gone);
+    cluster.rest();
+    (cluster, holder, taken_in)
+}
+
+/// The group waited for a node that was given up, for ever: who was taken in lived, and passed for one that serves.
+#[test]
+fn who_was_taken_in_goes_on_alone_when_the_holder_is_given_up() {
+    let (mut cluster, holder, taken_in) = taken_in_when_the_holder_dies();
+    assert_eq!(cluster.follow_group(), None, "the holder may come back");
+    cluster.leave(holder, Departure::Lost);
+    cluster.rest();
+    assert_eq!(cluster.follow_group(), Some(vec![taken_in]));
+    assert_eq!(cluster.primary(), taken_in);
+    assert_eq!(cluster.follow_group(), None, "it goes on already");
+}
+
+/// It was ignored when it had started again, and the group went on empty, or with it beside empty replicas.
+#[test]
+fn who_was_taken_in_and_comes_back_is_no_worse_than_empty_replicas() {
+    let (mut cluster, holder, taken_in) = taken_in_when_the_holder_dies();
+    cluster.add_node(4);
+    cluster.set_health(taken_in, Health::Gone);
+    cluster.leave(holder, Departure::Lost);
+    assert_eq!(cluster.follow_group(), None, "it may come back with what nobody else has");
+    cluster.start(taken_in.0, 2, 8, false);
+    cluster.rest();
+    assert_eq!(cluster.follow_group(), Some(vec![taken_in]));
+    assert_eq!(cluster.group().learners().count(), 0);
+    assert_eq!(cluster.follow_group(), None, "it goes on already");
+}
+
+#[test]
+fn when_who_was_taken_in_is_given_up_too_the_group_goes_on_empty() {
+    let (mut cluster, holder, taken_in) = taken_in_when_the_holder_dies();
+    cluster.add_node(4);
+    cluster.set_health(taken_in, Health::Gone);
+    cluster.leave(holder, Departure::Lost);
+    cluster.leave(taken_in, Departure::Lost);
+    assert_eq!(cluster.follow_group(), Some(vec![NodeId(4)]));
+}
+
 mod planner {
     //! The planner with its clock and leases: who is left out, and when.
 
