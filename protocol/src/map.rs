@@ -59,6 +59,8 @@ pub struct Store {
     pub device: String,
     pub media: String,
     pub failed: bool,
+    /// It failed in an earlier life of the process, whose control plane may not have heard of it.
+    pub failed_before: bool,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -332,6 +334,7 @@ impl DataProcess {
                 device: store.device,
                 media: store.media,
                 failed: store.failed,
+                failed_before: store.failed_before,
             });
         }
         Ok(Self {
@@ -353,6 +356,7 @@ impl From<&DataProcess> for proto::DataProcess {
             device: store.device.clone(),
             media: store.media.clone(),
             failed: store.failed,
+            failed_before: store.failed_before,
         };
         Self {
             incarnation: data.incarnation.0,

@@ -36,6 +36,7 @@ pub fn state(node_count: u32, replica_count: u8) -> ClusterState {
             device: "/dev/x".into(),
             media: "ssd".into(),
             failed: false,
+            failed_before: false,
         };
         let process = DataProcess {
             incarnation: Incarnation(u64::from(node)),

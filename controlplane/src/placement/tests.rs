@@ -96,6 +96,7 @@ impl Cluster {
                 device: "/dev/x".into(),
                 media: "ssd".into(),
                 failed: false,
+                failed_before: false,
             }],
         };
         let damaged = DamagedStore { store: process.stores[0].id, intact_groups: Vec::new() };

@@ -79,6 +79,9 @@ impl ClusterState {
         };
         private.damaged = self.map.groups.values().filter(lost).map(|group| group.id).collect();
         touched.nodes.insert(id);
+        for store in process.stores.iter().filter(|store| store.failed_before) {
+            self.may_lack_writes(id, store.id, touched);
+        }
         // Its gateway sessions ended with the earlier life.
         for volume in self.map.volumes.values_mut() {
             if volume.attached_nodes.contains(&id) {
@@ -103,16 +106,21 @@ impl ClusterState {
         let Some(store) = store else { return Ok(Reply::Done) };
         store.failed = true;
         touched.nodes.insert(id);
-        // A flush that failed may have taken with it what it was to cover. Once the device works again, in another life of the
-        // process, that must not pass for nothing lost.
+        let store = store.id;
+        self.may_lack_writes(id, store, touched);
+        Ok(Reply::Done)
+    }
+
+    /// A flush that failed may have taken with it what it was to cover. Once the device works again, in another life of the
+    /// process, that must not pass for nothing lost: its members count as those of a host that lost its power.
+    fn may_lack_writes(&mut self, id: NodeId, store: StoreId, touched: &mut Touched) {
         for group in self.map.groups.values_mut() {
             let members = group.members.iter_mut().chain(&mut group.former);
-            for member in members.filter(|member| member.node == id && member.store == store.id) {
+            for member in members.filter(|member| member.node == id && member.store == store) {
                 member.boot_id = BootId(0);
                 touched.groups.insert(group.id);
             }
         }
-        Ok(Reply::Done)
     }
 
     /// The learner of `group` on `node` has everything again.

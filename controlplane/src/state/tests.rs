@@ -27,6 +27,7 @@ fn started(node: u32, incarnation: u64, is_damaged: bool) -> Command {
         device: "/dev/x".into(),
         media: "ssd".into(),
         failed: false,
+        failed_before: false,
     };
     let process = DataProcess {
         incarnation: Incarnation(incarnation),
@@ -263,6 +264,23 @@ fn a_failed_store_of_an_earlier_life_is_old_news() {
     assert_eq!(state.candidates(&BTreeSet::new()).len(), 3);
     assert!(!state.apply(&failed(2000)).1.is_empty());
     assert_eq!(state.candidates(&BTreeSet::new()).len(), 2);
+}
+
+#[test]
+fn a_life_that_tells_of_an_earlier_failure_may_lack_writes() {
+    let mut state = cluster();
+    state.apply(&new_volume("vm", 1));
+    let members = |state: &ClusterState, node: u32| -> Vec<BootId> {
+        let members = state.map().groups.values().flat_map(|group| &group.members);
+        members.filter(|member| member.node == NodeId(node)).map(|member| member.boot_id).collect()
+    };
+    assert!(members(&state, 2).contains(&BootId(7)));
+    let mut again = started(2, 2001, false);
+    let Command::DataStarted { process, .. } = &mut again else { unreachable!("it starts a process") };
+    process.stores[0].failed_before = true;
+    state.apply(&again);
+    assert!(members(&state, 2).iter().all(|boot| *boot == BootId(0)));
+    assert!(members(&state, 3).iter().all(|boot| *boot == BootId(7)));
 }
 
 fn scrub_end(group: GroupId, number: u64) -> ScrubEnd {

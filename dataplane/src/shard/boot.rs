@@ -4,7 +4,7 @@
 //! tells the control plane what it is. Used by `main`.
 
 use std::cell::{Cell, RefCell};
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::rc::Rc;
@@ -21,6 +21,7 @@ use xsan_protocol::map;
 use xsan_protocol::proto::link_message::Body;
 use xsan_protocol::proto::{self, LinkMessage};
 
+use super::failures::Failures;
 use super::incarnation;
 use super::link::{self, LinkSender};
 use super::mailbox::{Inbox, MeshEnd, mesh};
@@ -119,6 +120,8 @@ struct ShardPlan {
     core: Core,
     stores: Vec<StorePlan>,
     incarnation: Incarnation,
+    failures: Failures,
+    failed_before: Arc<BTreeSet<StoreId>>,
     lease_until_ns: Arc<AtomicU64>,
     nbd: Arc<nbd::Counters>,
     mesh: MeshEnd<Message>,
@@ -151,6 +154,8 @@ impl Process {
         let path_error = |source| BootError::Path { path: directory.clone(), source };
         std::fs::create_dir_all(&directory).map_err(path_error)?;
         let incarnation = incarnation::begin(&directory, wall_clock_ns()).map_err(path_error)?;
+        let failures = Failures::new(directory.clone(), incarnation);
+        let failed_before = Arc::new(failures.before().map_err(path_error)?);
         let plans = stores::plan(&config);
         let (mut inboxes, mut starts) = (Vec::new(), Vec::new());
         for (index, (core, mesh)) in
@@ -167,6 +172,8 @@ impl Process {
                 core,
                 stores: own.cloned().collect(),
                 incarnation,
+                failures: failures.clone(),
+                failed_before: failed_before.clone(),
                 lease_until_ns: lease_until_ns.clone(),
                 nbd: counters.clone(),
                 mesh,
@@ -251,8 +258,11 @@ fn serve(plan: ShardPlan) -> Result<(), BootError> {
     let memory = config.dataplane.memory_bytes(usize::from(plan.shard_count)) / u64::from(plan.shard_count);
     let pool = topology::memory(&plan.core, memory as usize, config.dataplane.numa)?;
     let opened = stores::open(&plan.stores, &config.cluster.cluster_id, pool)?;
-    let ready =
-        Ready { shard: plan.shard, stores: opened.for_map(plan.shard), damaged_stores: opened.damaged() };
+    let ready = Ready {
+        shard: plan.shard,
+        stores: opened.for_map(plan.shard, &plan.failed_before),
+        damaged_stores: opened.damaged(),
+    };
     plan.ready.send(Ok(ready)).expect("the main thread waits for every shard");
     // The main thread gives up when another shard fails; there is nobody left to tell.
     let Ok(go) = plan.go.recv() else { return Ok(()) };
@@ -347,6 +357,8 @@ fn assemble(
         driver,
         devices,
         broken_stores: opened.broken,
+        failures: plan.failures,
+        tells_failures: plan.shard == ShardIndex(0) && !plan.failed_before.is_empty(),
         ring,
         peers: Peers::default(),
         connections,

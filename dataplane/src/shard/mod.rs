@@ -40,6 +40,7 @@ use crate::volume::{VolumeClient, wire};
 
 pub mod boot;
 mod control;
+mod failures;
 mod incarnation;
 pub mod link;
 pub mod mailbox;
@@ -54,6 +55,7 @@ pub mod topology;
 mod turn;
 
 use control::Control;
+use failures::Failures;
 use link::LinkEvent;
 use mailbox::MeshEnd;
 pub use message::{Message, Question, Report};
@@ -145,6 +147,9 @@ pub struct Shard {
     devices: HashMap<StoreId, Devices>,
     /// Stores that could not be opened: told to the control plane, and otherwise not there.
     broken_stores: Vec<BrokenStore>,
+    failures: Failures,
+    /// Shard 0 alone: of failures in earlier lives that the cluster may not know.
+    tells_failures: bool,
     ring: DiskRing,
     peers: Peers,
     connections: tasks::Connections,

@@ -7,6 +7,7 @@
 //! - Of the devices of a store all are formatted, or none.
 //! - A store whose own records are damaged is told as failed: the node's other stores serve.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -92,7 +93,7 @@ pub struct Opened {
 
 impl Opened {
     /// What the cluster's map is to say of them.
-    pub fn for_map(&self, shard: ShardIndex) -> Vec<map::Store> {
+    pub fn for_map(&self, shard: ShardIndex, failed_before: &BTreeSet<StoreId>) -> Vec<map::Store> {
         let open = self.stores.iter().map(|open| map::Store {
             id: open.store.id(),
             capacity_bytes: open.store.status().capacity_bytes,
@@ -100,6 +101,7 @@ impl Opened {
             device: open.capacity.path().display().to_string(),
             media: media_name(open.media).to_owned(),
             failed: false,
+            failed_before: failed_before.contains(&open.store.id()),
         });
         // It has a place in the map, so that the cluster knows that what it held has to be made elsewhere.
         let broken = self.broken.iter().map(|broken| map::Store {
@@ -109,6 +111,7 @@ impl Opened {
             device: broken.device.clone(),
             media: media_name(broken.media).to_owned(),
             failed: true,
+            failed_before: failed_before.contains(&broken.id),
         });
         open.chain(broken).collect()
     }

@@ -91,6 +91,7 @@ impl Shard {
                 Output::StoreFailed(store) => {
                     tracing::error!(%store, code = %Code::StoreFailed, "the device failed; its groups fail over");
                     self.handle.push(Event::Status);
+                    self.note_failure(store);
                 }
                 Output::StoreStopped(_) => {
                     self.stopping = self.stopping.map(|left| left - 1);
@@ -99,6 +100,28 @@ impl Shard {
             }
         }
         self.scratch.outputs = outputs;
+    }
+
+    /// Keeps in mind that a store failed, whatever becomes of this process. The directory may be on a device that hangs.
+    fn note_failure(&self, store: StoreId) {
+        let failures = self.failures.clone();
+        std::thread::spawn(move || {
+            if let Err(error) = failures.note(store) {
+                tracing::error!(%store, %error, "the failure can not be noted in the data directory");
+            }
+        });
+    }
+
+    /// The cluster has taken this life of the process in, and knows what failed in earlier ones.
+    fn forget_failures(&mut self) {
+        let own = self.map.nodes.get(&self.identity.node).and_then(|node| node.data.as_ref());
+        if own.is_none_or(|data| data.incarnation != self.identity.incarnation) {
+            return;
+        }
+        self.tells_failures = false;
+        if let Err(error) = self.failures.forget_earlier() {
+            tracing::warn!(%error, "what failed in earlier lives can not be removed from the data directory");
+        }
     }
 
     /// Feeds the ring's completions to the stores.
@@ -305,6 +328,9 @@ impl Shard {
         self.dial_peers(&map);
         self.replicate(|replication, stores, now, out| replication.on_map(&map, stores, now, out));
         self.calls.on_map(&map);
+        if self.tells_failures {
+            self.forget_failures();
+        }
         // The control plane counts on hearing at once that the map is acted on.
         self.tell(ShardIndex(0), Message::MapTaken);
     }

@@ -184,6 +184,7 @@ impl World {
                 device: "sim".to_owned(),
                 media: "ssd".to_owned(),
                 failed: store.failed,
+                failed_before: this.failed_before,
             }],
         };
         let (outbound, _) = tokio::sync::mpsc::channel(1);

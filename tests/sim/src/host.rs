@@ -33,6 +33,9 @@ pub struct Host {
     pub store: StoreId,
     /// Its store was damaged behind its back, in this run.
     pub damage_allowed: bool,
+    /// Its store failed, in this life of its data process or in an earlier one of which the cluster does not know yet.
+    pub failed: bool,
+    pub failed_before: bool,
     /// Its store, if it lost records.
     pub damaged_stores: Vec<DamagedStore>,
     pub capacity: SimDevice,
@@ -86,6 +89,8 @@ impl Host {
             booted_at: 0,
             drift_ppm: drift,
             store: StoreId(0),
+            failed: false,
+            failed_before: false,
             damaged_stores: Vec::new(),
             damage_allowed: false,
             capacity: SimDevice::new(plan.device_bytes),
@@ -219,6 +224,7 @@ impl World {
         );
         let damaged = DamagedStore { store: this.store, intact_groups };
         this.damaged_stores = is_damaged.then_some(damaged).into_iter().collect();
+        this.failed_before |= std::mem::take(&mut this.failed);
         this.life += 1;
         let (node, life) = (this.node, this.life);
         let replication = Replication::new(node, incarnation, ShardIndex(0), this.pool);
@@ -233,6 +239,7 @@ impl World {
     pub fn replace_devices(&mut self, host: usize) {
         let this = &mut self.hosts[host];
         this.capacity = SimDevice::new(self.plan.device_bytes);
+        (this.failed, this.failed_before) = (false, false);
         this.cache = this.cache.is_some().then(|| SimDevice::new(JOURNAL_BYTES + (1 << 20)));
         self.format(host);
     }

@@ -296,6 +296,10 @@ impl World {
         }
         process.map = map.clone();
         let own = self.hosts[host].node;
+        let data = map.nodes.get(&own).and_then(|node| node.data.as_ref());
+        if data.is_some_and(|data| data.incarnation == process.incarnation) {
+            self.hosts[host].failed_before = false;
+        }
         let mut wanted = BTreeMap::new();
         for node in map.nodes.values().filter(|node| node.id != own) {
             wanted.extend(node.data.as_ref().map(|data| (host_of(node.id), data.incarnation)));
@@ -379,6 +383,7 @@ impl World {
                     self.after(latency, Event::Proposal { host, proposal });
                 }
                 Output::StoreFailed(_) => {
+                    self.hosts[host].failed = true;
                     let life = self.hosts[host].life;
                     self.after(1, Event::Status { host, life, again: false });
                 }

@@ -162,7 +162,11 @@ fn a_store_that_can_not_be_opened_is_told_and_the_others_serve() {
     let opened = host.open_for(CLUSTER).expect("the other one opens");
     let working: Vec<StoreId> = opened.stores.iter().map(|open| open.store.id()).collect();
     assert_eq!(working, ids[1..]);
-    let told: Vec<_> = opened.for_map(ShardIndex(0)).iter().map(|store| (store.id, store.failed)).collect();
+    let told: Vec<_> = opened
+        .for_map(ShardIndex(0), &BTreeSet::new())
+        .iter()
+        .map(|store| (store.id, store.failed))
+        .collect();
     assert_eq!(told, [(ids[1], false), (ids[0], true)]);
     let status = opened.broken[0].message();
     assert!(status.failed && status.device.ends_with("one"), "{status:?}");

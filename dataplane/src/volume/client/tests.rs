@@ -24,6 +24,7 @@ fn map() -> ClusterMap {
         device: "".into(),
         media: "".into(),
         failed: false,
+        failed_before: false,
     };
     let data =
         DataProcess { incarnation, boot_id, shard_ports: vec![9100], nbd_port: 10809, stores: vec![store] };

@@ -81,6 +81,7 @@ pub fn process(node: u32) -> DataProcess {
         device: "/dev/x".to_owned(),
         media: "ssd".to_owned(),
         failed: false,
+        failed_before: false,
     };
     DataProcess {
         incarnation: Incarnation(u64::from(node) * 1000),

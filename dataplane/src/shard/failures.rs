@@ -1,0 +1,93 @@
+//! Stores that failed, kept in the data directory until the cluster knows.
+//!
+//! A flush that fails may take with it what it was to cover, and the next life of the process finds a store in which nothing looks
+//! wrong. The control plane is told of a failure at once; but while it has no leader, the node may be restarted before it has heard.
+//! So a failure is noted in a file, too, and the next life tells of it when it registers (`map::Store::failed_before`).
+//!
+//! A file is of one store and one life: noting a failure of this life never meets forgetting those of earlier ones.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::path::PathBuf;
+
+use xsan_nodekit::config;
+use xsan_protocol::ids::{Incarnation, StoreId};
+
+/// What the names of the files begin with; the store and the life follow.
+const PREFIX: &str = "failed-";
+
+#[derive(Clone)]
+pub struct Failures {
+    directory: PathBuf,
+    incarnation: Incarnation,
+}
+
+impl Failures {
+    /// Those of this life of the data process, and of earlier ones.
+    pub fn new(directory: PathBuf, incarnation: Incarnation) -> Self {
+        Self { directory, incarnation }
+    }
+
+    fn name(&self, store: StoreId) -> String {
+        format!("{PREFIX}{store}-{}", self.incarnation.0)
+    }
+
+    /// The store failed in this life. On stable media when it returns.
+    pub fn note(&self, store: StoreId) -> io::Result<()> {
+        config::replace(&self.directory.join(self.name(store)), b"")
+    }
+
+    /// The files of earlier lives, with their stores.
+    fn earlier(&self) -> io::Result<Vec<(StoreId, PathBuf)>> {
+        let mut earlier = Vec::new();
+        for entry in std::fs::read_dir(&self.directory)? {
+            let entry = entry?;
+            let name = entry.file_name();
+            let parts = name.to_str().and_then(|name| name.strip_prefix(PREFIX)?.split_once('-'));
+            let Some((store, life)) = parts else { continue };
+            let (store, life) = (u64::from_str_radix(store, 16), life.parse::<u64>());
+            if let (Ok(store), Ok(life)) = (store, life)
+                && life != self.incarnation.0
+            {
+                earlier.push((StoreId(store), entry.path()));
+            }
+        }
+        Ok(earlier)
+    }
+
+    /// Stores that failed in earlier lives, which the cluster may not know.
+    pub fn before(&self) -> io::Result<BTreeSet<StoreId>> {
+        Ok(self.earlier()?.into_iter().map(|(store, _)| store).collect())
+    }
+
+    /// The cluster knows of those of earlier lives.
+    pub fn forget_earlier(&self) -> io::Result<()> {
+        self.earlier()?.into_iter().try_for_each(|(_, file)| std::fs::remove_file(file))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failure_is_told_by_the_next_life_until_it_is_known() {
+        let directory = tempfile::tempdir().unwrap();
+        let life = |number| Failures::new(directory.path().to_owned(), Incarnation(number));
+        std::fs::write(directory.path().join("incarnation"), "1\n").unwrap();
+        std::fs::write(directory.path().join("failed-x"), "").unwrap();
+        let stores = |failures: &Failures| -> Vec<u64> {
+            failures.before().unwrap().into_iter().map(|store| store.0).collect()
+        };
+        life(1).note(StoreId(0xab)).unwrap();
+        assert!(stores(&life(1)).is_empty(), "this life tells of it itself");
+        let second = life(2);
+        assert_eq!(stores(&second), [0xab]);
+        // It fails again before the cluster knows of the first time.
+        second.note(StoreId(0xab)).unwrap();
+        second.note(StoreId(0xcd)).unwrap();
+        second.forget_earlier().unwrap();
+        assert!(stores(&second).is_empty());
+        assert_eq!(stores(&life(3)), [0xab, 0xcd]);
+    }
+}
