@@ -61,10 +61,11 @@ pub enum Command {
     },
     /// What should be known or mended, the worst first; the exit code is the worst severity
     #[command(
-        after_help = "Exit codes: 0 nothing or info, 1 warning, 2 error.\nCodes and remedies: docs/health.md"
+        after_help = "Examples:\n  xsan-cli health\n  xsan-cli --json health\n\nExit codes: 0 nothing or info, 1 warning, 2 error.\nCodes and remedies: docs/health.md"
     )]
     Health,
     /// What happened lately, as the leader saw it since it leads
+    #[command(after_help = "Example:\n  xsan-cli events")]
     Events,
     /// Print a completion script for a shell
     #[command(after_help = "Example:\n  xsan-cli completion bash > /etc/bash_completion.d/xsan-cli")]
@@ -74,6 +75,7 @@ pub enum Command {
 #[derive(Clone, Debug, Subcommand)]
 pub enum ClusterCommand {
     /// Health, nodes, space and resync progress
+    #[command(after_help = "Example:\n  xsan-cli cluster status")]
     Status,
     /// Change a setting of the whole cluster
     #[command(after_help = "Examples:\n  xsan-cli cluster set down-out-interval 600s\n  \
@@ -88,26 +90,33 @@ pub enum ClusterCommand {
 #[derive(Clone, Debug, Subcommand)]
 pub enum Setting {
     /// How long a node may be gone before its replicas are made elsewhere
+    #[command(after_help = "Example:\n  xsan-cli cluster set down-out-interval 30min")]
     DownOutInterval {
         /// As 600s, 10min, 2h or 1d
         #[arg(value_parser = interval)]
         value: Duration,
     },
     /// What becomes of nodes that are far slower than their peers
+    #[command(after_help = "Example:\n  xsan-cli cluster set slow-nodes demote")]
     SlowNodes { value: SlowNodes },
     /// How often each group's replicas are compared
+    #[command(
+        after_help = "Examples:\n  xsan-cli cluster set scrub-interval 12h\n  xsan-cli cluster set scrub-interval off"
+    )]
     ScrubInterval {
         /// As 12h or 1d, or off
         #[arg(value_parser = interval_or_off)]
         value: Duration,
     },
     /// How often every page of each group's replicas is read, too
+    #[command(after_help = "Example:\n  xsan-cli cluster set deep-scrub-interval 7d")]
     DeepScrubInterval {
         /// As 7d, or off
         #[arg(value_parser = interval_or_off)]
         value: Duration,
     },
     /// Bytes a second that each shard's scrubs read; the other replicas of what it leads read as much
+    #[command(after_help = "Example:\n  xsan-cli cluster set scrub-rate 50MiB")]
     ScrubRate {
         /// As 50MiB
         #[arg(value_parser = size::parse)]
@@ -145,14 +154,17 @@ pub enum ScrubCommand {
         all: bool,
     },
     /// What runs, how fast, what is left, and what the last ones found
+    #[command(after_help = "Example:\n  xsan-cli scrub status")]
     Status,
     /// Take back what was asked for; what is due by the intervals goes on
+    #[command(after_help = "Example:\n  xsan-cli scrub stop")]
     Stop,
 }
 
 #[derive(Clone, Debug, Subcommand)]
 pub enum NodeCommand {
     /// All nodes
+    #[command(after_help = "Example:\n  xsan-cli node list")]
     List,
     /// One node with its stores
     #[command(after_help = "Example:\n  xsan-cli node info node-001")]
@@ -236,8 +248,10 @@ pub enum VolumeCommand {
     )]
     Create(CreateOptions),
     /// All volumes
+    #[command(after_help = "Example:\n  xsan-cli volume list")]
     List,
     /// One volume, and where to open it
+    #[command(after_help = "Example:\n  xsan-cli volume info vm-1")]
     Info {
         #[command(flatten)]
         name: VolumeName,
@@ -255,6 +269,7 @@ pub enum VolumeCommand {
         allow_shrink: bool,
     },
     /// Delete a volume and all its data
+    #[command(after_help = "Example:\n  xsan-cli volume delete vm-1")]
     Delete {
         #[command(flatten)]
         name: VolumeName,
@@ -271,7 +286,7 @@ pub struct CreateOptions {
     /// Size, as 100GB or 100GiB
     #[arg(long, value_parser = volume_size, allow_hyphen_values = true)]
     pub size: Size,
-    /// Copies of every block, on as many nodes [default: the cluster's]
+    /// Copies of every block, on as many nodes [default: storage.default_replica_count of the node that answers, 2 if not set]
     #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u8).range(1..=REPLICAS_MAX as i64))]
     pub replica_count: Option<u8>,
     /// Storage policy

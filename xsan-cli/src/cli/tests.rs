@@ -211,6 +211,33 @@ fn help_has_examples_and_exit_codes() {
     Args::command().debug_assert();
 }
 
+/// The commands that do something, whose help shows no call of them.
+fn without_example(command: &clap::Command, path: &str) -> Vec<String> {
+    let path = format!("{path} {}", command.get_name());
+    if command.has_subcommands() {
+        return command.get_subcommands().flat_map(|command| without_example(command, &path)).collect();
+    }
+    let help = command.get_after_long_help().or(command.get_after_help());
+    let text = help.map(ToString::to_string).unwrap_or_default();
+    // Options of the program may stand before the command.
+    let words: Vec<&str> = path.split_whitespace().collect();
+    let shown = text.lines().any(|line| {
+        let rest = line.trim_start().strip_prefix(words[0]).map(|rest| rest.replace(" --json", ""));
+        rest.is_some_and(|rest| {
+            format!("{rest} ").starts_with(&format!(" {} ", words[1..].join(" ")).replace("  ", " "))
+        })
+    });
+    if shown { Vec::new() } else { vec![path.trim().to_owned()] }
+}
+
+/// README.md and docs/operations promise them.
+#[test]
+fn every_command_has_an_example() {
+    let programs = [Args::command(), crate::debug::Args::command(), crate::node::Args::command()];
+    let missing: Vec<String> = programs.iter().flat_map(|program| without_example(program, "")).collect();
+    assert!(missing.is_empty(), "no example in the help of: {missing:?}");
+}
+
 #[test]
 fn completion_knows_the_commands() {
     let mut script = Vec::new();

@@ -31,31 +31,40 @@ pub struct Args {
 #[derive(Clone, Debug, Subcommand)]
 pub enum Command {
     /// Raft, heartbeats, incarnations and every group that is not healthy
+    #[command(after_help = "Example:\n  xsan-debug cluster-status")]
     ClusterStatus,
     /// Failure domains, nodes, shards and stores
+    #[command(after_help = "Example:\n  xsan-debug --json cluster-topology")]
     ClusterTopology,
     /// A volume's ids, and the state of its groups
+    #[command(after_help = "Example:\n  xsan-debug volume-info vm-1")]
     VolumeInfo {
         #[arg(value_name = "VOLUME")]
         name: String,
     },
     /// Which nodes hold a volume, group by group
+    #[command(after_help = "Example:\n  xsan-debug volume-layout vm-1")]
     VolumeLayout {
         #[arg(value_name = "VOLUME")]
         name: String,
     },
     /// Where one block is, on every replica, with versions and device offsets
+    #[command(
+        after_help = "Examples:\n  xsan-debug block-location vm-1:17         the block with index 17\n  xsan-debug block-location vm-1@68000000   the block that holds that byte"
+    )]
     BlockLocation {
         /// VOLUME:INDEX of the block, or VOLUME@BYTE in the volume
         block: Block,
     },
     /// Latencies and counters of the data processes, since they started
+    #[command(after_help = "Examples:\n  xsan-debug perf-stats\n  xsan-debug perf-stats --node node-002")]
     PerfStats {
         /// Only this node
         #[arg(long)]
         node: Option<String>,
     },
     /// Print a completion script for a shell
+    #[command(after_help = "Example:\n  xsan-debug completion bash > /etc/bash_completion.d/xsan-debug")]
     Completion { shell: clap_complete::Shell },
 }
 
