@@ -11,7 +11,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::sync::mpsc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use monoio::net::{TcpListener, UnixListener};
 use xsan_nodekit::config::{ConfigError, NodeConfig};
@@ -46,7 +46,10 @@ use crate::volume::calls::Calls;
 const MESH_CAPACITY: usize = 1024;
 /// Device operations of one shard at the kernel at once.
 const RING_DEPTH: u32 = 256;
-/// How long a clean stop may take.
+/// How long the requests of clients may take to end when the process stops, and how often they are looked at.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
+const CLOSE_POLL: Duration = Duration::from_millis(5);
+/// How long the flush of a shard's stores may take then.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Why the data process can not start.
@@ -212,17 +215,30 @@ impl Process {
         Ok(Self { inboxes, nbd: counters, stopped: all_stopped })
     }
 
-    /// Stops cleanly: no new requests, stores flushed; gives up after a while, since a crash loses nothing either.
+    /// Stops cleanly: clients are let go, then stores flushed; gives up after a while, since a crash loses nothing either.
     pub fn stop(self) {
         self.nbd.stop();
-        for inbox in &self.inboxes {
-            if inbox.send(Message::Shutdown).is_err() {
-                tracing::warn!("a shard takes no messages: it is stuck");
-            }
+        self.tell_all(|| Message::CloseGateways);
+        let deadline = Instant::now() + CLOSE_TIMEOUT;
+        while self.nbd.connections() > 0 && Instant::now() < deadline {
+            std::thread::sleep(CLOSE_POLL);
         }
+        if self.nbd.connections() > 0 {
+            let connections = self.nbd.connections();
+            tracing::warn!(connections, "clients with requests under way lose their connections");
+        }
+        self.tell_all(|| Message::Shutdown);
         for _ in &self.inboxes {
             if self.stopped.recv_timeout(STOP_TIMEOUT).is_err() {
                 tracing::warn!("a shard did not flush its stores in time");
+            }
+        }
+    }
+
+    fn tell_all(&self, message: impl Fn() -> Message) {
+        for inbox in &self.inboxes {
+            if inbox.send(message()).is_err() {
+                tracing::warn!("a shard takes no messages: it is stuck");
             }
         }
     }
@@ -348,12 +364,13 @@ fn assemble(
     if let Some(unix) = sockets.nbd_unix {
         monoio::spawn(gateway.clone().serve_unix(unix));
     }
-    monoio::spawn(gateway.serve_tcp(sockets.nbd));
+    monoio::spawn(gateway.clone().serve_tcp(sockets.nbd));
     let control = (plan.shard == ShardIndex(0)).then(|| start_link(&plan, &handle, go));
     Ok(Shard {
         identity,
         handle,
         client,
+        gateway,
         driver,
         devices,
         broken_stores: opened.broken,

@@ -58,6 +58,8 @@ pub enum Message {
         bytes_per_second: u64,
         orders: Arc<[ScrubOrder]>,
     },
+    /// The process is to end: finish the requests of gateways' clients, and close their connections.
+    CloseGateways,
     /// The process is to end: flush the stores, then say so.
     Shutdown,
 }

@@ -27,6 +27,7 @@ use xsan_protocol::wire::session::Hello;
 use crate::disk::buffers::BufferPool;
 use crate::disk::os;
 use crate::disk::ring::DiskRing;
+use crate::gateway::nbd::Gateway;
 use crate::io::{DiskAction, DiskCompletion};
 use crate::net::connection::Outbox;
 use crate::net::frame::Frame;
@@ -143,6 +144,7 @@ pub struct Shard {
     identity: Rc<Identity>,
     handle: Handle,
     client: VolumeClient,
+    gateway: Gateway<VolumeClient>,
     driver: Driver,
     devices: HashMap<StoreId, Devices>,
     /// Stores that could not be opened: told to the control plane, and otherwise not there.

@@ -354,6 +354,7 @@ impl Shard {
                     replication.set_scrubs(bytes_per_second, orders.to_vec(), stores, now, out)
                 });
             }
+            Message::CloseGateways => self.gateway.stop(),
             Message::Shutdown => self.shut_down(),
             Message::MapTaken
             | Message::Open { .. }

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -26,6 +26,7 @@ pub struct Server {
     pub pool: &'static BufferPool,
     /// One for each of [`VOLUMES`].
     pub volumes: Vec<Arc<Shared>>,
+    stop: Arc<AtomicBool>,
     _directory: tempfile::TempDir,
 }
 
@@ -42,6 +43,8 @@ impl Server {
         let counters = Arc::new(Counters::default());
         let (ready, started) = mpsc::channel();
         let (path, shared) = (unix.clone(), Arc::clone(&counters));
+        let stop = Arc::new(AtomicBool::new(false));
+        let stops = Arc::clone(&stop);
         thread::spawn(move || {
             let mut runtime = RuntimeBuilder::<IoUringDriver>::new().enable_timer().build().unwrap();
             runtime.block_on(async move {
@@ -53,11 +56,21 @@ impl Server {
                 ready.send((tcp.local_addr().unwrap(), states)).unwrap();
                 let gateway = Gateway::new(volumes, pool, options, shared);
                 monoio::spawn(gateway.clone().serve_unix(unix));
-                gateway.serve_tcp(tcp).await;
+                monoio::spawn(gateway.clone().serve_tcp(tcp));
+                while !stops.load(Ordering::Relaxed) {
+                    monoio::time::sleep(Duration::from_millis(1)).await;
+                }
+                gateway.stop();
+                std::future::pending::<()>().await;
             });
         });
         let (address, volumes) = started.recv().expect("the server started");
-        Self { address, unix, counters, pool, volumes, _directory: directory }
+        Self { address, unix, counters, pool, volumes, stop, _directory: directory }
+    }
+
+    /// Has the gateway stop, soon.
+    pub fn stop(&self) {
+        self.stop.store(true, Ordering::Relaxed);
     }
 
     pub fn uri(&self, export: &str) -> String {

@@ -12,6 +12,8 @@
 //!   each class of buffers than the others leave free; all together hold no more than half of each.
 //! - A client that holds buffers and takes nothing of its replies, or sends nothing of the payload that it owes, is
 //!   sent away long before a request of another one times out. One that holds none may be silent for ever.
+//! - A process that stops fails no request: those that it has read are finished, the connection is closed before the
+//!   others, and a client that connects again sends them again.
 
 mod budget;
 mod handshake;
@@ -20,9 +22,10 @@ pub mod rules;
 mod session;
 pub mod wire;
 
+use std::cell::RefCell;
 use std::fmt;
 use std::io;
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
@@ -36,6 +39,7 @@ use crate::net::receive::{ReceiveError, Receiver};
 use crate::volume::IO_TIMEOUT;
 use crate::volume::request::{Export, Volumes};
 use budget::Share;
+use outbox::Outbox;
 use wire::{Errno, Malformed};
 
 /// A listener that fails (out of file descriptors, most likely) is asked again after this.
@@ -81,7 +85,7 @@ impl Default for Options {
 pub struct Counters {
     /// Present connections.
     connections: AtomicUsize,
-    /// New requests are refused with `Shutdown`, new connections closed.
+    /// No more requests are read, new connections closed.
     stopping: AtomicBool,
     pub accepted_connections: AtomicU64,
     /// Turned away because there were too many.
@@ -103,13 +107,17 @@ impl Counters {
         self.connections.load(Ordering::Relaxed)
     }
 
-    /// From now on requests are refused; those under way end as usual.
+    /// From now on no connection is accepted; [`Gateway::stop`] ends those of one shard.
     pub fn stop(&self) {
         self.stopping.store(true, Ordering::Relaxed);
     }
 
+    fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::Relaxed)
+    }
+
     fn enter(self: &Arc<Self>, max: usize) -> Option<Connection> {
-        if self.stopping.load(Ordering::Relaxed) {
+        if self.is_stopping() {
             return None;
         }
         let enter = |count| (count < max).then_some(count + 1);
@@ -175,6 +183,8 @@ pub struct Gateway<V> {
     options: Options,
     counters: Arc<Counters>,
     share: Rc<Share>,
+    /// Of the present sessions.
+    outboxes: Rc<RefCell<Vec<Weak<Outbox>>>>,
 }
 
 impl<V: Volumes> Clone for Gateway<V> {
@@ -185,6 +195,7 @@ impl<V: Volumes> Clone for Gateway<V> {
             options: self.options.clone(),
             counters: Arc::clone(&self.counters),
             share: Rc::clone(&self.share),
+            outboxes: Rc::clone(&self.outboxes),
         }
     }
 }
@@ -199,7 +210,22 @@ impl<V: Volumes> Gateway<V> {
         assert!(options.bytes_in_flight_max > 0);
         assert!(options.operations_in_flight_max > 0);
         let share = Share::new(pool, Arc::clone(&counters));
-        Self { volumes, pool, options, counters, share }
+        Self { volumes, pool, options, counters, share, outboxes: Rc::default() }
+    }
+
+    /// Ends every session when the requests are answered that it has read; no more are read or accepted.
+    pub fn stop(&self) {
+        self.counters.stop();
+        self.outboxes.borrow().iter().filter_map(Weak::upgrade).for_each(|outbox| outbox.wake_reader());
+    }
+
+    /// The outbox of a new session.
+    fn outbox(&self) -> Rc<Outbox> {
+        let outbox = Rc::new(Outbox::new());
+        let mut outboxes = self.outboxes.borrow_mut();
+        outboxes.retain(|outbox| outbox.strong_count() > 0);
+        outboxes.push(Rc::downgrade(&outbox));
+        outbox
     }
 
     /// Accepts connections for ever; each is served by a task of its own.

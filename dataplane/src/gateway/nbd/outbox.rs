@@ -91,6 +91,11 @@ impl Outbox {
         wake(&self.reader);
     }
 
+    /// Has the session look whether it is to end.
+    pub fn wake_reader(&self) {
+        wake(&self.reader);
+    }
+
     fn is_aborted(&self) -> bool {
         self.state.get() == State::Aborted
     }

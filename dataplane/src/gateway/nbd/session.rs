@@ -11,9 +11,12 @@
 //! Source: <https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md>, "Transmission phase".
 
 use std::cell::{Cell, RefCell};
+use std::future::poll_fn;
+use std::pin::pin;
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::task::Poll;
 use std::time::Duration;
 
 use monoio::io::{AsyncReadRent, AsyncWriteRent};
@@ -44,7 +47,7 @@ struct Context<V: Volumes> {
     agreed: Agreed,
     pool: &'static BufferPool,
     budget: Rc<Budget>,
-    outbox: Outbox,
+    outbox: Rc<Outbox>,
     /// The client owes the rest of a payload, whose buffer waits for it.
     payload_awaited: Cell<bool>,
     received_bytes: Rc<Cell<u64>>,
@@ -57,7 +60,8 @@ struct Session<R, V: Volumes> {
     context: Rc<Context<V>>,
 }
 
-/// Serves one connection until the client ends it or breaks the protocol, and every request has ended.
+/// Serves one connection until the client ends it or breaks the protocol, or the process is to end, and every request
+/// has ended.
 pub(super) async fn run<R, W, V>(
     mut receiver: Receiver<R>,
     writer: W,
@@ -80,7 +84,7 @@ where
             options.operations_in_flight_max,
             Rc::clone(&gateway.share),
         ),
-        outbox: Outbox::new(),
+        outbox: gateway.outbox(),
         payload_awaited: Cell::new(false),
         received_bytes: receiver.received_bytes(),
         failure_logged: Cell::new(false),
@@ -136,16 +140,26 @@ impl Watch {
 }
 
 impl<R: AsyncReadRent, V: Volumes> Session<R, V> {
-    /// Takes requests until the client disconnects.
+    /// Takes requests until the client disconnects, or the process is to end.
     async fn receive(&mut self) -> Result<(), Closed> {
-        while let Some(bytes) = self.receiver.array::<{ Request::SIZE }>().await? {
-            let request = Request::decode(&bytes)?;
+        while let Some(request) = self.next().await? {
             if request.command == command::DISCONNECT {
                 break;
             }
             self.on_request(request).await?;
         }
         Ok(())
+    }
+
+    async fn next(&mut self) -> Result<Option<Request>, Closed> {
+        let counters = &self.context.counters;
+        let mut header = pin!(self.receiver.array::<{ Request::SIZE }>());
+        let bytes = poll_fn(|context| match counters.is_stopping() {
+            true => Poll::Ready(Ok(None)),
+            false => header.as_mut().poll(context),
+        })
+        .await?;
+        Ok(bytes.map(|bytes| Request::decode(&bytes)).transpose()?)
     }
 
     async fn on_request(&mut self, request: Request) -> Result<(), Closed> {
@@ -332,10 +346,8 @@ impl<V: Volumes> Context<V> {
     fn check(&self, request: &Request) -> Result<Command, Errno> {
         let size = self.attachment.volumes.size_bytes(self.attachment.export.volume);
         match size {
-            Some(size_bytes) if !self.counters.stopping.load(Ordering::Relaxed) => {
-                rules::check(request, self.agreed, size_bytes)
-            }
-            _ => Err(Errno::Shutdown),
+            Some(size_bytes) => rules::check(request, self.agreed, size_bytes),
+            None => Err(Errno::Shutdown),
         }
     }
 
