@@ -345,12 +345,12 @@ impl ControlClient {
         let begin = Instant::now();
         let deadline = begin + self.options.deadline;
         let mut backoff = BACKOFF_FIRST;
-        // Set by a try that may have been carried out though it was refused.
-        let mut uncertain = false;
+        // Whose try may have been carried out though it had no answer, or was refused.
+        let mut doubt = None;
         loop {
-            match self.round(effect, &request, &ask, deadline, &mut uncertain).await {
+            match self.round(effect, &request, &ask, deadline, &mut doubt).await {
                 Ok(answer) => return Ok(answer),
-                Err(Failed::ForGood(error)) => return Err(error),
+                Err(Failed::ForGood(error)) => return Err(error.after(doubt)),
                 Err(Failed::ForNow { error, at_once }) => {
                     let last = match error {
                         ClientError::Unreachable { .. } => {
@@ -359,7 +359,7 @@ impl ControlClient {
                         _ => deadline,
                     };
                     if Instant::now() + backoff >= last {
-                        return Err(error);
+                        return Err(error.after(doubt));
                     }
                     if !at_once {
                         sleep(backoff).await;
@@ -377,7 +377,7 @@ impl ControlClient {
         request: &Q,
         ask: &F,
         deadline: Instant,
-        uncertain: &mut bool,
+        doubt: &mut Option<Address>,
     ) -> Result<T, Failed>
     where
         Q: Clone,
@@ -400,11 +400,13 @@ impl ControlClient {
             match lost {
                 Lost::NoConnection(reason) => unreachable = Some(reason),
                 Lost::Refused(mut refusal) => {
-                    refusal.uncertain = *uncertain;
+                    refusal.uncertain = doubt.is_some();
                     let retry = refusal.retry();
                     let leader = refusal.object.parse::<SocketAddr>().ok().map(Address::from);
                     // A leader that lost its quorum may have the request in its log already.
-                    *uncertain |= once && refusal.code() == Some(Code::NoQuorum);
+                    if effect != Effect::Read && refusal.code() == Some(Code::NoQuorum) {
+                        doubt.get_or_insert(address);
+                    }
                     let refused = ClientError::Refused(refusal);
                     match (retry, leader) {
                         (Retry::Never, _) => return Err(Failed::ForGood(refused)),
@@ -417,12 +419,17 @@ impl ControlClient {
                 Lost::Broken if once => {
                     return Err(Failed::ForGood(ClientError::Broken { address, uncertain: true }));
                 }
-                Lost::Broken => error = Some(ClientError::Broken { address, uncertain: false }),
+                Lost::Broken => {
+                    let uncertain = effect != Effect::Read;
+                    doubt_if(uncertain, doubt, &address);
+                    error = Some(ClientError::Broken { address, uncertain });
+                }
                 Lost::TimedOut(after) if once => {
                     return Err(Failed::ForGood(ClientError::Timeout { address, after, uncertain: true }));
                 }
                 Lost::TimedOut(after) => {
                     let uncertain = effect != Effect::Read;
+                    doubt_if(uncertain, doubt, &address);
                     error = Some(ClientError::Timeout { address, after, uncertain });
                 }
                 Lost::NotXsan(reason) => error = Some(ClientError::NotXsan { address, reason }),
@@ -507,6 +514,12 @@ impl ControlClient {
     fn state(&self) -> std::sync::MutexGuard<'_, State> {
         // Nothing panics with the lock held, and a map of connections is right at every moment.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn doubt_if(uncertain: bool, doubt: &mut Option<Address>, address: &Address) {
+    if uncertain {
+        doubt.get_or_insert_with(|| address.clone());
     }
 }
 

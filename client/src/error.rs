@@ -98,6 +98,19 @@ impl ClientError {
         }
     }
 
+    /// The error of a call of which `doubt` was asked before, and may have carried it out.
+    pub(crate) fn after(self, doubt: Option<Address>) -> Self {
+        match (self, doubt) {
+            (Self::Unreachable { .. } | Self::NotXsan { .. }, Some(address)) => {
+                Self::Broken { address, uncertain: true }
+            }
+            (Self::Timeout { address, after, .. }, Some(_)) => {
+                Self::Timeout { address, after, uncertain: true }
+            }
+            (error, _) => error,
+        }
+    }
+
     /// Can it be that a change was made all the same?
     pub const fn is_uncertain(&self) -> bool {
         match self {

@@ -4,6 +4,7 @@
 //!
 //! Invariants
 //! - A node has its id, durably, before it starts Raft; it starts Raft before it serves anything.
+//! - A node that has served never starts with a new log: what it voted and acknowledged is in the old one.
 //! - Raft and the network run on a runtime of their own; everything else on the caller's.
 
 use std::io;
@@ -62,6 +63,8 @@ pub struct Settings {
     pub default_replica_count: u8,
     /// The node's number and the instance that it was given to; xsan-node got them from the cluster.
     pub identity: RaftIdentity,
+    /// The node has served: it has voted, perhaps, and its log must be there.
+    pub established: bool,
 }
 
 impl Settings {
@@ -79,6 +82,7 @@ impl Settings {
             election_timeout: config.network.election_timeout,
             default_replica_count: config.storage.default_replica_count,
             identity: RaftIdentity { instance: config.instance, node: config.numeric_id.0 },
+            established: config.established,
         }
     }
 
@@ -105,6 +109,8 @@ impl Settings {
 pub enum NodeError {
     #[error("{path}: {source}")]
     Storage { path: PathBuf, source: io::Error },
+    #[error("{path}: is gone or empty, and node {name} can not vote again without what it held")]
+    LogLost { path: PathBuf, name: String },
     #[error("address {address}: {source}")]
     Address { address: SocketAddr, source: io::Error },
     #[error("{0}")]
@@ -117,6 +123,7 @@ impl NodeError {
     pub const fn code(&self) -> Code {
         match self {
             Self::Storage { .. } => Code::DataDirUnusable,
+            Self::LogLost { .. } => Code::RaftLogLost,
             Self::Address { .. } => Code::AddressInUse,
             Self::Raft(error) => error.code(),
             Self::Threads(_) => Code::MemoryShort,
@@ -155,7 +162,8 @@ impl ControlNode {
     /// Starts a node: founds or joins its cluster the first time, and takes up where it was later.
     ///
     /// # Errors
-    /// The data directory or the addresses can not be used; the cluster refuses the node (100 to 103, 110).
+    /// The data directory or the addresses can not be used; the cluster refuses the node (100 to 103, 110); the log of
+    /// a node that has served is gone (117).
     pub async fn start(settings: Settings) -> Result<Self, NodeError> {
         let (store, machine) = open_stores(&settings)?;
         let channels = Channels::default();
@@ -269,7 +277,15 @@ fn open_stores(settings: &Settings) -> Result<(LogStore, StateMachine), NodeErro
     };
     std::fs::create_dir_all(&directory).map_err(failed(&directory))?;
     let (log, state) = (directory.join("raft.redb"), directory.join("state.sled"));
+    let lost = || NodeError::LogLost { path: log.clone(), name: settings.name.clone() };
+    // A new log in its place would let the node vote a second time in a term, and a founder found a second cluster.
+    if settings.established && !log.exists() {
+        return Err(lost());
+    }
     let store = LogStore::open(&log).map_err(failed(&log))?;
+    if settings.established && store.read_identity().map_err(failed(&log))?.is_none() {
+        return Err(lost());
+    }
     let machine = StateMachine::open(&state, store.clone()).map_err(failed(&state))?;
     Ok((store, machine))
 }

@@ -17,7 +17,7 @@ use crate::raft::handle::RaftHandle;
 use crate::state::command::{Command, milliseconds};
 use crate::state::scrub::{GroupScrubs, ScrubEnd};
 use crate::state::{ClusterState, Settings};
-use crate::timing::SCRUB_TICK;
+use crate::timing::{SCRUB_AHEAD_MAX, SCRUB_TICK};
 
 /// Ordered at once; the others follow when these have ended.
 const ORDERS_MAX: usize = 1024;
@@ -101,6 +101,9 @@ fn due(
         return Some((0, order(wish.deep)));
     }
     let due_at = |last: u64, interval: Duration| {
+        if is_ahead(last, now_unix_ms) {
+            return 0;
+        }
         let interval = milliseconds(interval);
         // Each group has its own moment of every interval, so that the scrubs of a pool are spread evenly, and stay so.
         let moment = u128::from(interval) * u128::from(group.index()) / u128::from(pool.group_count);
@@ -119,11 +122,17 @@ fn due(
         .find(|(since, _)| *since <= now_unix_ms)
 }
 
+/// Did a wrong clock tell this time? Each node tells its own, and the state believes it.
+fn is_ahead(last: u64, now_unix_ms: u64) -> bool {
+    last > now_unix_ms.saturating_add(milliseconds(SCRUB_AHEAD_MAX))
+}
+
 /// Is the group overdue by as much again as its interval?
 pub fn is_overdue(settings: &Settings, scrubs: &GroupScrubs, now_unix_ms: u64) -> bool {
     let late = |last: u64, interval: Duration| {
         let twice = milliseconds(interval).saturating_mul(2);
-        !interval.is_zero() && last != 0 && now_unix_ms.saturating_sub(last) > twice
+        let is_late = is_ahead(last, now_unix_ms) || now_unix_ms.saturating_sub(last) > twice;
+        !interval.is_zero() && last != 0 && is_late
     };
     late(scrubs.light_unix_ms, settings.scrub_interval)
         || late(scrubs.deep_unix_ms, settings.deep_scrub_interval)

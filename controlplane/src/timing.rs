@@ -15,6 +15,8 @@
 
 use std::time::Duration;
 
+use xsan_nodekit::config::HEARTBEAT_INTERVAL_MS_MAX;
+
 /// How long a node may serve after it sent a beat that was granted. Longer rides out longer elections; shorter
 /// fails over sooner from a host that is gone.
 pub const LEASE: Duration = Duration::from_millis(1500);
@@ -57,6 +59,8 @@ pub const SCRUB_TICK: Duration = Duration::from_secs(1);
 /// Between two scrubs of a group, and two deep ones, where the cluster has no settings of its own.
 pub const SCRUB_INTERVAL: Duration = Duration::from_secs(24 * 3600);
 pub const DEEP_SCRUB_INTERVAL: Duration = Duration::from_secs(7 * 24 * 3600);
+/// A scrub that ended later than this from now was told by a wrong clock: nobody knows when it was.
+pub const SCRUB_AHEAD_MAX: Duration = Duration::from_secs(60);
 /// The least and the most that may be set.
 pub const SCRUB_INTERVAL_MIN: Duration = Duration::from_secs(10);
 pub const SCRUB_INTERVAL_MAX: Duration = Duration::from_secs(365 * 24 * 3600);
@@ -77,6 +81,8 @@ pub const GATHER_WAIT: Duration = Duration::from_millis(1500);
 
 const _: () = assert!(2 * RAFT_HEARTBEAT_MAX.as_millis() < QUORUM_ACK_AGE_MAX.as_millis());
 const _: () = assert!(LEASE.as_millis() >= 4 * BEAT_INTERVAL.as_millis());
+const _: () = assert!(LEASE.as_millis() >= 4 * HEARTBEAT_INTERVAL_MS_MAX as u128);
+const _: () = assert!(STATUS_AGE_MAX.as_millis() > 2 * HEARTBEAT_INTERVAL_MS_MAX as u128);
 const _: () = assert!(DOWN_OUT_MIN.as_millis() > 2 * LEASE.as_millis());
 const _: () = assert!(DOWN_OUT_MIN.as_millis() <= OUT_AFTER.as_millis());
 const _: () = assert!(OUT_AFTER.as_millis() <= DOWN_OUT_MAX.as_millis());

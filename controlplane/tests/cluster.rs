@@ -169,3 +169,24 @@ async fn a_single_node_keeps_its_state_and_refuses_strangers() {
     let error = taken.err().expect("the address is in use");
     assert!(matches!(error, NodeError::Address { .. }));
 }
+
+/// The founder came back without its log and founded a second cluster of that name, with itself as the only voter.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_has_served_does_not_start_without_its_log() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let fresh = settings(directory.path(), 41, Startup::Init);
+    start(&fresh).await.stop().await;
+    let established = Settings { established: true, ..fresh };
+    start(&established).await.stop().await;
+    let log = established.data_dir.join("control/raft.redb");
+    std::fs::remove_file(&log).expect("it was there");
+    for left_over in [None, Some("")] {
+        if let Some(content) = left_over {
+            std::fs::write(&log, content).expect("it writes");
+        }
+        let error = ControlNode::start(established.clone()).await.err().expect("the log is lost");
+        assert_eq!(error.code(), Code::RaftLogLost);
+        assert_eq!(xsan_nodekit::exit::of_daemon(error.code()), xsan_nodekit::exit::DO_NOT_RESTART);
+        assert_eq!(log.exists(), left_over.is_some(), "nothing new in its place");
+    }
+}

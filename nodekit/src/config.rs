@@ -29,6 +29,10 @@ const NODE_FILE: &str = "node.json";
 pub const MEMORY_PER_SHARD_MIN: u64 = 32 << 20;
 const MEMORY_PER_SHARD_DEFAULT: u64 = 64 << 20;
 
+/// Largest `network.heartbeat_interval`: a lease, which `xsan-control` grants as the answer to a beat, has four chances to be
+/// renewed.
+pub const HEARTBEAT_INTERVAL_MS_MAX: u64 = 375;
+
 /// The effective configuration of one node.
 #[derive(Clone, Debug, PartialEq)]
 pub struct NodeConfig {

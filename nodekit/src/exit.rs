@@ -35,6 +35,7 @@ pub const fn of_daemon(code: Code) -> u8 {
         | Code::MemoryShort
         | Code::ClusterIdMismatch
         | Code::NodeRemoved
+        | Code::RaftLogLost
         | Code::StoreNotFormatted
         | Code::DeviceInUse
         | Code::DeviceTooSmall

@@ -77,13 +77,15 @@ errors! {
     107 ClusterExists       Never   "the data directory holds a node already" "start without --init-cluster or --join-cluster, or give another --data-dir";
     108 TooFewNodes         Never   "fewer nodes (or failure domains) than replicas" "add nodes, or lower the replica count";
     109 LeaseEnded          Backoff "the node's lease has ended, it can not reach the leader" "check the network between the node and the leader";
-    110 ClusterFull         Never   "the cluster has its largest number of nodes" "use a second cluster";
+    110 ClusterFull         Never   "the cluster has its largest number of nodes or volumes" "delete volumes that nobody needs, or use a second cluster";
     111 MaintenanceStopsIo  Never   "without the node some groups could not serve" "wait until cluster status shows no degraded group, or confirm with --force";
     112 NodeNeeded          Never   "the other nodes can not take over the node's replicas" "add a node or space first; a node that is dead goes with --force";
     113 LastNode            Never   "the cluster has no other node" "stop the node and wipe its data directory to end the cluster";
     114 NodeIsUp            Never   "the node is not down" "leave --force out, or stop the node first";
     115 NodeRemoved         Never   "the node was removed from its cluster" "wipe its data directory; the host may join again as a new node";
     116 NodeBusy            Backoff "the node can not leave yet" "wait until it holds no replica and no volume is attached there";
+    117 RaftLogLost         Never   "the node's Raft log and vote are gone" "put control/raft.redb back if it was moved; else give the node up with xsan-cli node remove --force, wipe its data directory and join again";
+    118 LifeNotRegistered   Backoff "the cluster knows another life of the node's data process" "it registers by itself; if it lasts, look into the log of xsan-control there";
 
     200 StoreNotFormatted   Never   "the device holds no store" "correct the path; a node formats an empty device when it starts, and another when --force-format names it";
     201 DeviceInUse         Never   "the device holds data that is not XSAN's, another cluster's, or half of a store whose other half is not there" "correct the path, or start the node with --force-format PATH for the device that the message names; what it holds is lost";

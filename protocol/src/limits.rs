@@ -20,6 +20,10 @@ pub const NODES_MAX: usize = 256;
 pub const VOTERS_MAX: usize = 5;
 /// Most shards of a data process.
 pub const SHARDS_MAX: usize = 256;
+/// Most volumes of a cluster: a map with all of them fits into one message between the two processes of a node.
+pub const VOLUMES_MAX: usize = 4096;
+/// Most bytes of one volume in the message of a map: two names, and attached at every node.
+pub const VOLUME_MESSAGE_MAX: usize = 2 * NAME_BYTES_MAX + 6 * NODES_MAX + 128;
 /// Largest volume: every block index fits 32 bits; 1 PiB keeps the block table in bounds.
 pub const VOLUME_BYTES_MAX: u64 = 1 << 50;
 /// Longest volume, node or cluster name, in bytes.
@@ -28,5 +32,7 @@ pub const NAME_BYTES_MAX: usize = 128;
 pub const GROUP_WRITES_MAX: usize = 512;
 
 const _: () = assert!(FRAME_DATA_MAX <= BLOCK_SIZE);
+// The rest is for nodes and groups.
+const _: () = assert!(VOLUMES_MAX * VOLUME_MESSAGE_MAX <= LINK_FRAME_MAX / 2);
 const _: () = assert!(GROUPS_PER_POOL.is_power_of_two());
 const _: () = assert!(VOLUME_BYTES_MAX / BLOCK_SIZE as u64 <= u32::MAX as u64);

@@ -230,6 +230,24 @@ async fn a_resize_is_repeated_after_silence() {
     client(&[&hanging, &good]).resize_volume(request).await.expect("the second node answers");
 }
 
+/// A node died after it had passed a join on. The next ones were not there, so the caller was told that nobody had been asked.
+#[tokio::test]
+async fn a_repeatable_change_that_was_sent_once_stays_in_doubt() {
+    let (broken, calls) = node(&[Answer::Plain(tonic::Code::Unavailable)]).await;
+    let error = client(&[&broken])
+        .set_maintenance(proto::SetMaintenanceRequest::default())
+        .await
+        .expect_err("no answer");
+    assert!(calls.load(Ordering::SeqCst) > 0);
+    assert!(error.is_uncertain(), "{error}");
+    let read = client(&[&broken]).list_volumes().await.expect_err("no answer");
+    assert!(!read.is_uncertain(), "{read}");
+    let unreachable =
+        || ClientError::Unreachable { addresses: vec![broken.clone()], reason: "refused".into() };
+    assert!(unreachable().after(Some(broken.clone())).is_uncertain());
+    assert!(!unreachable().after(None).is_uncertain());
+}
+
 #[tokio::test]
 async fn another_service_is_not_taken_for_a_control_plane() {
     let (address, _) = node(&[Answer::Plain(tonic::Code::Unimplemented)]).await;

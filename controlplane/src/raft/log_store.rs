@@ -108,9 +108,24 @@ impl LogStore {
         self.read_meta(SNAPSHOT)
     }
 
-    /// Durable when it returns.
+    /// Durable when it returns. One that is older than what is there changes nothing: a snapshot may be installed, and the log
+    /// behind it purged, while one of before is still being built.
     pub fn save_snapshot(&self, snapshot: &proto::SnapshotRecord) -> io::Result<()> {
-        self.write_meta(SNAPSHOT, snapshot, Durability::Immediate)
+        let index = |snapshot: &proto::SnapshotRecord| snapshot.last.as_ref().map(|last| last.index);
+        blocking(|| {
+            let write = self.database.begin_write().map_err(failed)?;
+            {
+                let mut meta = write.open_table(META).map_err(failed)?;
+                let present = meta.get(SNAPSHOT).map_err(failed)?;
+                let present: Option<proto::SnapshotRecord> =
+                    present.map(|value| unseal(value.value())).transpose()?;
+                if present.is_some_and(|present| index(&present) > index(snapshot)) {
+                    return Ok(());
+                }
+                meta.insert(SNAPSHOT, seal(snapshot).as_slice()).map_err(failed)?;
+            }
+            write.commit().map_err(failed)
+        })
     }
 
     /// Could `applied` have been applied by this log? Not when it is beyond its end, or of another term.

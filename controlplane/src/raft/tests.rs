@@ -139,6 +139,29 @@ async fn a_lost_or_damaged_sled_is_rebuilt_from_snapshot_and_log() {
     assert_eq!(restart(directory.path()).await, state, "what does not open is replaced");
 }
 
+/// A builder had taken its view; then a newer snapshot was installed and the log purged up to it. The builder's, saved last,
+/// took its place, and the entries between the two were nowhere.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_snapshot_that_was_built_late_does_not_displace_a_newer_one() {
+    let (ahead, behind) =
+        (tempfile::tempdir().expect("a directory"), tempfile::tempdir().expect("a directory"));
+    let entries = || vec![membership(0), command(1, "a"), command(2, "b"), command(3, "c")];
+    let (mut log, mut machine) = open(ahead.path());
+    run(&mut log, &mut machine, entries()).await;
+    let newer = machine.get_snapshot_builder().await.build_snapshot().await.expect("built");
+
+    let (mut log, mut machine) = open(behind.path());
+    run(&mut log, &mut machine, entries().drain(..2).collect()).await;
+    let mut late = machine.get_snapshot_builder().await;
+    machine.install_snapshot(&newer.meta, newer.snapshot).await.expect("installed");
+    late.build_snapshot().await.expect("built");
+    let kept = machine.get_current_snapshot().await.expect("readable").expect("there is one");
+    assert_eq!(kept.meta, newer.meta);
+    // The same index again is written: that is how a damaged one is mended.
+    machine.get_snapshot_builder().await.build_snapshot().await.expect("built");
+    assert_eq!(log.read_snapshot().expect("readable").and_then(|s| s.last).map(|last| last.index), Some(3));
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_state_ahead_of_its_log_is_rebuilt() {
     let directory = tempfile::tempdir().expect("a temporary directory");

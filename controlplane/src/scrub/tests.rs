@@ -82,3 +82,33 @@ fn what_is_off_is_never_due_and_what_is_late_is_told() {
     state.apply(&Command::ChangeSettings(off));
     assert_eq!(all_orders(&state, NOW_UNIX_MS + 99 * DAY), []);
 }
+
+/// One node's clock was a year ahead for a day: what it scrubbed was not due again for that year, and its times stayed when the
+/// clock was right again.
+#[test]
+fn times_of_a_wrong_clock_are_due_at_once_and_are_put_right() {
+    let mut state = state(3, 3);
+    let now = NOW_UNIX_MS + DAY;
+    for order in all_orders(&state, now) {
+        end(&mut state, &order, now + 365 * DAY);
+    }
+    let due = all_orders(&state, now);
+    assert_eq!(due.len(), 256);
+    let group = GroupId(due[0].group);
+    assert!(is_overdue(&state.settings(), &state.scrubs(group), now), "nobody knows when it was");
+    for order in due {
+        end(&mut state, &order, now);
+    }
+    assert!(!is_overdue(&state.settings(), &state.scrubs(group), now));
+    // Those that had a light scrub ahead have had a deep one now, or have one coming.
+    for order in all_orders(&state, now) {
+        end(&mut state, &order, now);
+    }
+    assert_eq!(all_orders(&state, now), []);
+    // A little ahead is no other clock than ours.
+    let due = all_orders(&state, now + 8 * DAY);
+    for order in due {
+        end(&mut state, &order, now + 8 * DAY + 5_000);
+    }
+    assert_eq!(all_orders(&state, now + 8 * DAY), []);
+}

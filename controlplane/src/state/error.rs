@@ -5,7 +5,7 @@
 
 use xsan_protocol::error::Code;
 use xsan_protocol::ids::{GroupId, NodeId, VolumeId};
-use xsan_protocol::limits::{NAME_BYTES_MAX, NODES_MAX, REPLICAS_MAX, VOLUME_BYTES_MAX};
+use xsan_protocol::limits::{NAME_BYTES_MAX, NODES_MAX, REPLICAS_MAX, VOLUME_BYTES_MAX, VOLUMES_MAX};
 use xsan_protocol::placement::PlacementError;
 use xsan_protocol::proto;
 use xsan_protocol::units::SECTOR_SIZE;
@@ -58,6 +58,8 @@ pub enum StateError {
     NodeStays { name: String },
     #[error("node {name} can not leave yet: {reason}")]
     NodeBusy { name: String, reason: &'static str },
+    #[error("the cluster has {VOLUMES_MAX} volumes, and can have no more")]
+    TooManyVolumes,
     #[error("{field}: {value} {unit} is not between {min} and {max}")]
     SettingInvalid { field: &'static str, value: u64, unit: &'static str, min: u64, max: u64 },
     #[error("group {group}: {problem}")]
@@ -80,7 +82,7 @@ impl StateError {
             // Try again: its founder, the only voter, has not taken its own place yet.
             Self::NotFounded => Code::NoQuorum,
             Self::NodeIdTaken { .. } => Code::NodeIdTaken,
-            Self::ClusterFull | Self::IdsUsedUp { .. } => Code::ClusterFull,
+            Self::ClusterFull | Self::TooManyVolumes | Self::IdsUsedUp { .. } => Code::ClusterFull,
             Self::NodeNotFound { .. } => Code::NodeNotFound,
             Self::VolumeExists { .. } => Code::VolumeExists,
             Self::VolumeNotFound { .. } | Self::VolumeIdNotFound { .. } => Code::VolumeNotFound,
@@ -111,6 +113,7 @@ impl StateError {
             Self::VolumeIdNotFound { id } => format!("volume {id}"),
             Self::GroupInvalid { group, .. } => format!("group {group}"),
             Self::ClusterFull
+            | Self::TooManyVolumes
             | Self::NotFounded
             | Self::ReplicaCountInvalid { .. }
             | Self::SettingInvalid { .. }

@@ -52,9 +52,9 @@ impl GroupScrubs {
         if !wished && periodic.order_number(end.deep) != end.number {
             return false;
         }
-        // A clock that went back would give the next order the same number.
-        let last = self.light_unix_ms.max(self.deep_unix_ms);
-        let unix_ms = unix_ms.max(last.saturating_add(1));
+        // Not the later of both: a time that a wrong clock told would stay for ever. The next order has another number all the same.
+        let taken = [self.light_unix_ms, self.deep_unix_ms];
+        let unix_ms = (unix_ms..).find(|time| !taken.contains(time)).unwrap_or(unix_ms);
         self.light_unix_ms = unix_ms;
         if end.deep {
             self.deep_unix_ms = unix_ms;

@@ -174,6 +174,32 @@ fn an_attached_volume_is_not_deleted_until_its_data_process_ends() {
     assert_eq!(state.apply(&Command::DeleteVolume { name: "vm".into() }).0, Reply::Done);
 }
 
+/// Nothing limited them but the assertion that a map fits into a frame, which every node would have met.
+#[test]
+fn a_map_with_all_volumes_that_there_may_be_fits_into_a_frame() {
+    use prost::Message;
+    use xsan_protocol::limits::{LINK_FRAME_MAX, NAME_BYTES_MAX, NODES_MAX, VOLUME_MESSAGE_MAX, VOLUMES_MAX};
+
+    let mut state = cluster();
+    state.apply(&new_volume("vm", 1));
+    let mut largest = state.map.volumes[&VolumeId(1)].clone();
+    largest.name = "n".repeat(NAME_BYTES_MAX);
+    largest.policy = "p".repeat(NAME_BYTES_MAX);
+    (largest.size_bytes, largest.created_unix_ms) = (u64::MAX, u64::MAX);
+    largest.attached_nodes = vec![NodeId(u32::MAX); NODES_MAX];
+    for number in 2..=VOLUMES_MAX {
+        let id = VolumeId(number as u32);
+        let lineage = xsan_protocol::ids::Lineage(u64::MAX);
+        state.map.volumes.insert(id, xsan_protocol::map::Volume { id, lineage, ..largest.clone() });
+    }
+    let message = proto::ClusterMap::from(&state.map);
+    let volumes = message.volumes.iter().map(|volume| volume.encoded_len() + 4);
+    assert!(volumes.max() <= Some(VOLUME_MESSAGE_MAX));
+    assert!(message.encoded_len() <= LINK_FRAME_MAX);
+    assert_eq!(refused(&mut state, new_volume("one-more", 2)), Code::ClusterFull);
+    assert!(matches!(state.apply(&new_volume("vm", 1)).0, Reply::Volume(_)), "it was made before");
+}
+
 #[test]
 fn a_group_changes_by_compare_and_set_on_its_epoch() {
     let mut state = cluster();

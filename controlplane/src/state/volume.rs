@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use xsan_protocol::ids::{Epoch, Layer, NodeId, PoolId, VolumeId};
-use xsan_protocol::limits::{REPLICAS_MAX, VOLUME_BYTES_MAX};
+use xsan_protocol::limits::{REPLICAS_MAX, VOLUME_BYTES_MAX, VOLUMES_MAX};
 use xsan_protocol::map::{Group, Member, Pool, Volume, min_replicas};
 use xsan_protocol::placement;
 use xsan_protocol::units::SECTOR_SIZE;
@@ -27,6 +27,9 @@ impl ClusterState {
             let same = self.requests.get(&volume.id) == Some(&new.request);
             let exists = StateError::VolumeExists { name: new.name.clone() };
             return if same { Ok(Reply::Volume(Box::new(volume.clone()))) } else { Err(exists) };
+        }
+        if self.map.volumes.len() >= VOLUMES_MAX {
+            return Err(StateError::TooManyVolumes);
         }
         let id = self.next.volume;
         let next = VolumeId(id.0.checked_add(1).ok_or(StateError::IdsUsedUp { what: "volume" })?);

@@ -36,6 +36,7 @@ pub fn settings(directory: &Path, number: u8, startup: Startup) -> Settings {
         heartbeat_interval: Duration::from_millis(100),
         election_timeout: Duration::from_millis(1000),
         default_replica_count: 3,
+        established: false,
     }
 }
 

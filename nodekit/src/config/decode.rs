@@ -10,7 +10,8 @@ use serde_json::{Map, Value};
 use xsan_protocol::limits::REPLICAS_MAX;
 
 use super::{
-    DataPlane, Device, FieldError, Level, Logging, Media, Network, NodeConfig, Numa, Role, Startup, Storage,
+    DataPlane, Device, FieldError, HEARTBEAT_INTERVAL_MS_MAX, Level, Logging, Media, Network, NodeConfig,
+    Numa, Role, Startup, Storage,
 };
 use crate::size;
 
@@ -109,7 +110,11 @@ fn device(mut fields: Fields) -> Result<Device, FieldError> {
 }
 
 fn network(mut fields: Fields, network: &mut Network) -> Result<(), FieldError> {
-    fields.milliseconds("heartbeat_interval", 50..=2_000, &mut network.heartbeat_interval)?;
+    fields.milliseconds(
+        "heartbeat_interval",
+        50..=HEARTBEAT_INTERVAL_MS_MAX,
+        &mut network.heartbeat_interval,
+    )?;
     fields.milliseconds("election_timeout", 200..=10_000, &mut network.election_timeout)?;
     fields.integer("max_connections", 1..=65_536, &mut network.max_connections)?;
     fields.end()

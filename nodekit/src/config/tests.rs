@@ -107,15 +107,19 @@ fn every_wrong_field_is_told_with_its_path() {
         ),
         (
             r#"{"network": {"heartbeat_interval": 5}}"#,
-            "network.heartbeat_interval: 5 is not a whole number from 50 to 2000 milliseconds",
+            "network.heartbeat_interval: 5 is not a whole number from 50 to 375 milliseconds",
         ),
         (
             r#"{"network": {"election_timeout": 1.5}}"#,
             "network.election_timeout: 1.5 is not a whole number from 200 to 10000 milliseconds",
         ),
         (
-            r#"{"network": {"heartbeat_interval": 400}}"#,
-            "network.election_timeout: 1000 ms is less than three times network.heartbeat_interval (400 ms)",
+            r#"{"network": {"heartbeat_interval": 376}}"#,
+            "network.heartbeat_interval: 376 is not a whole number from 50 to 375 milliseconds",
+        ),
+        (
+            r#"{"network": {"heartbeat_interval": 350}}"#,
+            "network.election_timeout: 1000 ms is less than three times network.heartbeat_interval (350 ms)",
         ),
         (r#"{"network": {"max_connections": -1}}"#, "network.max_connections: -1 is not a whole number"),
         (r#"{"dataplane": {"cores": "0-"}}"#, "dataplane.cores: \"0-\" is neither \"auto\" nor a list"),

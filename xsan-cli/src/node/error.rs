@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use xsan_client::ClientError;
 use xsan_nodekit::config::{ConfigError, FieldError};
 use xsan_nodekit::exit;
-use xsan_protocol::error::Code;
+use xsan_protocol::error::{Code, Retry};
 
 #[derive(Debug, thiserror::Error)]
 pub enum NodeError {
@@ -60,6 +60,14 @@ impl NodeError {
             Self::Logging(error) => error.code(),
             Self::System(_) => Code::Internal,
         }
+    }
+
+    /// Did a join fail of which it is not known that the cluster did not carry it out? It did not when it was not asked, or when
+    /// it said no for good before there was any doubt.
+    pub fn may_have_joined(&self) -> bool {
+        let Self::Join { source, .. } = self else { return false };
+        let for_now = matches!(source, ClientError::Refused(_)) && source.code().retry() != Retry::Never;
+        for_now || source.is_uncertain()
     }
 
     pub fn exit_code(&self) -> u8 {

@@ -196,12 +196,9 @@ async fn carry_out_with(plan: Plan, options: Options) -> Result<Prepared, NodeEr
     if config.numeric_id == NodeId(0) {
         match identify(&mut config, fresh, options).await {
             Ok(()) => {}
-            // Not known whether the cluster has taken the node in: the next try must come as the same instance.
-            Err(NodeError::Join { source, node, cluster }) if source.is_uncertain() => {
-                return Err(NodeError::Join { source, node, cluster });
-            }
             Err(error) => {
-                if fresh && config.remove().is_ok() {
+                // While the cluster may have taken the node in, the next try must come as the same instance.
+                if fresh && !error.may_have_joined() && config.remove().is_ok() {
                     data_dir.give_back();
                 }
                 return Err(error);
@@ -255,7 +252,7 @@ async fn join(
         Ok(id) => return Ok(id),
         Err(source) => source,
     };
-    if source.code() == Code::Unreachable {
+    if source.code() == Code::Unreachable && !source.is_uncertain() {
         return Err(NodeError::JoinDead { source });
     }
     Err(NodeError::Join { node: cluster.node_id.clone(), cluster: cluster.cluster_id.clone(), source })

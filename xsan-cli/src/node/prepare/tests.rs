@@ -203,6 +203,8 @@ impl UnaryService<JoinRequest> for Member {
             match answer {
                 None => std::future::pending().await,
                 Some(Ok(node_id)) => Ok(Response::new(JoinReply { node_id })),
+                // What the caller gets when the connection breaks off.
+                Some(Err((Code::Unreachable, _))) => Err(Status::unavailable("")),
                 Some(Err((code, message))) => {
                     let code = code.number().into();
                     let detail = ErrorDetail { code, object: String::new(), message: message.into() };
@@ -295,6 +297,26 @@ async fn a_join_without_an_answer_is_asked_again_by_the_same_instance() {
     assert_eq!(prepared.config.numeric_id, NodeId(3));
     let instance = |asked: &Mutex<Vec<JoinRequest>>| asked.lock().expect("no panic")[0].instance;
     assert_eq!(instance(&first), instance(&second));
+}
+
+/// The node that was asked had proposed the new node and found no quorum in time, or died. The instance was forgotten, the
+/// cluster had the node all the same, and the next try was told that its name is taken.
+#[tokio::test]
+async fn a_join_that_may_have_been_carried_out_is_not_forgotten() {
+    let options = Options { deadline: Duration::from_millis(300), ..Options::default() };
+    let host = Host::new();
+    let (address, _) = member(Some(Err((Code::NoQuorum, "not now")))).await;
+    let plan = join_plan(&host, "127.0.78.7", address);
+    let error = carry_out_with(plan, options).await.err().expect("no quorum");
+    assert_eq!(error.code(), Code::NoQuorum);
+    assert!(host.data_dir().exists());
+
+    let host = Host::new();
+    let (broken, _) = member(Some(Err((Code::Unreachable, "")))).await;
+    let plan = join_plan(&host, "127.0.78.8", broken);
+    let error = carry_out_with(plan, options).await.err().expect("no answer");
+    assert_eq!(error.code(), Code::Unreachable);
+    assert!(host.data_dir().exists());
 }
 
 #[tokio::test]
