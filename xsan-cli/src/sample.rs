@@ -17,6 +17,7 @@ pub fn data_process(incarnation: u64) -> DataProcess {
             device: "/var/lib/xsan/data/store-0.img".into(),
             media: "ssd".into(),
             failed: false,
+            failed_before: false,
         }],
     }
 }
