@@ -232,7 +232,8 @@ mod tests {
             let ended = monoio::spawn(open(handle.clone(), opens.clone(), "disk".to_owned(), LIMIT));
             monoio::time::sleep(LIMIT / 10).await;
             on_opened(&handle, &opens, asked(&handle).0[0], Ok(opened(9)));
-            assert_eq!(ended.await.unwrap_err(), Code::Timeout);
+            let ended = monoio::time::timeout(10 * LIMIT, ended).await.expect("it has a time limit");
+            assert_eq!(ended.unwrap_err(), Code::Timeout);
             assert_eq!(asked(&handle), (vec![], 1));
         });
     }
