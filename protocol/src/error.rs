@@ -105,7 +105,7 @@ errors! {
     306 VolumeAttached      Never   "the volume is attached" "detach it from the clients that the message names";
     307 Fenced              Never   "a newer session of this client has taken over" "reconnect";
     308 FrameInvalid        Never   "a frame is malformed" "upgrade the older side; if the versions match, suspect the network";
-    309 AuthFailed          Never   "the peer could not prove who it is" "check its credentials";
+    // 309 was AuthFailed, which nothing raised.
     310 ShrinkLosesData     Never   "the new size is smaller than the volume" "confirm with --allow-shrink; what lies behind the new end is lost";
     311 ReplicaBehind       Backoff "the replica does not have that version yet" "it is being brought up to date";
 }

@@ -250,7 +250,7 @@ fn refuse(out: &mut Vec<u8>, option: u32, kind: u32, reason: &str) {
 /// How a failed open is told: the client may go on with another option.
 fn refusal(code: Code) -> u32 {
     match code {
-        Code::VolumeAttached | Code::AuthFailed | Code::Fenced => reply::ERR_POLICY,
+        Code::VolumeAttached | Code::Fenced => reply::ERR_POLICY,
         _ => reply::ERR_UNKNOWN,
     }
 }

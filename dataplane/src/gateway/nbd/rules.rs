@@ -93,7 +93,6 @@ pub(super) fn errno(code: Code, writes: bool) -> Errno {
         Code::OutOfRange if writes => Errno::NoSpc,
         Code::OutOfRange | Code::InvalidArgument => Errno::Inval,
         Code::Unsupported => Errno::NotSup,
-        Code::AuthFailed => Errno::Perm,
         Code::MemoryShort => Errno::NoMem,
         // The volume is deleted, or another client has taken it over: nothing more will come of this export.
         Code::VolumeNotFound | Code::NotFound | Code::Fenced => Errno::Shutdown,
