@@ -387,23 +387,41 @@ fn the_architecture_names_what_is_there() {
     none("names in ARCHITECTURE.md that lead to nothing", &broken);
 }
 
+/// Every script for people: all of `tools` and `benches`, but what others source; and what CI runs.
+fn scripts() -> Vec<(String, String)> {
+    let listed = ["tools", "benches"].into_iter().flat_map(|directory| {
+        let names = fs::read_dir(root().join(directory)).unwrap();
+        names.map(move |entry| format!("{directory}/{}", entry.unwrap().file_name().to_string_lossy()))
+    });
+    let mut names: Vec<String> = listed.filter(|name| !name.ends_with(".sh")).collect();
+    names.push(".ci/run".to_owned());
+    names.sort();
+    assert!(names.len() >= 10, "only {names:?} were found");
+    let read = |name: String| {
+        let text = fs::read_to_string(root().join(&name)).unwrap();
+        (name, text)
+    };
+    names.into_iter().map(read).collect()
+}
+
 #[test]
 fn scripts_stop_at_the_first_error() {
-    let mut broken = Vec::new();
-    for path in [
-        "tools/setup",
-        "tools/test",
-        "tools/demo",
-        "tools/soak",
-        "tools/fuzz",
-        "tools/sim",
-        "benches/run",
-        ".ci/run",
-    ] {
-        let text = fs::read_to_string(root().join(path)).unwrap_or_default();
-        if !text.starts_with("#!/usr/bin/env bash\n") || !text.contains("\nset -euo pipefail\n") {
-            broken.push(path.to_owned());
-        }
-    }
+    let strict =
+        |text: &str| text.starts_with("#!/usr/bin/env bash\n") && text.contains("\nset -euo pipefail\n");
+    let broken: Vec<String> =
+        scripts().into_iter().filter(|(_, text)| !strict(text)).map(|(name, _)| name).collect();
     none("scripts without `set -euo pipefail`", &broken);
+}
+
+/// Itself, or by what it calls: `build_release` of tools/lib.sh, or tools/test.
+#[test]
+fn every_script_sets_up_what_it_needs() {
+    let calls =
+        |text: &str| ["tools/setup", "build_release", "tools/test"].iter().any(|call| text.contains(call));
+    let lines = |text: &str| -> String {
+        text.lines().filter(|line| !line.trim_start().starts_with('#')).collect::<Vec<_>>().join("\n")
+    };
+    let others = scripts().into_iter().filter(|(name, _)| name != "tools/setup");
+    let broken: Vec<String> = others.filter(|(_, text)| !calls(&lines(text))).map(|(name, _)| name).collect();
+    none("scripts that do not call tools/setup", &broken);
 }
