@@ -10,7 +10,7 @@
 //! with some slack, is how long a new leader waits before it takes a node for dead. It does not rest on what
 //! the Raft library promises about its own leases.
 //!
-//! Source: Gray and Cheriton, "Leases", SOSP '89; DESIGN.md, replication, point 3.
+//! Source: Gray and Cheriton, "Leases", SOSP '89.
 
 use std::time::Duration;
 
