@@ -11,7 +11,7 @@
 //! the Raft library promises about its own leases, nor on the election timeout of any node: each has its own in its
 //! configuration, and while that is changed node by node they differ.
 //!
-//! Source: Gray and Cheriton, "Leases", SOSP '89; DESIGN.md, replication, point 3.
+//! Source: Gray and Cheriton, "Leases", SOSP '89.
 
 use std::time::Duration;
 

@@ -6,7 +6,7 @@
 //! - Every group's members are nodes of the map; the primary, if any, is an acting member.
 //! - `groups` of a pool are complete: index 0 to its count.
 //!
-//! Source: DESIGN.md, placement and replication.
+//! Source: docs/decisions/0001-raft-for-configuration-only.md, docs/decisions/0009-settled-epochs.md.
 
 use std::collections::{BTreeMap, HashMap};
 

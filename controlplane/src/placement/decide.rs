@@ -11,7 +11,7 @@
 //! 4. After `REGROUP_AFTER` A becomes what there is of that, below `min_replicas`: no I/O yet, but learners can
 //!    be brought up from it.
 //!
-//! Source: DESIGN.md, replication, points 2, 3 and 6.
+//! Source: docs/decisions/0009-settled-epochs.md.
 
 use std::collections::HashMap;
 

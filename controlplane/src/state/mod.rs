@@ -8,7 +8,7 @@
 //! - Ids of nodes, volumes and pools are never given twice.
 //! - Every group's members are nodes of the map; its primary is an acting member; its epoch only grows.
 //!
-//! Source: DESIGN.md, placement and replication.
+//! Source: docs/decisions/0001-raft-for-configuration-only.md.
 
 pub mod command;
 pub mod error;

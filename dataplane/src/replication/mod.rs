@@ -10,7 +10,7 @@
 //! - Frames of one group to one node travel in order, on one connection. Frames are lost only when it breaks, which is told
 //!   by [`Replication::on_peer_lost`], and its return by [`Replication::on_peer_up`]; and content, where [`Action::Unsend`] says so.
 //!
-//! Source: DESIGN.md §6; Lin et al., "PacificA", 2008, for leaving the configuration to a separate consensus.
+//! Source: Lin et al., "PacificA", 2008, for leaving the configuration to a separate consensus.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

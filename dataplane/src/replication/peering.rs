@@ -10,7 +10,7 @@
 //! - The group becomes active only after every acting member answered at this epoch, and once this node's journal holds
 //!   all that any of them holds. A member that answered takes nothing of an older epoch.
 //!
-//! Source: DESIGN.md §6, taking over; Ongaro and Ousterhout, "In Search of an Understandable Consensus
+//! Source: docs/decisions/0009-settled-epochs.md; Ongaro and Ousterhout, "In Search of an Understandable Consensus
 //! Algorithm", 2014, for comparing journals by (epoch, seq).
 
 use xsan_protocol::error::Code;

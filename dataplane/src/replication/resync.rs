@@ -12,7 +12,7 @@
 //! - Once a learner was proposed, it is not started anew in that epoch: the proposal may still be taken, and a member that has just
 //!   dropped its tail must not be among the acting. It goes on where it was, or another epoch sorts it out.
 //!
-//! Source: DESIGN.md §6, coming back.
+//! Source: docs/decisions/0005-unit-versions.md.
 
 use std::collections::{BTreeMap, VecDeque};
 

@@ -3,7 +3,7 @@
 //! Run by shard 0 alone. The control process may go and come back at any time: the link is made again, and
 //! what it carried before is not repeated, except the hello.
 //!
-//! Source: DESIGN.md, the two processes of a node.
+//! Source: docs/decisions/0002-three-processes.md.
 
 use std::cell::RefCell;
 use std::collections::VecDeque;

@@ -9,7 +9,7 @@
 //! - State machines are entered from a turn alone: a task that receives something queues an [`Event`].
 //! - Actions are carried out in order, right after the call that asked for them.
 //!
-//! Source: DESIGN.md, crates and their direction.
+//! Source: ARCHITECTURE.md, one write; docs/decisions/0003-two-rings.md.
 
 use std::cell::{Cell, RefCell};
 use std::collections::{HashMap, VecDeque};

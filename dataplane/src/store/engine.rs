@@ -8,7 +8,7 @@
 //! - After the first failed write or flush nothing is issued and nothing more becomes durable, flushed or repaired.
 //! - Nothing here depends on time, chance or the order of a hash map: the same events give the same actions.
 //!
-//! Source: DESIGN.md, store. Rebello et al., "Can Applications Recover from fsync Failures?", ATC '20, for the second.
+//! Source: docs/format/store.md; Rebello et al., "Can Applications Recover from fsync Failures?", ATC '20, for the second.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

@@ -4,8 +4,6 @@
 //! a CRC32C over all the bytes behind it, padding included, so a flipped bit anywhere is refused. `decode`
 //! checks, in this order: length, magic, checksum, format version, ranges, reserved bits. `docs/format/store.md`
 //! has the offsets and the reasoning about crashes.
-//!
-//! Source: DESIGN.md, store.
 
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
