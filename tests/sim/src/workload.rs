@@ -340,7 +340,7 @@ impl World {
         if code.retry() == Retry::Never || late {
             self.log(|| format!("operation {number} ends with {code}"));
             *self.workload.ended.entry(code.to_string()).or_default() += 1;
-            if !late && !(code == Code::StorageFull && self.plan.is_full()) {
+            if !(late || code == Code::StorageFull && self.plan.is_full()) {
                 self.ledger.violation = Some(format!("operation {number} ends with {code}"));
             }
             return self.end(number, |ledger, repeated| ledger.lost(number, repeated));
