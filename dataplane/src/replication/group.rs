@@ -125,6 +125,7 @@ impl Group {
     pub fn give_up_failed(&mut self, core: &Core) {
         if self.role == Role::None && core.has_failed(self.replica.store) {
             self.replica.discard();
+            self.forgetting = false;
         }
     }
 

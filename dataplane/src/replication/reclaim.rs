@@ -106,9 +106,10 @@ impl Group {
         }
     }
 
-    /// Is the replica to be emptied, by the newest map?
+    /// Is the replica to be emptied, by the newest map? One on a store that has failed is not.
     pub(super) fn set_forgetting(&mut self, call: &mut Call<'_>, forgetting: bool) {
-        self.forgetting = forgetting && self.role == Role::None;
+        let can = self.role == Role::None && !call.core.has_failed(self.replica.store);
+        self.forgetting = forgetting && can;
         if self.forgetting {
             call.core.ticking.insert(self.id);
         }
@@ -117,7 +118,7 @@ impl Group {
     /// Empties the replica, a few blocks at a time.
     pub(super) fn go_on_forgetting(&mut self, call: &mut Call<'_>) {
         let ready = self.replica.is_settled() && self.replica.is_view_fresh(call.core.turn);
-        if !self.forgetting || !ready || call.core.has_failed(self.replica.store) {
+        if !self.forgetting || !ready {
             return;
         }
         if self.replica.applied < self.replica.last.seq {

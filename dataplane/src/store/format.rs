@@ -123,14 +123,20 @@ pub(super) fn read_superblock(
     pool: &'static BufferPool,
 ) -> Result<Result<Superblock, DiskFormatError>, FormatError> {
     let mut page = buffer(pool, Superblock::SIZE)?;
-    let mut copies = Vec::new();
+    let (mut copies, mut unread) = (Vec::new(), None);
     for offset in superblock::OFFSETS {
-        device.read_at(offset, &mut page)?;
-        copies.push(Superblock::decode(&page));
+        match device.read_at(offset, &mut page) {
+            Ok(()) => copies.push(Superblock::decode(&page)),
+            Err(error) => unread = Some(error),
+        }
     }
     let newest = copies.iter().flatten().max_by_key(|copy| copy.generation).cloned();
-    let first = copies.swap_remove(0);
-    Ok(newest.map_or(first, Ok))
+    match (newest, unread) {
+        (Some(newest), _) => Ok(Ok(newest)),
+        // What can not be read might be the only whole one.
+        (None, Some(error)) => Err(error.into()),
+        (None, None) => Ok(copies.swap_remove(0)),
+    }
 }
 
 fn write_superblocks(

@@ -176,11 +176,19 @@ fn read_checkpoint(
     superblock: &Superblock,
 ) -> Result<Checkpoint, OpenError> {
     let mut slot = devices.buffer(checkpoint::SLOT_SIZE)?;
-    let mut newest: Option<Checkpoint> = None;
+    let (mut newest, mut unread) = (None::<Checkpoint>, None);
     for number in 0..2 {
-        devices.capacity.read_at(layout.checkpoint_offset(number), &mut slot)?;
+        if let Err(error) = read_again(devices.capacity, layout.checkpoint_offset(number), &mut slot) {
+            unread = Some(error);
+            continue;
+        }
         let found = Checkpoint::decode(&slot).ok().filter(|found| found.store == superblock.store);
         newest = newest.into_iter().chain(found).max_by_key(|found| found.number);
+    }
+    if newest.is_none()
+        && let Some(error) = unread
+    {
+        return Err(error.into());
     }
     newest.filter(|found| found.slots_mark <= layout.slot_count()).ok_or(OpenError::Checkpoint)
 }

@@ -1,13 +1,15 @@
 //! Bits that rot and sectors that can not be read: found, told apart from torn writes, mended.
 
 use xsan_protocol::disk::block_record::{BlockRecord, RECORD_SIZE};
-use xsan_protocol::disk::superblock::Superblock;
+use xsan_protocol::disk::checkpoint;
+use xsan_protocol::disk::superblock::{self, Superblock};
+use xsan_protocol::error::Code;
 use xsan_protocol::ids::{GroupId, Seq};
 use xsan_protocol::units::{PAGE_SIZE, PageRange};
 
-use super::rig::{JOURNAL_BYTES, Rig, data, key, page_bytes, version};
+use super::rig::{JOURNAL_BYTES, Rig, data, key, page_bytes, pool, version};
 use crate::io::Device;
-use crate::store::{ReadError, Record, StoreEvent, StoreView};
+use crate::store::{Options, ReadError, Record, Store, StoreEvent, StoreView};
 use crate::testing::Random;
 
 const GROUP: GroupId = GroupId(3);
@@ -121,6 +123,28 @@ fn a_write_that_the_device_lost_is_noticed() {
     }
     // Two are of records, two of pages.
     assert_eq!((told, unread, whole > 0), (2, 2, true));
+}
+
+#[test]
+fn what_is_there_twice_may_be_unreadable_once() {
+    let mut rig = Rig::new(15, false);
+    rig.write_through(GROUP, key(1), PAGES, 100);
+    rig.idle();
+    let rig = rig.crash(false);
+    let checkpoints = superblock(&rig).checkpoints.offset;
+    let slots = [checkpoints, checkpoints + checkpoint::SLOT_SIZE as u64];
+    for copies in [superblock::OFFSETS, slots] {
+        for (index, offset) in copies.into_iter().enumerate() {
+            let device = rig.capacity.fork();
+            device.make_unreadable(offset);
+            let opened = Store::open(&device, None, pool(), Options::default());
+            assert!(opened.is_ok(), "copy {index} at {offset}: {:?}", opened.err());
+            let device = rig.capacity.fork();
+            copies.into_iter().for_each(|offset| device.make_unreadable(offset));
+            let opened = Store::open(&device, None, pool(), Options::default());
+            assert_eq!(opened.err().map(|error| error.code()), Some(Code::DeviceUnusable), "both copies");
+        }
+    }
 }
 
 #[test]
