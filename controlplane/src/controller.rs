@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use tokio::sync::{Notify, watch};
 use tokio::time::MissedTickBehavior;
-use xsan_protocol::ids::{Incarnation, NodeId};
+use xsan_protocol::ids::NodeId;
 use xsan_protocol::proto;
 
 use crate::clock::{BootTime, unix_ms};
@@ -26,7 +26,6 @@ use crate::placement::Proposal;
 use crate::placement::planner::Planner;
 use crate::placement::slow::SlowNodes;
 use crate::raft::handle::RaftHandle;
-use crate::state::ClusterState;
 use crate::state::command::{Command, GroupChange, Reply};
 use crate::timing::{BEAT_AGE_MAX, CONTROLLER_TICK};
 
@@ -66,10 +65,6 @@ impl Inner {
     }
 }
 
-fn registered(state: &ClusterState, node: NodeId) -> Option<Incarnation> {
-    state.map().nodes.get(&node)?.data.as_ref().map(|data| data.incarnation)
-}
-
 impl Leader {
     pub fn new(handle: RaftHandle) -> Self {
         let (elected, _) = watch::channel(0);
@@ -100,7 +95,7 @@ impl Leader {
         let leadership = self.handle.leadership()?;
         // Read after the leadership: it includes all that was committed before this term.
         let state = self.handle.state();
-        let registered = registered(&state, beat.node);
+        let registered = state.registered(beat.node);
         let grace = self.handle.timing().leader_grace();
         let leases = inner.leases(now, leadership.term, grace);
         let before = leases.health(now, beat.node, registered);
@@ -155,7 +150,7 @@ impl Leader {
             let latest = inner.latest.get(node);
             let age = latest.map(|(_, _, heard)| now.since(*heard));
             let heard = age.is_some_and(|age| age < BEAT_AGE_MAX);
-            let registered = registered(&state, *node);
+            let registered = state.registered(*node);
             proto::NodeHealth {
                 node: node.0,
                 up: match leases.health(now, *node, registered) {
@@ -261,7 +256,7 @@ impl Controller {
         let mut events = std::mem::take(&mut inner.events);
         let slow = inner.slow.at(now);
         let leases = inner.leases(now, self.term, self.handle.timing().leader_grace());
-        let health = |node| leases.health(now, node, registered(&state, node));
+        let health = |node| leases.health(now, node, state.registered(node));
         self.observer.look(unix_ms(), &state, health, &slow, &mut events);
         let changes = self.planner.plan(now, &state, leases, &proposals, &slow);
         inner.events = events;

@@ -23,7 +23,7 @@ use std::time::Duration;
 
 use tokio::runtime::Handle;
 use tonic::{Request, Response, Status};
-use xsan_protocol::ids::{BlockIndex, NodeId};
+use xsan_protocol::ids::{BlockIndex, NodeId, VolumeId};
 use xsan_protocol::limits::GROUPS_PER_POOL;
 use xsan_protocol::map::{Durability, Node, Volume};
 use xsan_protocol::proto;
@@ -39,6 +39,9 @@ use crate::state::ClusterState;
 use crate::state::command::{Command, NewVolume, Reply, SettingsChange};
 use error::ApiError;
 use survey::Survey;
+
+/// How long a name that is not known here may take to arrive: some of Raft's heartbeats.
+const NAME_WAIT: Duration = Duration::from_millis(500);
 
 /// What the services share.
 #[derive(Clone)]
@@ -63,6 +66,16 @@ impl Context {
             Ok(Err(error)) => Err(error.into()),
             Err(_) => Err(ApiError::Stopping.into()),
         }
+    }
+
+    /// The volume that has that name. One made a moment ago through another node may not be known here yet.
+    async fn number_of(&self, name: &str) -> Result<VolumeId, ApiError> {
+        let mut state = self.handle.watch_state();
+        let known = state.wait_for(|state| state.map().volume_named(name).is_some());
+        if tokio::time::timeout(NAME_WAIT, known).await.is_err() {
+            return Err(ApiError::VolumeNotFound { name: name.to_owned() });
+        }
+        find_volume(&self.handle.state(), name).map(|volume| volume.id)
     }
 
     async fn propose(&self, command: Command) -> Result<Reply, ApiError> {
@@ -189,7 +202,8 @@ impl Cluster for Context {
     ) -> Result<Response<proto::DeleteVolumeReply>, Status> {
         let (context, name) = (self.clone(), request.into_inner().name);
         self.answer(async move {
-            context.propose(Command::DeleteVolume { name }).await?;
+            let volume = context.number_of(&name).await?;
+            context.propose(Command::DeleteVolume { volume }).await?;
             Ok(proto::DeleteVolumeReply {})
         })
         .await

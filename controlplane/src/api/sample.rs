@@ -44,7 +44,12 @@ pub fn state(node_count: u32, replica_count: u8) -> ClusterState {
             nbd_port: 10809,
             stores: vec![store],
         };
-        state.apply(&Command::DataStarted { node: NodeId(node), process, damaged_stores: vec![] });
+        state.apply(&Command::DataStarted {
+            node: NodeId(node),
+            process,
+            damaged_stores: vec![],
+            replaces: None,
+        });
     }
     state.apply(&Command::CreateVolume(NewVolume {
         name: "vm".into(),

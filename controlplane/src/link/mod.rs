@@ -1,6 +1,6 @@
 //! The link to the node's data process: who it is, whether it lives, what it has confirmed, its lease.
 //!
-//! `server` accepts it and moves frames; `pidfd` knows when it is dead; this file keeps what both, the heartbeats
+//! `server` accepts it and moves frames, `sessions` opens volumes for it; `pidfd` knows when it is dead; this file keeps what both, the heartbeats
 //! and the API share.
 //!
 //! Invariants
@@ -8,17 +8,19 @@
 //! - A lease is passed on only once the data process acts on the map that it was granted under.
 //! - A data process that does not tell its status is asked no lease for.
 
+pub mod attachments;
 pub mod frame;
 pub mod pidfd;
 pub mod server;
+mod sessions;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 use xsan_protocol::error::Code;
-use xsan_protocol::ids::{Incarnation, MapVersion, NodeId, StoreId, VolumeId};
+use xsan_protocol::ids::{Incarnation, MapVersion, NodeId, StoreId};
 use xsan_protocol::map::{DamagedStore, DataProcess};
 use xsan_protocol::mutation::Mutation;
 use xsan_protocol::proto;
@@ -65,8 +67,6 @@ struct Linked {
     grants: Vec<(BootTime, MapVersion)>,
     outbound: mpsc::Sender<proto::LinkMessage>,
     requests: HashMap<u64, oneshot::Sender<Body>>,
-    /// Open gateway sessions per volume.
-    opened: BTreeMap<VolumeId, u32>,
     failed_stores: BTreeSet<StoreId>,
     /// Bytes that resync has moved, and that scrubs have read.
     moved: Rate,
@@ -218,7 +218,6 @@ impl Link {
             grants: Vec::new(),
             outbound,
             requests: HashMap::new(),
-            opened: BTreeMap::new(),
             failed_stores,
             moved: Rate::default(),
             scrubbed: Rate::default(),
@@ -309,31 +308,6 @@ impl Link {
     pub fn tell(&self, body: Body) -> bool {
         let message = proto::LinkMessage { request_id: 0, body: Some(body) };
         self.lock().linked.as_ref().is_some_and(|linked| linked.outbound.try_send(message).is_ok())
-    }
-
-    /// Counts an opened session. Returns whether it is the first of its volume.
-    pub fn opened(&self, volume: VolumeId) -> bool {
-        let mut inner = self.lock();
-        let Some(linked) = &mut inner.linked else { return true };
-        let count = linked.opened.entry(volume).or_default();
-        *count += 1;
-        *count == 1
-    }
-
-    /// Counts a closed session. Returns whether it was the last of its volume.
-    pub fn closed(&self, volume: VolumeId) -> bool {
-        let mut inner = self.lock();
-        let Some(linked) = &mut inner.linked else { return true };
-        match linked.opened.get_mut(&volume) {
-            Some(count) if *count > 1 => {
-                *count -= 1;
-                false
-            }
-            _ => {
-                linked.opened.remove(&volume);
-                true
-            }
-        }
     }
 
     /// An answer of the data process to `request`.

@@ -5,7 +5,7 @@
 //!
 //! Invariants
 //! - The death of the process is watched from its hello on, whatever becomes of its socket.
-//! - Messages of one connection that change a volume's attachment are carried out in their order.
+//! - Every open is answered, within a time limit; what a close would say is in every status.
 
 use std::io;
 use std::os::unix::fs::PermissionsExt;
@@ -25,25 +25,24 @@ use xsan_protocol::proto::LinkMessage;
 use xsan_protocol::proto::group_proposal::Change;
 use xsan_protocol::proto::link_message::Body;
 
+use super::attachments::Attachments;
 use super::frame::{self, FrameError};
 use super::pidfd::ProcessWatch;
+use super::sessions::{OPENS_MAX, WaitingOpen};
 use super::{Link, LinkError};
 use crate::clock::BootTime;
 use crate::controller::Leader;
 use crate::placement::{Proposal, ProposedChange};
-use crate::raft::handle::{ProposeError, RaftHandle};
+use crate::raft::handle::RaftHandle;
 use crate::raft::network::Channels;
-use crate::state::ClusterState;
-use crate::state::command::{Command, Reply};
+use crate::state::command::Command;
 use crate::timing::SLOW_REPORT_INTERVAL;
 
 const HELLO_WAIT: Duration = Duration::from_secs(10);
-const RETRY_INTERVAL: Duration = Duration::from_millis(300);
+pub(super) const RETRY_INTERVAL: Duration = Duration::from_millis(300);
 const FORWARD_WAIT: Duration = Duration::from_secs(1);
 /// Messages that wait to be written; maps and leases do not queue, only the newest counts.
 const OUTBOUND_MAX: usize = 64;
-/// Opens and closes that wait for the cluster.
-const SESSIONS_MAX: usize = 256;
 
 #[derive(Debug, thiserror::Error)]
 enum ConnectionError {
@@ -137,11 +136,13 @@ impl LinkServer {
         let (outbound, queued) = mpsc::channel(OUTBOUND_MAX);
         let connection = self.link.on_hello(BootTime::now(), process, damaged, outbound.clone())?;
         tracing::info!(pid, %incarnation, "data process linked");
+        let attachments = Attachments::default();
         tokio::spawn(self.clone().watch_death(watch, incarnation));
         let result = tokio::select! {
-            result = self.read(reader, outbound) => result,
+            result = self.read(reader, outbound, incarnation, &attachments) => result,
             result = self.write(writer, queued) => result.map_err(ConnectionError::from),
             never = self.register(incarnation) => match never {},
+            never = self.keep_attached(incarnation, &attachments) => match never {},
         };
         self.link.on_unlinked(connection);
         result
@@ -154,12 +155,7 @@ impl LinkServer {
         }
         tracing::warn!(%incarnation, "the data process is dead");
         self.link.on_death(incarnation);
-        let node = self.handle.node();
-        let state = self.handle.state();
-        let attached = state.map().volumes.values().filter(|volume| volume.attached_nodes.contains(&node));
-        for volume in attached {
-            self.detach(volume.id).await;
-        }
+        self.detach_all(incarnation).await;
     }
 
     /// Keeps the cluster's state naming this life of the data process.
@@ -167,10 +163,10 @@ impl LinkServer {
         let node = self.handle.node();
         let mut state = self.handle.watch_state();
         loop {
-            let registered = is_registered(&state.borrow_and_update(), node, incarnation);
-            if registered {
+            let replaces = state.borrow_and_update().registered(node);
+            if replaces == Some(incarnation) {
                 self.link.on_registered();
-                if state.wait_for(|state| !is_registered(state, node, incarnation)).await.is_err() {
+                if state.wait_for(|state| !state.is_registered(node, incarnation)).await.is_err() {
                     std::future::pending::<()>().await;
                 }
                 continue;
@@ -181,9 +177,8 @@ impl LinkServer {
                 tokio::time::sleep(RETRY_INTERVAL).await;
                 continue;
             };
-            if let Err(error) =
-                self.handle.propose(Command::DataStarted { node, process, damaged_stores }).await
-            {
+            let command = Command::DataStarted { node, process, damaged_stores, replaces };
+            if let Err(error) = self.handle.propose(command).await {
                 tracing::warn!(
                     code = error.code().number(),
                     "the data process is not registered yet: {error}"
@@ -232,28 +227,48 @@ impl LinkServer {
 
     async fn read(
         &self,
-        mut reader: BufReader<OwnedReadHalf>,
+        reader: BufReader<OwnedReadHalf>,
         outbound: mpsc::Sender<LinkMessage>,
+        incarnation: Incarnation,
+        attachments: &Attachments,
     ) -> Result<(), ConnectionError> {
-        let (sessions, waiting) = mpsc::channel(SESSIONS_MAX);
-        let sessions_done = self.serve_sessions(waiting, outbound);
-        tokio::pin!(sessions_done);
+        let (opens, waiting) = mpsc::channel(OPENS_MAX);
+        tokio::select! {
+            result = self.read_messages(reader, &outbound, opens, attachments) => result,
+            () = self.serve_opens(waiting, &outbound, incarnation, attachments) => Ok(()),
+        }
+    }
+
+    async fn read_messages(
+        &self,
+        mut reader: BufReader<OwnedReadHalf>,
+        outbound: &mpsc::Sender<LinkMessage>,
+        opens: mpsc::Sender<WaitingOpen>,
+        attachments: &Attachments,
+    ) -> Result<(), ConnectionError> {
         loop {
-            let message = tokio::select! {
-                message = frame::read(&mut reader) => message?,
-                () = &mut sessions_done => return Ok(()),
-            };
+            let message = frame::read(&mut reader).await?;
             let Some(LinkMessage { request_id, body: Some(body) }) = message else { return Ok(()) };
             match body {
-                Body::Status(status) => self.on_status(status),
+                Body::Status(status) => {
+                    attachments.on_status(&status);
+                    self.on_status(status);
+                }
                 Body::Proposals(proposals) => {
                     tokio::spawn(self.clone().forward(proposals));
                 }
-                Body::OpenVolume(_) | Body::CloseVolume(_) => {
-                    if sessions.try_send((request_id, body)).is_err() {
-                        tracing::warn!("the data process opens and closes volumes faster than the cluster");
+                Body::OpenVolume(open) => {
+                    let waiting = WaitingOpen::new(request_id, open.name);
+                    attachments.on_open(&waiting.name);
+                    if let Err(error) = opens.try_send(waiting) {
+                        let answer = link_error(Code::Busy, format!("volume {}", error.into_inner().name));
+                        let answer = LinkMessage { request_id, body: Some(answer) };
+                        if outbound.send(answer).await.is_err() {
+                            return Ok(());
+                        }
                     }
                 }
+                Body::CloseVolume(close) => attachments.on_closed(VolumeId(close.volume)),
                 Body::PerfStats(_) | Body::BlockReplica(_) | Body::Error(_) => {
                     self.link.on_answer(request_id, body);
                 }
@@ -325,68 +340,9 @@ impl LinkServer {
             None => tracing::debug!("no leader to pass wishes of primaries to"),
         }
     }
-
-    async fn serve_sessions(
-        &self,
-        mut waiting: mpsc::Receiver<(u64, Body)>,
-        outbound: mpsc::Sender<LinkMessage>,
-    ) {
-        while let Some((request_id, body)) = waiting.recv().await {
-            let answer = match body {
-                Body::OpenVolume(open) => self.open_volume(open.name).await,
-                Body::CloseVolume(close) => {
-                    self.close_volume(VolumeId(close.volume)).await;
-                    continue;
-                }
-                _ => continue,
-            };
-            if outbound.send(LinkMessage { request_id, body: Some(answer) }).await.is_err() {
-                return;
-            }
-        }
-    }
-
-    async fn open_volume(&self, name: String) -> Body {
-        let node = self.handle.node();
-        let state = self.handle.state();
-        let known = state.map().volume_named(&name).cloned();
-        let volume = match known {
-            Some(volume) if volume.attached_nodes.contains(&node) => volume,
-            _ => match self.handle.propose(Command::Attach { volume: name.clone(), node }).await {
-                Ok(Reply::Volume(volume)) => *volume,
-                Ok(_) => return link_error(Code::Internal, format!("volume {name}")),
-                Err(ProposeError::Refused(refusal)) => return link_error(refusal.code, refusal.object),
-                Err(error) => return link_error(error.code(), format!("volume {name}")),
-            },
-        };
-        self.link.opened(volume.id);
-        Body::OpenVolumeReply(proto::OpenVolumeReply {
-            volume: Some((&volume).into()),
-            map_version: self.handle.state().version().0,
-        })
-    }
-
-    async fn close_volume(&self, volume: VolumeId) {
-        if self.link.closed(volume) {
-            self.detach(volume).await;
-        }
-    }
-
-    async fn detach(&self, volume: VolumeId) {
-        let command = Command::Detach { volume, node: self.handle.node() };
-        if let Err(error) = self.handle.propose(command).await {
-            let code = error.code().number();
-            tracing::warn!(code, %volume, "the volume is shown as attached still: {error}");
-        }
-    }
 }
 
-fn is_registered(state: &ClusterState, node: NodeId, incarnation: Incarnation) -> bool {
-    let data = state.map().nodes.get(&node).and_then(|node| node.data.as_ref());
-    data.is_some_and(|data| data.incarnation == incarnation)
-}
-
-fn link_error(code: Code, object: String) -> Body {
+pub(super) fn link_error(code: Code, object: String) -> Body {
     Body::Error(proto::LinkError { code: u32::from(code.number()), object })
 }
 
@@ -411,3 +367,6 @@ pub fn decode_proposals(message: &proto::GroupProposals) -> Vec<Proposal> {
     };
     message.proposals.iter().filter_map(decode).collect()
 }
+
+#[cfg(test)]
+mod tests;

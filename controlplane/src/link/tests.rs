@@ -106,17 +106,6 @@ fn a_second_process_waits_for_the_death_of_the_first() {
 }
 
 #[test]
-fn only_the_first_open_and_the_last_close_count() {
-    let (link, _queued) = linked();
-    let volume = VolumeId(1);
-    assert!(link.opened(volume));
-    assert!(!link.opened(volume));
-    assert!(!link.closed(volume));
-    assert!(link.closed(volume));
-    assert!(link.closed(volume), "never counted here: the cluster decides");
-}
-
-#[test]
 fn a_store_is_reported_once() {
     let (link, _queued) = linked();
     let store = proto::StoreStatus { id: 5, failed: true, ..proto::StoreStatus::default() };

@@ -100,7 +100,9 @@ impl Cluster {
         };
         let damaged = DamagedStore { store: process.stores[0].id, intact_groups: Vec::new() };
         let damaged_stores = is_damaged.then_some(damaged).into_iter().collect();
-        self.state.apply(&Command::DataStarted { node: NodeId(node), process, damaged_stores });
+        let present = self.state.map().nodes[&NodeId(node)].data.as_ref();
+        let replaces = present.map(|data| data.incarnation);
+        self.state.apply(&Command::DataStarted { node: NodeId(node), process, damaged_stores, replaces });
         let confirmed = MapVersion(0);
         self.nodes.insert(NodeId(node), NodeView { health: Health::Up, confirmed, slow: false });
     }

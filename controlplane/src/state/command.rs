@@ -25,11 +25,12 @@ use super::scrub::ScrubEnd;
 #[derive(Clone, Debug, PartialEq)]
 pub enum Command {
     AddNode(NewNode),
-    /// A data process came up; replaces the node's earlier life.
+    /// A data process came up; replaces the node's earlier life, if that is still the one that is registered.
     DataStarted {
         node: NodeId,
         process: DataProcess,
         damaged_stores: Vec<DamagedStore>,
+        replaces: Option<Incarnation>,
     },
     StoreFailed {
         node: NodeId,
@@ -43,16 +44,21 @@ pub enum Command {
         size_bytes: u64,
         allow_shrink: bool,
     },
+    /// By number: by the time a request is tried again, the name may be another volume's.
     DeleteVolume {
-        name: String,
+        volume: VolumeId,
     },
+    /// A data process opens a volume; refused unless this life of it is registered.
     Attach {
         volume: String,
         node: NodeId,
+        incarnation: Incarnation,
     },
+    /// It has it open no more. Of a life that is not registered nothing is attached.
     Detach {
         volume: VolumeId,
         node: NodeId,
+        incarnation: Incarnation,
     },
     SetMaintenance {
         node: NodeId,
@@ -194,11 +200,14 @@ impl From<&Command> for proto::Command {
                 instance: new.instance,
                 founder: new.founder,
             }),
-            Command::DataStarted { node, process, damaged_stores } => Body::DataStarted(body::DataStarted {
-                node: node.0,
-                process: Some(process.into()),
-                damaged_stores: damaged_stores.iter().map(proto::DamagedStore::from).collect(),
-            }),
+            Command::DataStarted { node, process, damaged_stores, replaces } => {
+                Body::DataStarted(body::DataStarted {
+                    node: node.0,
+                    process: Some(process.into()),
+                    damaged_stores: damaged_stores.iter().map(proto::DamagedStore::from).collect(),
+                    replaces: replaces.map_or(0, |incarnation| incarnation.0),
+                })
+            }
             Command::StoreFailed { node, incarnation, store } => Body::StoreFailed(body::StoreFailed {
                 node: node.0,
                 incarnation: incarnation.0,
@@ -215,11 +224,15 @@ impl From<&Command> for proto::Command {
                     allow_shrink: *allow_shrink,
                 })
             }
-            Command::DeleteVolume { name } => Body::DeleteVolume(body::DeleteVolume { name: name.clone() }),
-            Command::Attach { volume, node } => {
-                Body::Attach(body::Attach { volume: volume.clone(), node: node.0 })
+            Command::DeleteVolume { volume } => Body::DeleteVolume(body::DeleteVolume { volume: volume.0 }),
+            Command::Attach { volume, node, incarnation } => Body::Attach(body::Attach {
+                volume: volume.clone(),
+                node: node.0,
+                incarnation: incarnation.0,
+            }),
+            Command::Detach { volume, node, incarnation } => {
+                Body::Detach(body::Detach { volume: volume.0, node: node.0, incarnation: incarnation.0 })
             }
-            Command::Detach { volume, node } => Body::Detach(body::Detach { volume: volume.0, node: node.0 }),
             Command::SetMaintenance { node, on, force } => {
                 Body::SetMaintenance(body::SetMaintenance { node: node.0, on: *on, force: *force })
             }
@@ -318,6 +331,7 @@ impl TryFrom<proto::Command> for Command {
                     node: NodeId(started.node),
                     process: DataProcess::from_message(process, u64::from(started.node))?,
                     damaged_stores: started.damaged_stores.into_iter().map(DamagedStore::from).collect(),
+                    replaces: (started.replaces != 0).then_some(Incarnation(started.replaces)),
                 }
             }
             Body::StoreFailed(failed) => Self::StoreFailed {
@@ -334,11 +348,17 @@ impl TryFrom<proto::Command> for Command {
                 size_bytes: resize.size_bytes,
                 allow_shrink: resize.allow_shrink,
             },
-            Body::DeleteVolume(delete) => Self::DeleteVolume { name: delete.name },
-            Body::Attach(attach) => Self::Attach { volume: attach.volume, node: NodeId(attach.node) },
-            Body::Detach(detach) => {
-                Self::Detach { volume: VolumeId(detach.volume), node: NodeId(detach.node) }
-            }
+            Body::DeleteVolume(delete) => Self::DeleteVolume { volume: VolumeId(delete.volume) },
+            Body::Attach(attach) => Self::Attach {
+                volume: attach.volume,
+                node: NodeId(attach.node),
+                incarnation: Incarnation(attach.incarnation),
+            },
+            Body::Detach(detach) => Self::Detach {
+                volume: VolumeId(detach.volume),
+                node: NodeId(detach.node),
+                incarnation: Incarnation(detach.incarnation),
+            },
             Body::SetMaintenance(set) => {
                 Self::SetMaintenance { node: NodeId(set.node), on: set.on, force: set.force }
             }
@@ -462,9 +482,9 @@ impl fmt::Display for Command {
             Self::ReconfigureGroups(changes) => write!(f, "reconfigure {} groups", changes.len()),
             Self::CreateVolume(new) => write!(f, "create volume {}", new.name),
             Self::ResizeVolume { name, size_bytes, .. } => write!(f, "resize volume {name} to {size_bytes}"),
-            Self::DeleteVolume { name } => write!(f, "delete volume {name}"),
-            Self::Attach { volume, node } => write!(f, "attach volume {volume} to node {node}"),
-            Self::Detach { volume, node } => write!(f, "detach volume {volume} from node {node}"),
+            Self::DeleteVolume { volume } => write!(f, "delete volume {volume}"),
+            Self::Attach { volume, node, .. } => write!(f, "attach volume {volume} to node {node}"),
+            Self::Detach { volume, node, .. } => write!(f, "detach volume {volume} from node {node}"),
             Self::SetMaintenance { node, on, .. } => {
                 write!(f, "maintenance of node {node} {}", if *on { "on" } else { "off" })
             }

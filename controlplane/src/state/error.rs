@@ -58,6 +58,8 @@ pub enum StateError {
     NodeStays { name: String },
     #[error("node {name} can not leave yet: {reason}")]
     NodeBusy { name: String, reason: &'static str },
+    #[error("node {name} is registered with another life of its data process")]
+    LifeNotRegistered { name: String },
     #[error("the cluster has {VOLUMES_MAX} volumes, and can have no more")]
     TooManyVolumes,
     #[error("{field}: {value} {unit} is not between {min} and {max}")]
@@ -83,6 +85,7 @@ impl StateError {
             Self::NotFounded => Code::NoQuorum,
             Self::NodeIdTaken { .. } => Code::NodeIdTaken,
             Self::ClusterFull | Self::TooManyVolumes | Self::IdsUsedUp { .. } => Code::ClusterFull,
+            Self::LifeNotRegistered { .. } => Code::LifeNotRegistered,
             Self::NodeNotFound { .. } => Code::NodeNotFound,
             Self::VolumeExists { .. } => Code::VolumeExists,
             Self::VolumeNotFound { .. } | Self::VolumeIdNotFound { .. } => Code::VolumeNotFound,
@@ -103,6 +106,7 @@ impl StateError {
             | Self::NodeNeeded { name, .. }
             | Self::LastNode { name }
             | Self::NodeStays { name }
+            | Self::LifeNotRegistered { name }
             | Self::NodeBusy { name, .. } => format!("node {name}"),
             Self::NodeNotFound { node } => format!("node {node}"),
             Self::VolumeExists { name }

@@ -4,7 +4,6 @@
 
 use std::collections::BTreeSet;
 
-use xsan_protocol::ids::NodeId;
 use xsan_protocol::limits::REPLICAS_MAX;
 use xsan_protocol::map::{Group, Member};
 
@@ -43,12 +42,12 @@ impl ClusterState {
             touched.groups.insert(change.group);
             return Ok(true);
         }
-        let promoted: Vec<NodeId> = change
+        let promoted: Vec<Member> = change
             .members
             .iter()
             .filter(|member| !member.learner && !member.damaged)
             .filter(|member| group.learners().any(|learner| learner.node == member.node))
-            .map(|member| member.node)
+            .copied()
             .collect();
         if group.primary != change.primary {
             self.primary_since.insert(change.group, version);
@@ -63,8 +62,8 @@ impl ClusterState {
         group.primary = change.primary;
         group.members.clone_from(&change.members);
         touched.groups.insert(change.group);
-        for node in promoted {
-            self.healed(node, change.group, touched);
+        for replica in &promoted {
+            self.healed(replica, change.group, touched);
         }
         Ok(true)
     }

@@ -182,8 +182,8 @@ impl ClusterState {
         let mut touched = Touched::default();
         let result = match command {
             Command::AddNode(new) => self.add_node(new, &mut touched),
-            Command::DataStarted { node, process, damaged_stores } => {
-                self.data_started(*node, process, damaged_stores, &mut touched)
+            Command::DataStarted { node, process, damaged_stores, replaces } => {
+                self.data_started(*node, process, damaged_stores, *replaces, &mut touched)
             }
             Command::StoreFailed { node, incarnation, store } => {
                 self.store_failed(*node, *incarnation, *store, &mut touched)
@@ -193,9 +193,13 @@ impl ClusterState {
             Command::ResizeVolume { name, size_bytes, allow_shrink } => {
                 self.resize_volume(name, *size_bytes, *allow_shrink, &mut touched)
             }
-            Command::DeleteVolume { name } => self.delete_volume(name, &mut touched),
-            Command::Attach { volume, node } => self.attach(volume, *node, &mut touched),
-            Command::Detach { volume, node } => self.detach(*volume, *node, &mut touched),
+            Command::DeleteVolume { volume } => self.delete_volume(*volume, &mut touched),
+            Command::Attach { volume, node, incarnation } => {
+                self.attach(volume, *node, *incarnation, &mut touched)
+            }
+            Command::Detach { volume, node, incarnation } => {
+                self.detach(*volume, *node, *incarnation, &mut touched)
+            }
             Command::SetMaintenance { node, on, force } => {
                 self.set_maintenance(*node, *on, *force, &mut touched)
             }

@@ -2,7 +2,7 @@
 
 use xsan_protocol::ids::{BootId, GroupId, Incarnation, NodeId, StoreId};
 use xsan_protocol::limits::NODES_MAX;
-use xsan_protocol::map::{DamagedStore, DataProcess, Group, Node};
+use xsan_protocol::map::{DamagedStore, DataProcess, Group, Member, Node};
 
 use super::command::{NewNode, Reply};
 use super::error::StateError;
@@ -54,12 +54,14 @@ impl ClusterState {
         Ok(Reply::Node(id))
     }
 
-    /// A new life of a data process, or news (ports) of the present one.
+    /// A new life of a data process, in place of `replaces`. A command of a life that has ended may come late: it does not take
+    /// the place of the one that serves.
     pub(super) fn data_started(
         &mut self,
         id: NodeId,
         process: &DataProcess,
         damaged_stores: &[DamagedStore],
+        replaces: Option<Incarnation>,
         touched: &mut Touched,
     ) -> Result<Reply, StateError> {
         let node = self.map.nodes.get_mut(&id).ok_or(StateError::NodeNotFound { node: id })?;
@@ -67,6 +69,9 @@ impl ClusterState {
         if present == Some(process.incarnation) {
             // The link broke and came back: what is known by now, healed groups and failed stores, stays.
             return Ok(Reply::Done);
+        }
+        if present != replaces {
+            return Err(StateError::LifeNotRegistered { name: node.name.clone() });
         }
         node.data = Some(process.clone());
         let private = self.nodes.get_mut(&id).expect("every node of the map has a private part");
@@ -115,8 +120,22 @@ impl ClusterState {
         Ok(Reply::Done)
     }
 
-    /// The learner of `group` on `node` has everything again.
-    pub(super) fn healed(&mut self, node: NodeId, group: GroupId, touched: &mut Touched) {
+    /// The life of the node's data process that counts.
+    pub fn registered(&self, node: NodeId) -> Option<Incarnation> {
+        self.map.nodes.get(&node)?.data.as_ref().map(|data| data.incarnation)
+    }
+
+    pub fn is_registered(&self, node: NodeId, incarnation: Incarnation) -> bool {
+        self.registered(node) == Some(incarnation)
+    }
+
+    /// The learner of `group` on `node` has everything again, if what was promoted is still alive: a later life has damage of its
+    /// own.
+    pub(super) fn healed(&mut self, replica: &Member, group: GroupId, touched: &mut Touched) {
+        let node = replica.node;
+        if !self.is_registered(node, replica.incarnation) {
+            return;
+        }
         let private = self.nodes.get_mut(&node).expect("members are nodes of the map");
         if private.damaged.remove(&group) {
             touched.nodes.insert(node);

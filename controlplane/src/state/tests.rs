@@ -20,6 +20,12 @@ fn new_node(name: &str, instance: u64) -> Command {
 }
 
 fn started(node: u32, incarnation: u64, is_damaged: bool) -> Command {
+    // The first life of a node is a multiple of 1000 in these tests, and each later one the next number.
+    let replaces = (incarnation % 1000 != 0).then(|| incarnation - 1);
+    started_after(replaces, node, incarnation, is_damaged)
+}
+
+fn started_after(replaces: Option<u64>, node: u32, incarnation: u64, is_damaged: bool) -> Command {
     let store = Store {
         id: StoreId(u64::from(node) * 100),
         capacity_bytes: 1 << 40,
@@ -37,7 +43,18 @@ fn started(node: u32, incarnation: u64, is_damaged: bool) -> Command {
     };
     let damaged = DamagedStore { store: process.stores[0].id, intact_groups: vec![GroupId(1 << 16 | 6)] };
     let damaged_stores = is_damaged.then_some(damaged).into_iter().collect();
-    Command::DataStarted { node: NodeId(node), process, damaged_stores }
+    let replaces = replaces.map(Incarnation);
+    Command::DataStarted { node: NodeId(node), process, damaged_stores, replaces }
+}
+
+fn attach(volume: &str, node: u32, incarnation: u64) -> Command {
+    Command::Attach { volume: volume.into(), node: NodeId(node), incarnation: Incarnation(incarnation) }
+}
+
+/// Of the first volume.
+fn detach(node: u32, incarnation: u64) -> Command {
+    let incarnation = Incarnation(incarnation);
+    Command::Detach { volume: VolumeId(1), node: NodeId(node), incarnation }
 }
 
 fn new_volume(name: &str, request: u64) -> Command {
@@ -133,7 +150,7 @@ fn a_repeated_request_makes_one_volume_and_ids_are_not_reused() {
     let (again, touched) = state.apply(&new_volume("vm-1", 11));
     assert_eq!((again, touched.is_empty()), (Reply::Volume(first.clone()), true));
     assert_eq!(refused(&mut state, new_volume("vm-1", 12)), Code::VolumeExists);
-    assert_eq!(state.apply(&Command::DeleteVolume { name: "vm-1".into() }).0, Reply::Done);
+    assert_eq!(state.apply(&Command::DeleteVolume { volume: VolumeId(1) }).0, Reply::Done);
     let (Reply::Volume(second), _) = state.apply(&new_volume("vm-1", 13)) else { panic!() };
     assert!(second.id > first.id && second.lineage != first.lineage);
 }
@@ -158,19 +175,49 @@ fn volumes_are_checked() {
     assert_eq!(refused(&mut state, resize(1 << 20, false)), Code::ShrinkLosesData);
     let (Reply::Volume(volume), _) = state.apply(&resize(1 << 20, true)) else { panic!() };
     assert_eq!(volume.size_bytes, 1 << 20);
-    assert_eq!(refused(&mut state, Command::DeleteVolume { name: "other".into() }), Code::VolumeNotFound);
+    assert_eq!(refused(&mut state, Command::DeleteVolume { volume: VolumeId(9) }), Code::VolumeNotFound);
 }
 
 #[test]
 fn an_attached_volume_is_not_deleted_until_its_data_process_ends() {
     let mut state = cluster();
     state.apply(&new_volume("vm", 1));
-    let attach = Command::Attach { volume: "vm".into(), node: NodeId(2) };
+    let attach = attach("vm", 2, 2000);
     state.apply(&attach);
     assert!(state.apply(&attach).1.is_empty(), "attached already");
-    assert_eq!(refused(&mut state, Command::DeleteVolume { name: "vm".into() }), Code::VolumeAttached);
+    assert_eq!(refused(&mut state, Command::DeleteVolume { volume: VolumeId(1) }), Code::VolumeAttached);
     state.apply(&started(2, 2001, false));
-    assert_eq!(state.apply(&Command::DeleteVolume { name: "vm".into() }).0, Reply::Done);
+    assert_eq!(state.apply(&Command::DeleteVolume { volume: VolumeId(1) }).0, Reply::Done);
+}
+
+/// A command that one life of a data process had proposed came after the next life was registered, and undid what that had.
+#[test]
+fn what_an_earlier_life_proposed_does_not_touch_the_next() {
+    let mut state = cluster();
+    state.apply(&new_volume("vm", 1));
+    state.apply(&started(2, 2001, false));
+    assert_eq!(refused(&mut state, attach("vm", 2, 2000)), Code::LifeNotRegistered);
+    assert!(!state.apply(&attach("vm", 2, 2001)).1.is_empty());
+    assert!(state.apply(&started(2, 2001, false)).1.is_empty(), "the same life again");
+    assert!(state.apply(&detach(2, 2000)).1.is_empty());
+    let late = started_after(None, 2, 2000, false);
+    assert_eq!(refused(&mut state, late), Code::LifeNotRegistered);
+    assert!(state.is_registered(NodeId(2), Incarnation(2001)));
+    assert_eq!(state.map.volumes[&VolumeId(1)].attached_nodes, [NodeId(2)]);
+    // The clock of a host may go back, and with it the numbers of its lives.
+    assert_eq!(state.apply(&started_after(Some(2001), 2, 1999, false)).0, Reply::Done);
+}
+
+/// A delete that had to be tried again found another volume under that name, and took that too.
+#[test]
+fn a_delete_is_of_one_volume_whatever_its_name() {
+    let mut state = cluster();
+    state.apply(&new_volume("vm", 1));
+    let delete = Command::DeleteVolume { volume: VolumeId(1) };
+    assert_eq!(state.apply(&delete).0, Reply::Done);
+    state.apply(&new_volume("vm", 2));
+    assert_eq!(refused(&mut state, delete), Code::VolumeNotFound);
+    assert!(state.map.volume_named("vm").is_some());
 }
 
 /// Nothing limited them but the assertion that a map fits into a frame, which every node would have met.
@@ -267,7 +314,7 @@ fn damage_is_remembered_until_the_learner_is_promoted() {
         settle: false,
     };
     for member in change.members.iter_mut().filter(|m| m.node == NodeId(2)) {
-        (member.learner, member.damaged) = (true, true);
+        (member.learner, member.damaged, member.incarnation) = (true, true, Incarnation(2001));
     }
     state.apply(&Command::ReconfigureGroups(vec![change.clone()]));
     assert!(state.is_damaged(NodeId(2), group.id));
@@ -275,6 +322,29 @@ fn damage_is_remembered_until_the_learner_is_promoted() {
     change.members.iter_mut().for_each(|m| (m.learner, m.damaged) = (false, false));
     state.apply(&Command::ReconfigureGroups(vec![change]));
     assert!(!state.is_damaged(NodeId(2), group.id));
+}
+
+/// Between the plan and its commit the learner's process had died and come up with damage: that was cleared.
+#[test]
+fn a_promotion_heals_the_life_that_was_promoted_and_no_later_one() {
+    let mut state = cluster();
+    state.apply(&new_volume("vm", 1));
+    let group = any_group(&state);
+    let mut change = GroupChange {
+        group: group.id,
+        expected: group.epoch,
+        primary: Some(NodeId(1)),
+        members: group.members.clone(),
+        settle: false,
+    };
+    change.members.iter_mut().filter(|m| m.node == NodeId(2)).for_each(|member| member.learner = true);
+    state.apply(&Command::ReconfigureGroups(vec![change.clone()]));
+    state.apply(&started(2, 2001, true));
+    assert!(state.is_damaged(NodeId(2), group.id));
+    change.expected = group.epoch.next();
+    change.members.iter_mut().for_each(|member| member.learner = false);
+    state.apply(&Command::ReconfigureGroups(vec![change]));
+    assert!(state.is_damaged(NodeId(2), group.id));
 }
 
 #[test]
@@ -360,9 +430,9 @@ fn commands_and_replies_survive_their_encoding() {
             settle: false,
         }]),
         Command::ResizeVolume { name: "v".into(), size_bytes: 5, allow_shrink: true },
-        Command::DeleteVolume { name: "v".into() },
-        Command::Attach { volume: "v".into(), node: NodeId(1) },
-        Command::Detach { volume: VolumeId(1), node: NodeId(1) },
+        Command::DeleteVolume { volume: VolumeId(1) },
+        attach("v", 1, 1000),
+        detach(1, 1000),
         maintenance(3, true),
         leave(3, Departure::Leaving),
         leave(3, Departure::Lost),
@@ -470,7 +540,7 @@ fn a_node_is_removed_when_it_holds_nothing_votes_no_more_and_serves_nobody() {
     state.apply(&started(4, 4000, false));
     state.apply(&new_volume("vm", 1));
     state.set_voters([NodeId(1), NodeId(3)].into());
-    state.apply(&Command::Attach { volume: "vm".into(), node: NodeId(3) });
+    state.apply(&attach("vm", 3, 3000));
     state.apply(&leave(3, Departure::Leaving));
     let remove = Command::RemoveNode { node: NodeId(3) };
     assert_eq!(refused(&mut state, remove.clone()), Code::NodeBusy, "it has replicas");
@@ -478,7 +548,7 @@ fn a_node_is_removed_when_it_holds_nothing_votes_no_more_and_serves_nobody() {
     assert_eq!(refused(&mut state, remove.clone()), Code::NodeBusy, "it votes");
     state.set_voters([NodeId(1)].into());
     assert_eq!(refused(&mut state, remove.clone()), Code::NodeBusy, "a volume is attached there");
-    state.apply(&Command::Detach { volume: VolumeId(1), node: NodeId(3) });
+    state.apply(&detach(3, 3000));
     assert!(!state.was_removed(NodeId(3)));
     let (reply, touched) = state.apply(&remove);
     assert_eq!((reply, touched.nodes), (Reply::Done, [NodeId(3)].into()));
@@ -496,7 +566,7 @@ fn a_node_is_removed_when_it_holds_nothing_votes_no_more_and_serves_nobody() {
 fn a_lost_node_takes_its_sessions_along_and_the_last_node_stays() {
     let mut state = cluster();
     state.apply(&new_volume("vm", 1));
-    state.apply(&Command::Attach { volume: "vm".into(), node: NodeId(3) });
+    state.apply(&attach("vm", 3, 3000));
     assert_eq!(state.apply(&leave(3, Departure::Lost)).0, Reply::Done);
     evacuate(&mut state, 3);
     assert_eq!(state.apply(&Command::RemoveNode { node: NodeId(3) }).0, Reply::Done);

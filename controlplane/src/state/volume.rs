@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use xsan_protocol::ids::{Epoch, Layer, NodeId, PoolId, VolumeId};
+use xsan_protocol::ids::{Epoch, Incarnation, Layer, NodeId, PoolId, VolumeId};
 use xsan_protocol::limits::{REPLICAS_MAX, VOLUME_BYTES_MAX, VOLUMES_MAX};
 use xsan_protocol::map::{Group, Member, Pool, Volume, min_replicas};
 use xsan_protocol::placement;
@@ -122,13 +122,12 @@ impl ClusterState {
         Ok(Reply::Volume(Box::new(volume.clone())))
     }
 
-    pub(super) fn delete_volume(&mut self, name: &str, touched: &mut Touched) -> Result<Reply, StateError> {
-        let volume = self.volume_mut(name)?;
-        let (id, attached) = (volume.id, volume.attached_nodes.clone());
-        if !attached.is_empty() {
+    pub(super) fn delete_volume(&mut self, id: VolumeId, touched: &mut Touched) -> Result<Reply, StateError> {
+        let volume = self.map.volumes.get(&id).ok_or(StateError::VolumeIdNotFound { id })?;
+        if !volume.attached_nodes.is_empty() {
             let named = |node: &NodeId| self.map.nodes.get(node).map_or(node.to_string(), |n| n.name.clone());
-            let nodes = attached.iter().map(named).collect();
-            return Err(StateError::VolumeAttached { name: name.to_owned(), nodes });
+            let nodes = volume.attached_nodes.iter().map(named).collect();
+            return Err(StateError::VolumeAttached { name: volume.name.clone(), nodes });
         }
         self.map.volumes.remove(&id);
         self.requests.remove(&id);
@@ -140,10 +139,12 @@ impl ClusterState {
         &mut self,
         name: &str,
         node: NodeId,
+        incarnation: Incarnation,
         touched: &mut Touched,
     ) -> Result<Reply, StateError> {
-        if !self.map.nodes.contains_key(&node) {
-            return Err(StateError::NodeNotFound { node });
+        let known = self.map.nodes.get(&node).ok_or(StateError::NodeNotFound { node })?;
+        if !self.is_registered(node, incarnation) {
+            return Err(StateError::LifeNotRegistered { name: known.name.clone() });
         }
         let volume = self.volume_mut(name)?;
         if !volume.attached_nodes.contains(&node) {
@@ -157,10 +158,12 @@ impl ClusterState {
         &mut self,
         id: VolumeId,
         node: NodeId,
+        incarnation: Incarnation,
         touched: &mut Touched,
     ) -> Result<Reply, StateError> {
+        let is_present = self.is_registered(node, incarnation);
         let volume = self.map.volumes.get_mut(&id).ok_or(StateError::VolumeIdNotFound { id })?;
-        if volume.attached_nodes.contains(&node) {
+        if is_present && volume.attached_nodes.contains(&node) {
             volume.attached_nodes.retain(|attached| *attached != node);
             touched.volumes.insert(id);
         }

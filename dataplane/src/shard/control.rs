@@ -3,13 +3,13 @@
 //! Used by the shard's turn. Other shards reach it by messages. Knows no group, store or socket: questions
 //! are put to every shard and their reports are put together here.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use xsan_protocol::error::Code;
-use xsan_protocol::ids::{BlockIndex, BlockKey, GroupId, Layer, Lineage, MapVersion, ShardIndex};
+use xsan_protocol::ids::{BlockIndex, BlockKey, GroupId, Layer, Lineage, MapVersion, ShardIndex, VolumeId};
 use xsan_protocol::map::{ClusterMap, Volume};
 use xsan_protocol::proto::link_message::Body;
 use xsan_protocol::proto::{self, LinkMessage};
@@ -46,13 +46,22 @@ struct Asked {
     reports: Vec<Report>,
 }
 
+/// An open that the control process has not answered.
+struct Open {
+    shard: ShardIndex,
+    number: u64,
+    name: String,
+}
+
 pub struct Control {
     link: LinkSender,
     shard_count: usize,
     cluster_id: Rc<str>,
     lease_until_ns: Arc<AtomicU64>,
     next_number: u64,
-    opens: HashMap<u64, (ShardIndex, u64)>,
+    opens: HashMap<u64, Open>,
+    /// Sessions of every shard, by volume. The control process learns it from each status: it may be another one by then.
+    sessions: BTreeMap<VolumeId, u32>,
     asked: HashMap<u64, Asked>,
 }
 
@@ -63,8 +72,8 @@ impl Control {
         cluster_id: Rc<str>,
         lease_until_ns: Arc<AtomicU64>,
     ) -> Self {
-        let (opens, asked) = (HashMap::new(), HashMap::new());
-        Self { link, shard_count, cluster_id, lease_until_ns, next_number: 1, opens, asked }
+        let (opens, asked, sessions) = (HashMap::new(), HashMap::new(), BTreeMap::new());
+        Self { link, shard_count, cluster_id, lease_until_ns, next_number: 1, opens, sessions, asked }
     }
 
     fn number(&mut self) -> u64 {
@@ -81,8 +90,8 @@ impl Control {
         match message {
             Message::Open { number, name } => {
                 let request_id = self.number();
-                if self.send(request_id, Body::OpenVolume(proto::OpenVolume { name })) {
-                    self.opens.insert(request_id, (from, number));
+                if self.send(request_id, Body::OpenVolume(proto::OpenVolume { name: name.clone() })) {
+                    self.opens.insert(request_id, Open { shard: from, number, name });
                 } else {
                     return Outcome::Tell(vec![(
                         from,
@@ -90,10 +99,7 @@ impl Control {
                     )]);
                 }
             }
-            Message::Close(volume) => {
-                // With the link down nothing is lost: a control process that starts anew counts no opens of before.
-                self.send(0, Body::CloseVolume(proto::CloseVolume { volume: volume.0 }));
-            }
+            Message::Close(volume) => self.close(volume),
             Message::Propose(proposals) => {
                 // Lost while the link is down: primaries propose again until the map changes.
                 self.send(0, Body::Proposals(proto::GroupProposals { proposals }));
@@ -119,8 +125,8 @@ impl Control {
     pub fn on_link(&mut self, event: LinkEvent) -> Outcome {
         match event {
             LinkEvent::Down => {
-                let lost = self.opens.drain().map(|(_, (shard, number))| {
-                    (shard, Message::Opened { number, result: Err(Code::NoQuorum) })
+                let lost = self.opens.drain().map(|(_, open)| {
+                    (open.shard, Message::Opened { number: open.number, result: Err(Code::NoQuorum) })
                 });
                 Outcome::Tell(lost.collect())
             }
@@ -186,10 +192,28 @@ impl Control {
     }
 
     fn opened(&mut self, request_id: u64, result: Result<Box<(Volume, MapVersion)>, Code>) -> Outcome {
-        match self.opens.remove(&request_id) {
-            Some((shard, number)) => Outcome::Tell(vec![(shard, Message::Opened { number, result })]),
-            None => Outcome::Nothing,
+        let Some(Open { shard, number, .. }) = self.opens.remove(&request_id) else {
+            return Outcome::Nothing;
+        };
+        if let Ok(opened) = &result {
+            *self.sessions.entry(opened.0.id).or_default() += 1;
         }
+        Outcome::Tell(vec![(shard, Message::Opened { number, result })])
+    }
+
+    /// A session has ended. With the link down nothing is lost: the next status says what is open.
+    fn close(&mut self, volume: VolumeId) {
+        let Some(count) = self.sessions.get_mut(&volume) else { return };
+        *count -= 1;
+        if *count == 0 {
+            self.sessions.remove(&volume);
+            self.send(0, Body::CloseVolume(proto::CloseVolume { volume: volume.0 }));
+        }
+    }
+
+    fn add_sessions(&self, status: &mut proto::DataStatus) {
+        status.open_volumes = self.sessions.keys().map(|volume| volume.0).collect();
+        status.opening_volumes = self.opens.values().map(|open| open.name.clone()).collect();
     }
 
     /// One shard's report; the last one completes the answer.
@@ -201,7 +225,10 @@ impl Control {
             return;
         }
         let asked = self.asked.remove(&number).expect("it was there above");
-        if let Some(body) = put_together(asked.reports) {
+        if let Some(mut body) = put_together(asked.reports) {
+            if let Body::Status(status) = &mut body {
+                self.add_sessions(status);
+            }
             self.send(asked.request_id.unwrap_or(0), body);
         }
     }
@@ -247,4 +274,56 @@ fn add_status(all: &mut proto::DataStatus, one: proto::DataStatus) {
     all.scrub_bytes += one.scrub_bytes;
     all.scrubs_running.extend(one.scrubs_running);
     all.scrubs_ended.extend(one.scrubs_ended);
+}
+
+#[cfg(test)]
+mod tests {
+    use xsan_protocol::ids::PoolId;
+
+    use super::*;
+
+    const SHARD: ShardIndex = ShardIndex(1);
+
+    fn volume() -> Volume {
+        Volume {
+            id: VolumeId(7),
+            name: "vm".into(),
+            lineage: Lineage(7),
+            layer: Layer(0),
+            size_bytes: 1 << 30,
+            pool: PoolId(1),
+            durability: Default::default(),
+            policy: String::new(),
+            created_unix_ms: 1,
+            attached_nodes: vec![],
+        }
+    }
+
+    fn told(control: &Control) -> (Vec<u32>, Vec<String>) {
+        let mut status = proto::DataStatus::default();
+        control.add_sessions(&mut status);
+        (status.open_volumes, status.opening_volumes)
+    }
+
+    /// The control process counted, and lost count with its own life and with every link.
+    #[test]
+    fn a_status_tells_what_is_open_whatever_became_of_the_link() {
+        let mut control = Control::new(LinkSender::default(), 1, "c".into(), Arc::default());
+        for request in [1, 2] {
+            control.opens.insert(request, Open { shard: SHARD, number: request, name: "vm".into() });
+        }
+        assert_eq!(told(&control), (vec![], vec!["vm".to_owned(); 2]));
+        for request in [1, 2] {
+            let Outcome::Tell(told) = control.opened(request, Ok(Box::new((volume(), MapVersion(1))))) else {
+                panic!("the shard is told")
+            };
+            assert_eq!(told.len(), 1);
+        }
+        assert_eq!(told(&control), (vec![7], vec![]));
+        control.on_link(LinkEvent::Down);
+        control.on_message(SHARD, Message::Close(VolumeId(7)));
+        assert_eq!(told(&control), (vec![7], vec![]), "one of two sessions is left");
+        control.on_message(SHARD, Message::Close(VolumeId(7)));
+        assert_eq!(told(&control), (vec![], vec![]));
+    }
 }

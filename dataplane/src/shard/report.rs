@@ -72,6 +72,8 @@ impl Shard {
             scrub_bytes: replication.counters.scrub_bytes,
             scrubs_running: scrubs.running.iter().map(scrub_report).collect(),
             scrubs_ended: scrubs.outcomes.iter().map(scrub_report).collect(),
+            // Shard 0 knows the sessions of all.
+            ..proto::DataStatus::default()
         }
     }
 

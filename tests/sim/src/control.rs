@@ -211,7 +211,8 @@ impl World {
         }
         if let Some((process, damaged_stores)) = this.control.link.process().filter(|_| runs) {
             let node = this.node;
-            self.propose(host, Command::DataStarted { node, process, damaged_stores });
+            let replaces = registered(&this.control.known, node);
+            self.propose(host, Command::DataStarted { node, process, damaged_stores, replaces });
         }
         self.after(RETRY, Event::Register { host, life });
     }

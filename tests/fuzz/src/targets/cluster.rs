@@ -127,12 +127,17 @@ pub fn state() -> ClusterState {
     for node in 1..=3 {
         state.apply(&new_node(node));
         let damaged_stores = if node == 3 { damaged_stores() } else { Vec::new() };
-        state.apply(&Command::DataStarted { node: NodeId(node), process: process(node), damaged_stores });
+        let process = process(node);
+        state.apply(&Command::DataStarted { node: NodeId(node), process, damaged_stores, replaces: None });
     }
     state.set_voters([NodeId(1), NodeId(2)].into());
     state.apply(&new_volume("vm-1", 3));
     state.apply(&new_volume("vm-2", 2));
-    state.apply(&Command::Attach { volume: "vm-1".to_owned(), node: NodeId(1) });
+    state.apply(&Command::Attach {
+        volume: "vm-1".to_owned(),
+        node: NodeId(1),
+        incarnation: process(1).incarnation,
+    });
     state
 }
 
@@ -149,15 +154,20 @@ pub fn commands() -> Vec<Command> {
     vec![
         new_node(1),
         new_node(4),
-        Command::DataStarted { node: NodeId(2), process: process(4), damaged_stores: damaged_stores() },
+        Command::DataStarted {
+            node: NodeId(2),
+            process: process(4),
+            damaged_stores: damaged_stores(),
+            replaces: Some(process(2).incarnation),
+        },
         Command::StoreFailed { node: NodeId(1), incarnation: Incarnation(1000), store: StoreId(100) },
         Command::ReconfigureGroups(groups.iter().take(3).map(change).collect()),
         new_volume("vm-3", 1),
         new_volume("vm-1", 3),
         Command::ResizeVolume { name: "vm-2".to_owned(), size_bytes: 2 << 30, allow_shrink: false },
-        Command::DeleteVolume { name: "vm-2".to_owned() },
-        Command::Attach { volume: "vm-2".to_owned(), node: NodeId(3) },
-        Command::Detach { volume: VolumeId(1), node: NodeId(1) },
+        Command::DeleteVolume { volume: VolumeId(2) },
+        Command::Attach { volume: "vm-2".to_owned(), node: NodeId(3), incarnation: process(3).incarnation },
+        Command::Detach { volume: VolumeId(1), node: NodeId(1), incarnation: process(1).incarnation },
         Command::SetMaintenance { node: NodeId(2), on: true, force: false },
         Command::LeaveNode { node: NodeId(3), departure: Departure::Lost },
         Command::RemoveNode { node: NodeId(3) },

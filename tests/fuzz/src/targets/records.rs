@@ -113,6 +113,8 @@ fn messages() -> Vec<proto::LinkMessage> {
         map_version: 9,
         scrubs_ended: vec![proto::ScrubReport { order: Some(order), findings }],
         slow_members: vec![proto::SlowMember { node: 2, us_p99: 900, us_p99_peers: 80 }],
+        open_volumes: vec![1],
+        opening_volumes: vec!["vm-2".to_owned()],
         ..proto::DataStatus::default()
     };
     let volume = state.map().volumes.values().next().map(proto::Volume::from);
