@@ -59,7 +59,8 @@ impl LinkServer {
                 open = waiting.recv(), if running.len() < OPENS_MAX => {
                     let Some(open) = open else { return };
                     running.push(async move {
-                        let (request_id, body) = (open.request_id, Some(self.open(open, incarnation, attachments).await));
+                        let request_id = open.request_id;
+                        let body = Some(self.open(open, incarnation, attachments).await);
                         outbound.send(LinkMessage { request_id, body }).await
                     });
                 }
@@ -119,9 +120,11 @@ impl LinkServer {
             attachments.changed().await;
             loop {
                 let state = self.handle.state();
-                // A life that is not registered has nothing attached.
-                let due = attachments.due(&state, node).filter(|_| state.is_registered(node, incarnation));
-                let result = match due {
+                if !state.is_registered(node, incarnation) {
+                    // It has nothing attached, and can have nothing attached.
+                    break;
+                }
+                let result = match attachments.due(&state, node) {
                     Some(Due::Detach { volume }) => {
                         let result = self.detach(volume, incarnation).await;
                         attachments.end_detach();

@@ -54,7 +54,7 @@ impl GroupScrubs {
         }
         // Not the later of both: a time that a wrong clock told would stay for ever. The next order has another number all the same.
         let taken = [self.light_unix_ms, self.deep_unix_ms];
-        let unix_ms = (unix_ms..).find(|time| !taken.contains(time)).unwrap_or(unix_ms);
+        let unix_ms = (unix_ms..=u64::MAX).find(|time| !taken.contains(time)).unwrap_or(unix_ms);
         self.light_unix_ms = unix_ms;
         if end.deep {
             self.deep_unix_ms = unix_ms;

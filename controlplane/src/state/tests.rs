@@ -21,7 +21,7 @@ fn new_node(name: &str, instance: u64) -> Command {
 
 fn started(node: u32, incarnation: u64, is_damaged: bool) -> Command {
     // The first life of a node is a multiple of 1000 in these tests, and each later one the next number.
-    let replaces = (incarnation % 1000 != 0).then(|| incarnation - 1);
+    let replaces = (!incarnation.is_multiple_of(1000)).then(|| incarnation - 1);
     started_after(replaces, node, incarnation, is_damaged)
 }
 

@@ -96,7 +96,7 @@ async fn every_open_is_answered_in_time_though_there_is_no_leader() {
     let server = server(directory.path()).await;
     let (mut data, control) = UnixStream::pair().expect("sockets");
     let (reader, _writer) = control.into_split();
-    let (outbound, mut answers) = mpsc::channel(OUTBOUND_MAX);
+    let (outbound, mut answers) = mpsc::channel::<LinkMessage>(OUTBOUND_MAX);
     let attachments = Attachments::default();
     let count = 2 * OPENS_MAX as u64 + 10;
     let begin = Instant::now();
@@ -136,7 +136,7 @@ async fn what_is_attached_follows_what_the_statuses_say_is_open() {
     found(&server).await;
     let (mut data, control) = UnixStream::pair().expect("sockets");
     let (reader, _writer) = control.into_split();
-    let (outbound, mut answers) = mpsc::channel(OUTBOUND_MAX);
+    let (outbound, mut answers) = mpsc::channel::<LinkMessage>(OUTBOUND_MAX);
     let attachments = Attachments::default();
     let play = async {
         let mut say = async |request, body| {
