@@ -42,6 +42,7 @@ async fn found(server: &LinkServer) {
         device: "/dev/x".into(),
         media: "ssd".into(),
         failed: false,
+        failed_before: false,
     };
     let process = DataProcess {
         incarnation: INCARNATION,
