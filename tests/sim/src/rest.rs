@@ -1,6 +1,6 @@
 //! What comes to rest once the faults have ended, and what must then be true of every host.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use xsan_dataplane::replication::{ScrubFindings, ScrubOrder};
 use xsan_protocol::ids::GroupId;
@@ -124,7 +124,7 @@ impl World {
 
     /// A deep scrub of every group: what they found together.
     fn scrub(&mut self, number: u64) -> Result<ScrubFindings, String> {
-        let groups: Vec<GroupId> = self.control.state.map().groups.keys().copied().collect();
+        let groups: BTreeSet<GroupId> = self.control.state.map().groups.keys().copied().collect();
         let order = |group| ScrubOrder { group, deep: true, number };
         let orders: Vec<ScrubOrder> = groups.into_iter().map(order).collect();
         for host in 0..self.hosts.len() {
