@@ -16,6 +16,26 @@ pub const NOW_UNIX_MS: u64 = 1_795_000_000_000;
 /// Of each node's one store.
 pub const CAPACITY: u64 = 1000;
 
+/// A life of a data process with one store, on its host's first boot.
+pub fn process(store: StoreId, incarnation: Incarnation) -> DataProcess {
+    let store = Store {
+        id: store,
+        capacity_bytes: CAPACITY,
+        shard: ShardIndex(0),
+        device: "/dev/x".into(),
+        media: "ssd".into(),
+        failed: false,
+        failed_before: false,
+    };
+    DataProcess {
+        incarnation,
+        boot_id: BootId(7),
+        shard_ports: vec![9100],
+        nbd_port: 10809,
+        stores: vec![store],
+    }
+}
+
 /// So many nodes, the first three voters, and one volume with so many replicas.
 pub fn state(node_count: u32, replica_count: u8) -> ClusterState {
     let mut state = ClusterState::default();
@@ -29,22 +49,7 @@ pub fn state(node_count: u32, replica_count: u8) -> ClusterState {
             instance: u64::from(node),
             founder: node == 1,
         }));
-        let store = Store {
-            id: StoreId(u64::from(node)),
-            capacity_bytes: CAPACITY,
-            shard: ShardIndex(0),
-            device: "/dev/x".into(),
-            media: "ssd".into(),
-            failed: false,
-            failed_before: false,
-        };
-        let process = DataProcess {
-            incarnation: Incarnation(u64::from(node)),
-            boot_id: BootId(7),
-            shard_ports: vec![9100],
-            nbd_port: 10809,
-            stores: vec![store],
-        };
+        let process = process(StoreId(u64::from(node)), Incarnation(u64::from(node)));
         state.apply(&Command::DataStarted {
             node: NodeId(node),
             process,

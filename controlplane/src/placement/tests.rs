@@ -3,14 +3,15 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use xsan_protocol::ids::{BootId, Incarnation, MapVersion, PoolId, ShardIndex, StoreId};
+use xsan_protocol::ids::{BootId, Incarnation, MapVersion, PoolId, StoreId};
 use xsan_protocol::limits::GROUPS_PER_POOL;
-use xsan_protocol::map::{DamagedStore, DataProcess, Durability, Group, Member, Store};
+use xsan_protocol::map::{DamagedStore, DataProcess, Durability, Group, Member};
 use xsan_protocol::placement::place_what_fits;
 
 use super::balance::balance;
 use super::decide::decide;
 use super::*;
+use crate::api::sample;
 use crate::lease::Health;
 use crate::state::command::{Command, GroupChange, NewNode, NewVolume, SettingsChange};
 use crate::state::{ClusterState, Departure};
@@ -84,21 +85,9 @@ impl Cluster {
 
     /// A data process comes up: life number `life`, on boot `boot`.
     fn start(&mut self, node: u32, life: u64, boot: u64, is_damaged: bool) {
-        let process = DataProcess {
-            incarnation: Incarnation(u64::from(node) * 1000 + life),
-            boot_id: BootId(boot),
-            shard_ports: vec![9100],
-            nbd_port: 10809,
-            stores: vec![Store {
-                id: StoreId(u64::from(node)),
-                capacity_bytes: 1 << 40,
-                shard: ShardIndex(0),
-                device: "/dev/x".into(),
-                media: "ssd".into(),
-                failed: false,
-                failed_before: false,
-            }],
-        };
+        let incarnation = Incarnation(u64::from(node) * 1000 + life);
+        let process =
+            DataProcess { boot_id: BootId(boot), ..sample::process(StoreId(u64::from(node)), incarnation) };
         let damaged = DamagedStore { store: process.stores[0].id, intact_groups: Vec::new() };
         let damaged_stores = is_damaged.then_some(damaged).into_iter().collect();
         let present = self.state.map().nodes[&NodeId(node)].data.as_ref();

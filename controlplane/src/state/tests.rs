@@ -1,10 +1,11 @@
 use super::command::{GroupChange, NewNode, NewVolume, SettingsChange};
 use super::scrub::ScrubEnd;
 use super::*;
+use crate::api::sample;
 use xsan_protocol::error::Code;
-use xsan_protocol::ids::{BootId, Incarnation, ShardIndex, StoreId};
+use xsan_protocol::ids::{BootId, Incarnation, StoreId};
 use xsan_protocol::limits::GROUPS_PER_POOL;
-use xsan_protocol::map::{DamagedStore, DataProcess, Durability, Store};
+use xsan_protocol::map::{DamagedStore, Durability};
 use xsan_protocol::proto;
 
 fn new_node(name: &str, instance: u64) -> Command {
@@ -26,22 +27,7 @@ fn started(node: u32, incarnation: u64, is_damaged: bool) -> Command {
 }
 
 fn started_after(replaces: Option<u64>, node: u32, incarnation: u64, is_damaged: bool) -> Command {
-    let store = Store {
-        id: StoreId(u64::from(node) * 100),
-        capacity_bytes: 1 << 40,
-        shard: ShardIndex(0),
-        device: "/dev/x".into(),
-        media: "ssd".into(),
-        failed: false,
-        failed_before: false,
-    };
-    let process = DataProcess {
-        incarnation: Incarnation(incarnation),
-        boot_id: BootId(7),
-        shard_ports: vec![9100],
-        nbd_port: 10809,
-        stores: vec![store],
-    };
+    let process = sample::process(StoreId(u64::from(node) * 100), Incarnation(incarnation));
     let damaged = DamagedStore { store: process.stores[0].id, intact_groups: vec![GroupId(1 << 16 | 6)] };
     let damaged_stores = is_damaged.then_some(damaged).into_iter().collect();
     let replaces = replaces.map(Incarnation);

@@ -60,9 +60,10 @@ impl Failures {
         Ok(self.earlier()?.into_iter().map(|(store, _)| store).collect())
     }
 
-    /// The cluster knows of those of earlier lives.
-    pub fn forget_earlier(&self) -> io::Result<()> {
-        self.earlier()?.into_iter().try_for_each(|(_, file)| std::fs::remove_file(file))
+    /// The cluster knows what of these stores failed in earlier lives. It was not told of others, whose devices this life does not have.
+    pub fn forget_earlier(&self, told: &BTreeSet<StoreId>) -> io::Result<()> {
+        let known = self.earlier()?.into_iter().filter(|(store, _)| told.contains(store));
+        known.map(|(_, file)| file).try_for_each(std::fs::remove_file)
     }
 }
 
@@ -86,7 +87,9 @@ mod tests {
         // It fails again before the cluster knows of the first time.
         second.note(StoreId(0xab)).unwrap();
         second.note(StoreId(0xcd)).unwrap();
-        second.forget_earlier().unwrap();
+        second.forget_earlier(&[StoreId(0xcd)].into()).unwrap();
+        assert_eq!(stores(&second), [0xab], "its device was not there, so nobody was told");
+        second.forget_earlier(&[StoreId(0xab)].into()).unwrap();
         assert!(stores(&second).is_empty());
         assert_eq!(stores(&life(3)), [0xab, 0xcd]);
     }

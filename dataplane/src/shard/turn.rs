@@ -115,11 +115,10 @@ impl Shard {
     /// The cluster has taken this life of the process in, and knows what failed in earlier ones.
     fn forget_failures(&mut self) {
         let own = self.map.nodes.get(&self.identity.node).and_then(|node| node.data.as_ref());
-        if own.is_none_or(|data| data.incarnation != self.identity.incarnation) {
-            return;
-        }
+        let Some(own) = own.filter(|data| data.incarnation == self.identity.incarnation) else { return };
+        let told = own.stores.iter().filter(|store| store.failed_before).map(|store| store.id).collect();
         self.tells_failures = false;
-        if let Err(error) = self.failures.forget_earlier() {
+        if let Err(error) = self.failures.forget_earlier(&told) {
             tracing::warn!(%error, "what failed in earlier lives can not be removed from the data directory");
         }
     }

@@ -3,10 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use tokio::time::Instant;
-use xsan_protocol::ids::{BootId, ShardIndex};
-use xsan_protocol::map::{Durability, Store};
+use xsan_protocol::map::Durability;
 
 use super::*;
+use crate::api::sample;
 use crate::raft::tests::open;
 use crate::state::command::{NewNode, NewVolume};
 use crate::timing::{LEADER_WAIT, RaftTiming};
@@ -35,22 +35,7 @@ async fn found(server: &LinkServer) {
         instance: 1,
         founder: true,
     });
-    let store = Store {
-        id: StoreId(1),
-        capacity_bytes: 1 << 40,
-        shard: ShardIndex(0),
-        device: "/dev/x".into(),
-        media: "ssd".into(),
-        failed: false,
-        failed_before: false,
-    };
-    let process = DataProcess {
-        incarnation: INCARNATION,
-        boot_id: BootId(7),
-        shard_ports: vec![9100],
-        nbd_port: 10809,
-        stores: vec![store],
-    };
+    let process = sample::process(StoreId(1), INCARNATION);
     let node_id = NodeId(1);
     let started = Command::DataStarted { node: node_id, process, damaged_stores: vec![], replaces: None };
     let volume = Command::CreateVolume(NewVolume {
