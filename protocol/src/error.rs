@@ -110,6 +110,7 @@ errors! {
     // 309 was AuthFailed, which nothing raised.
     310 ShrinkLosesData     Never   "the new size is smaller than the volume" "confirm with --allow-shrink; what lies behind the new end is lost";
     311 ReplicaBehind       Backoff "the replica does not have that version yet" "it is being brought up to date";
+    312 ClientGone          Never   "the request's client has gone before it was carried out" "connect again and read what is there";
 }
 
 impl Code {

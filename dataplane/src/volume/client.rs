@@ -13,7 +13,7 @@ use xsan_protocol::map::{ClusterMap, Durability, Pool, Volume};
 use xsan_protocol::units::PAGE_SIZE;
 
 use super::calls::{Answer, Call, Calls, Destination};
-use super::request::{BlockReply, BlockRequest, Export, Operation as Wanted, Segment, Volumes};
+use super::request::{BlockReply, BlockRequest, Client, Export, Operation as Wanted, Segment, Volumes};
 use super::split::{self, Address, ZeroPart};
 use crate::disk::buffers::{Buffer, BufferPool};
 use crate::replication::{Operation, Reply};
@@ -62,13 +62,14 @@ pub struct VolumeClient {
 }
 
 /// What every part of one request has in common.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 struct Context {
     address: Address,
     pool: PoolId,
     group_count: u16,
     durability: Durability,
     deadline_ns: u64,
+    client: Client,
 }
 
 impl VolumeClient {
@@ -91,6 +92,7 @@ impl VolumeClient {
             group_count: pool.group_count,
             durability: volume.durability,
             deadline_ns: self.port.now_ns() + IO_TIMEOUT.as_nanos() as u64,
+            client: request.client.clone(),
         })
     }
 
@@ -107,12 +109,13 @@ impl VolumeClient {
     /// One operation of one group, until it is answered for good, or `failed`: then it is not sent again.
     async fn carry_out(
         &self,
-        context: Context,
+        context: &Context,
         operation: Operation,
         failed: &Cell<Option<Code>>,
     ) -> Result<Reply, Code> {
         let key = operation.key().expect("only operations of blocks are carried out one by one");
-        let group = group_of(&context, key);
+        let group = group_of(context, key);
+        context.check_client()?;
         let mut backoff = Backoff::new();
         loop {
             if let Some(code) = failed.get() {
@@ -125,20 +128,20 @@ impl VolumeClient {
             match outcome {
                 Ok(Answer::Reply(reply)) => return Ok(reply),
                 Ok(Answer::Flushed(_)) => return Err(Code::FrameInvalid),
-                Err(code) => self.pause(&mut backoff, context.deadline_ns, code).await?,
+                Err(code) => self.pause(&mut backoff, context, code).await?,
             }
         }
     }
 
     /// Waits before another try, or ends with the code that ends the request.
-    async fn pause(&self, backoff: &mut Backoff, deadline_ns: u64, code: Code) -> Result<(), Code> {
+    async fn pause(&self, backoff: &mut Backoff, context: &Context, code: Code) -> Result<(), Code> {
         if code.retry() == Retry::Never {
             return Err(code);
         }
-        if self.port.now_ns() < deadline_ns {
+        if self.port.now_ns() < context.deadline_ns {
             monoio::time::sleep(backoff.next()).await;
-            if self.port.now_ns() < deadline_ns {
-                return Ok(());
+            if self.port.now_ns() < context.deadline_ns {
+                return context.check_client();
             }
         }
         tracing::warn!(cause = %code, seconds = IO_TIMEOUT.as_secs(), "a request got no answer in time");
@@ -151,7 +154,7 @@ impl VolumeClient {
     /// overtaken by a part of this request (docs/decisions/0010).
     async fn carry_out_all(
         &self,
-        context: Context,
+        context: &Context,
         operations: impl IntoIterator<Item = Operation>,
     ) -> Result<Vec<Reply>, Code> {
         let failed = Rc::new(Cell::new(None));
@@ -163,9 +166,9 @@ impl VolumeClient {
                 && failed.get().is_none()
                 && let Some(operation) = operations.next()
             {
-                let (this, failed) = (self.clone(), failed.clone());
+                let (this, context, failed) = (self.clone(), context.clone(), failed.clone());
                 under_way.push_back(monoio::spawn(async move {
-                    let result = this.carry_out(context, operation, &failed).await;
+                    let result = this.carry_out(&context, operation, &failed).await;
                     failed.set(failed.get().or(result.as_ref().err().copied()));
                     result
                 }));
@@ -178,11 +181,11 @@ impl VolumeClient {
     }
 
     /// The only part of a request.
-    async fn carry_out_one(&self, context: Context, operation: Operation) -> Result<Reply, Code> {
+    async fn carry_out_one(&self, context: &Context, operation: Operation) -> Result<Reply, Code> {
         self.carry_out(context, operation, &Cell::new(None)).await
     }
 
-    async fn read(&self, context: Context, offset: u64, length: u64) -> Result<BlockReply, Code> {
+    async fn read(&self, context: &Context, offset: u64, length: u64) -> Result<BlockReply, Code> {
         let parts = split::read(context.address, offset, length);
         let operations = parts.iter().map(|part| Operation::Read { key: part.key, pages: part.pages });
         let replies = match &parts[..] {
@@ -207,7 +210,7 @@ impl VolumeClient {
 
     async fn write(
         &self,
-        context: Context,
+        context: &Context,
         offset: u64,
         data: Buffer,
         fua: bool,
@@ -224,7 +227,7 @@ impl VolumeClient {
     /// Zeroes a range; the partial pages at its ends only when `exact` (a trim may leave them).
     async fn zero(
         &self,
-        context: Context,
+        context: &Context,
         offset: u64,
         length: u64,
         fua: bool,
@@ -258,7 +261,7 @@ impl VolumeClient {
         }
     }
 
-    async fn extents(&self, context: Context, offset: u64, length: u64) -> Result<BlockReply, Code> {
+    async fn extents(&self, context: &Context, offset: u64, length: u64) -> Result<BlockReply, Code> {
         let parts = split::cover(context.address, offset, length);
         let operations = parts.iter().map(|part| Operation::BlockStatus { key: part.key, pages: part.pages });
         let replies = self.carry_out_all(context, operations).await?;
@@ -280,7 +283,7 @@ impl VolumeClient {
     }
 
     /// Flushes every group of the volume's pool: each primary covers its own, and those not covered are asked again.
-    async fn flush(&self, context: Context) -> Result<BlockReply, Code> {
+    async fn flush(&self, context: &Context) -> Result<BlockReply, Code> {
         let group = |index| GroupId::new(context.pool, index);
         let mut missing: HashSet<GroupId> = (0..context.group_count).map(group).collect();
         let mut backoff = Backoff::new();
@@ -313,7 +316,7 @@ impl VolumeClient {
             if missing.is_empty() {
                 return Ok(BlockReply::Done);
             }
-            self.pause(&mut backoff, context.deadline_ns, refusal).await?;
+            self.pause(&mut backoff, context, refusal).await?;
         }
     }
 
@@ -333,6 +336,14 @@ impl VolumeClient {
             }
         }
         covered
+    }
+}
+
+impl Context {
+    /// # Errors
+    /// 312 `ClientGone`: nothing more may be sent.
+    fn check_client(&self) -> Result<(), Code> {
+        if self.client.is_gone() { Err(Code::ClientGone) } else { Ok(()) }
     }
 }
 
@@ -379,14 +390,14 @@ impl Volumes for VolumeClient {
         let (offset, length) = (request.offset, request.length);
         let started_ns = self.port.now_ns();
         let (stage, result) = match request.operation {
-            Wanted::Read => (Stage::Read, self.read(context, offset, length).await),
-            Wanted::Write { data, fua } => (Stage::Write, self.write(context, offset, data, fua).await),
+            Wanted::Read => (Stage::Read, self.read(&context, offset, length).await),
+            Wanted::Write { data, fua } => (Stage::Write, self.write(&context, offset, data, fua).await),
             Wanted::WriteZeroes { fua, .. } => {
-                (Stage::Zero, self.zero(context, offset, length, fua, true).await)
+                (Stage::Zero, self.zero(&context, offset, length, fua, true).await)
             }
-            Wanted::Trim { fua } => (Stage::Zero, self.zero(context, offset, length, fua, false).await),
-            Wanted::Flush => (Stage::Flush, self.flush(context).await),
-            Wanted::BlockStatus => (Stage::BlockStatus, self.extents(context, offset, length).await),
+            Wanted::Trim { fua } => (Stage::Zero, self.zero(&context, offset, length, fua, false).await),
+            Wanted::Flush => (Stage::Flush, self.flush(&context).await),
+            Wanted::BlockStatus => (Stage::BlockStatus, self.extents(&context, offset, length).await),
         };
         self.port.observe(stage, self.port.now_ns() - started_ns);
         result

@@ -1,6 +1,8 @@
 //! The one request that every gateway makes of a volume, and its answer.
 
+use std::cell::Cell;
 use std::future::Future;
+use std::rc::Rc;
 
 use xsan_protocol::error::Code;
 use xsan_protocol::ids::VolumeId;
@@ -15,6 +17,23 @@ pub struct BlockRequest {
     pub offset: u64,
     pub length: u64,
     pub operation: Operation,
+    pub client: Client,
+}
+
+/// Who waits for answers; all requests of one connection share it.
+#[derive(Clone, Debug, Default)]
+pub struct Client(Rc<Cell<bool>>);
+
+impl Client {
+    /// From now on nobody waits: of its requests nothing more is sent, and they end when what was sent has. The client
+    /// may have come back elsewhere, and must not be overtaken by its past.
+    pub fn leave(&self) {
+        self.0.set(true);
+    }
+
+    pub fn is_gone(&self) -> bool {
+        self.0.get()
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -81,6 +100,6 @@ pub trait Volumes: Clone + 'static {
     /// Carries out one request; any number may be under way, in no promised order among themselves.
     ///
     /// # Errors
-    /// 202 `StorageFull`, 303 `OutOfRange`, 304 `VolumeNotFound`, 5 `Timeout`.
+    /// 202 `StorageFull`, 303 `OutOfRange`, 304 `VolumeNotFound`, 312 `ClientGone`, 5 `Timeout`.
     fn submit(&self, request: BlockRequest) -> impl Future<Output = Result<BlockReply, Code>>;
 }

@@ -1,13 +1,14 @@
 //! Volumes in memory, sparse, for tests and measurements of the NBD gateway alone.
 //!
 //! The name of a volume says how it behaves: `slow-*` delays each request by 0 to 3 ms, so that requests end out
-//! of order; `faulty-*` fails those that touch its second half.
+//! of order; `faulty-*` fails those that touch its second half; `stuck-*` ends none before it is released or the
+//! client is gone.
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use xsan_dataplane::disk::buffers::BufferPool;
@@ -19,12 +20,16 @@ use xsan_protocol::ids::VolumeId;
 const UNIT: u64 = 64 * 1024;
 
 /// What other threads see of a volume.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Shared {
     /// The present size; 0 once the volume is deleted.
     pub size_bytes: AtomicU64,
     /// Opens without their close.
     pub opens: AtomicUsize,
+    /// Requests of a stuck volume go on.
+    pub released: AtomicBool,
+    /// Requests of a stuck volume that were carried out.
+    pub carried_out: AtomicUsize,
 }
 
 struct Volume {
@@ -33,16 +38,18 @@ struct Volume {
     units: RefCell<HashMap<u64, Box<[u8]>>>,
     slow: bool,
     faulty: bool,
+    stuck: bool,
 }
 
 impl Volume {
     fn new((index, &(name, size_bytes)): (usize, &(&str, u64))) -> Self {
         Self {
             export: Export { volume: VolumeId(index as u32 + 1), name: name.to_owned(), size_bytes },
-            shared: Arc::new(Shared { size_bytes: size_bytes.into(), opens: 0.into() }),
+            shared: Arc::new(Shared { size_bytes: size_bytes.into(), ..Shared::default() }),
             units: RefCell::default(),
             slow: name.starts_with("slow-"),
             faulty: name.starts_with("faulty-"),
+            stuck: name.starts_with("stuck-"),
         }
     }
 }
@@ -190,8 +197,18 @@ impl Volumes for MemoryVolumes {
 
     async fn submit(&self, request: BlockRequest) -> Result<BlockReply, Code> {
         self.requests.set(self.requests.get() + 1);
-        if self.volume(request.volume).slow {
+        let volume = self.volume(request.volume);
+        if volume.slow {
             monoio::time::sleep(Duration::from_millis(self.requests.get() * 7 % 4)).await;
+        }
+        if volume.stuck {
+            while !volume.shared.released.load(Ordering::Relaxed) {
+                if request.client.is_gone() {
+                    return Err(Code::ClientGone);
+                }
+                monoio::time::sleep(Duration::from_millis(1)).await;
+            }
+            volume.shared.carried_out.fetch_add(1, Ordering::Relaxed);
         }
         self.carry_out(&request).await
     }

@@ -16,8 +16,12 @@ use xsan_dataplane::gateway::nbd::{Counters, Gateway, Options};
 use crate::memory::{MemoryVolumes, Shared};
 
 pub const DISK_BYTES: u64 = 256 << 20;
-pub const VOLUMES: [(&str, u64); 3] =
-    [("disk", DISK_BYTES), ("slow-disk", DISK_BYTES), ("faulty-disk", DISK_BYTES)];
+pub const VOLUMES: [(&str, u64); 4] = [
+    ("disk", DISK_BYTES),
+    ("slow-disk", DISK_BYTES),
+    ("faulty-disk", DISK_BYTES),
+    ("stuck-disk", DISK_BYTES),
+];
 
 pub struct Server {
     pub address: SocketAddr,

@@ -1,5 +1,6 @@
 //! Clients that stop in the middle of something, beside others that share their shard's buffers.
 
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use xsan_dataplane::gateway::nbd::Options;
@@ -80,4 +81,44 @@ fn unread_replies_of_one_client_leave_buffers_for_the_others() {
     drop(greedy);
     good.disconnect();
     server.assert_quiet();
+}
+
+/// A client, and a write of it that waits for its volume.
+fn stuck_write(server: &Server) -> Raw {
+    let requests = server.counters.requests.load(Ordering::Relaxed);
+    let mut raw = Raw::open(server, "stuck-disk");
+    raw.request(command::WRITE, 0, 0, 4096, &pattern(1, 4096));
+    eventually("the write has begun", || server.counters.requests.load(Ordering::Relaxed) > requests);
+    raw
+}
+
+/// A client was killed, started again and wrote; what it had asked for before was still tried, and could land on
+/// what it wrote. Found by reading.
+#[test]
+fn requests_of_a_client_that_is_gone_are_given_up() {
+    let server = Server::start();
+    let killed = stuck_write(&server);
+    drop(killed);
+    server.assert_quiet();
+    let half_closed = stuck_write(&server);
+    half_closed.half_close();
+    server.assert_quiet();
+    let mut broken = stuck_write(&server);
+    broken.send(&[0xff; 28]);
+    broken.assert_closed();
+    server.assert_quiet();
+    assert_eq!(server.volumes[3].carried_out.load(Ordering::Relaxed), 0);
+}
+
+#[test]
+fn requests_of_a_client_that_disconnects_are_finished() {
+    let server = Server::start();
+    let mut raw = stuck_write(&server);
+    raw.request(command::DISCONNECT, 0, 0, 0, &[]);
+    std::thread::sleep(Duration::from_millis(100));
+    server.volumes[3].released.store(true, Ordering::Relaxed);
+    assert_eq!(raw.simple(), (1, 0));
+    raw.assert_closed();
+    server.assert_quiet();
+    assert_eq!(server.volumes[3].carried_out.load(Ordering::Relaxed), 1);
 }

@@ -7,6 +7,7 @@
 //! - Every operation, also a refused one, holds a permit until its reply is written; without room nothing is
 //!   read from the socket.
 //! - The volume is closed after the last of its requests ended, however the connection ended.
+//! - What a client asked for that disconnected is finished; for one that is gone without a word nothing more is begun.
 //!
 //! Source: <https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md>, "Transmission phase".
 
@@ -20,6 +21,7 @@ use std::task::Poll;
 use std::time::Duration;
 
 use monoio::io::{AsyncReadRent, AsyncWriteRent};
+use xsan_protocol::error::Code;
 use xsan_protocol::units::PAGE_SIZE;
 
 use super::budget::{Budget, Permit, Slots};
@@ -30,7 +32,7 @@ use super::wire::{self, Errno, Request, command};
 use super::{Attachment, Closed, Counters, Gateway};
 use crate::disk::buffers::{Buffer, BufferMut, BufferPool, Claim};
 use crate::net::receive::Receiver;
-use crate::volume::request::{BlockReply, BlockRequest, Operation, Segment, Volumes};
+use crate::volume::request::{BlockReply, BlockRequest, Client, Operation, Segment, Volumes};
 
 /// Longest range that one block status request looks at; the answer covers that much and the client asks on.
 const BLOCK_STATUS_BYTES_MAX: u64 = 1 << 30;
@@ -44,6 +46,7 @@ const POOL_RETRY: Duration = Duration::from_millis(1);
 /// What the tasks of one connection share.
 struct Context<V: Volumes> {
     attachment: Attachment<V>,
+    client: Client,
     agreed: Agreed,
     pool: &'static BufferPool,
     budget: Rc<Budget>,
@@ -77,6 +80,7 @@ where
     receiver.grow(options.receive_bytes);
     let context = Rc::new(Context {
         attachment: negotiated.attachment,
+        client: Client::default(),
         agreed: negotiated.agreed,
         pool: gateway.pool,
         budget: Budget::new(
@@ -95,7 +99,8 @@ where
     let writer = monoio::spawn(async move { sender.outbox.write_to(writer).await });
     let mut session = Session { receiver, context: Rc::clone(&context) };
     let end = context.outbox.read_unless_aborted(session.receive()).await;
-    if matches!(end, Some(Err(_))) {
+    if !matches!(end, Some(Ok(()))) {
+        context.client.leave();
         context.outbox.abort();
     }
     drop(session);
@@ -140,13 +145,16 @@ impl Watch {
 }
 
 impl<R: AsyncReadRent, V: Volumes> Session<R, V> {
-    /// Takes requests until the client disconnects, or the process is to end.
+    /// Takes requests until the client disconnects or is gone, or the process is to end.
     async fn receive(&mut self) -> Result<(), Closed> {
         while let Some(request) = self.next().await? {
             if request.command == command::DISCONNECT {
-                break;
+                return Ok(());
             }
             self.on_request(request).await?;
+        }
+        if !self.context.counters.is_stopping() {
+            self.context.client.leave();
         }
         Ok(())
     }
@@ -383,10 +391,10 @@ impl<V: Volumes> Context<V> {
         writes: bool,
     ) -> Result<BlockReply, Errno> {
         let volume = self.attachment.export.volume;
-        let request = BlockRequest { volume, offset, length, operation };
+        let request = BlockRequest { volume, offset, length, operation, client: self.client.clone() };
         self.attachment.volumes.submit(request).await.map_err(|code| {
             // A full pool fails thousands of writes a second: one line tells it.
-            if !self.failure_logged.replace(true) {
+            if code != Code::ClientGone && !self.failure_logged.replace(true) {
                 let export = &self.attachment.export.name;
                 tracing::warn!(%export, offset, length, %code, "first failed request of an NBD connection");
             }

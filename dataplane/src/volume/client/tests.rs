@@ -104,6 +104,7 @@ struct Rig {
     port: Rc<FakePort>,
     calls: Calls,
     client: VolumeClient,
+    connection: Client,
 }
 
 impl Rig {
@@ -111,7 +112,7 @@ impl Rig {
         let port = Rc::new(FakePort { map: Arc::new(map()), sent: RefCell::default(), now_ns: Cell::new(1) });
         let calls = Calls::default();
         let client = VolumeClient::new(port.clone(), calls.clone(), BufferPool::anonymous(16 << 20));
-        Self { port, calls, client }
+        Self { port, calls, client, connection: Client::default() }
     }
 
     /// Starts a write-zeroes; its result comes into the cell.
@@ -119,8 +120,10 @@ impl Rig {
         let (client, result) = (self.client.clone(), Rc::new(RefCell::new(None)));
         let cell = result.clone();
         let operation = Wanted::WriteZeroes { fua: false, no_hole: false };
+        let connection = self.connection.clone();
+        let request = BlockRequest { volume: VOLUME, offset, length, operation, client: connection };
         monoio::spawn(async move {
-            let ended = client.submit(BlockRequest { volume: VOLUME, offset, length, operation }).await;
+            let ended = client.submit(request).await;
             *cell.borrow_mut() = Some(ended);
         });
         result
@@ -218,5 +221,25 @@ fn nothing_is_sent_after_the_time_limit() {
         monoio::time::sleep(LONG).await;
         assert!(matches!(*result.borrow(), Some(Err(Code::Timeout))), "{result:?}");
         assert_eq!(rig.sent(), 1);
+    });
+}
+
+/// A client was killed, started again at once and wrote; what it had sent before was still tried, for up to 30 s, and
+/// the rest of a long write-zeroes was still begun. Found by reading.
+#[test]
+fn nothing_is_sent_for_a_client_that_is_gone() {
+    run(async {
+        let rig = Rig::new();
+        let result = rig.zero(0, 2 * PARTS_MAX as u64 * BLOCK);
+        rig.until_sent(PARTS_MAX).await;
+        rig.connection.leave();
+        rig.answer(0, Err(Code::JournalFull));
+        (1..PARTS_MAX - 1).for_each(|part| rig.answer(part, Ok(())));
+        monoio::time::sleep(LONG).await;
+        assert!(result.borrow().is_none(), "the last part can still land");
+        rig.answer(PARTS_MAX - 1, Ok(()));
+        monoio::time::sleep(LONG).await;
+        assert!(matches!(*result.borrow(), Some(Err(Code::ClientGone))), "{result:?}");
+        assert_eq!(rig.sent(), PARTS_MAX, "nothing is sent again, and no part is begun");
     });
 }
