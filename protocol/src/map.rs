@@ -159,6 +159,12 @@ impl Group {
         let settled = self.is_settled().then(|| self.acting());
         settled.into_iter().flatten().chain(&self.former)
     }
+
+    /// The acting members that are no holders yet.
+    pub fn newcomers(&self) -> impl Iterator<Item = &Member> {
+        let is_holder = |member: &Member| self.holders().any(|holder| holder.node == member.node);
+        self.acting().filter(move |member| !is_holder(member))
+    }
 }
 
 impl Pool {

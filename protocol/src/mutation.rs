@@ -61,6 +61,7 @@ mutations! {
     KeptWithoutBound: "what late learners lack is kept for them without bound",
     PreviousVersionIgnored: "a part of a unit is written over another content and gets the version nevertheless",
     ChecksumIgnored: "what a read brings is not compared with its checksum",
+    DamageLeft: "damaged pages that destage meets in the journal are left there",
     JournalOutOfOrder: "a journal batch counts as durable before those ahead of it",
     TornBatchReplayed: "replay takes a batch whose data does not match its checksums",
     StaleBatchReplayed: "replay takes batches whatever session and position they follow",

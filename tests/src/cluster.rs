@@ -333,6 +333,13 @@ impl Cluster {
         self.nodes.iter().position(|node| node.name == *name).context("the leader is no node of ours")
     }
 
+    /// The data and control processes of all nodes.
+    pub fn processes(&self) -> Result<Vec<u32>> {
+        let children = ["xsan-control", "xsan-data"];
+        let nodes = self.nodes.iter();
+        nodes.flat_map(|node| children.map(|name| Ok(node.child(name)?.pid))).collect()
+    }
+
     /// What all the processes of all the running nodes have used.
     pub fn usage(&self) -> Result<Usage> {
         let running = self.nodes.iter().filter(|node| node.is_running());

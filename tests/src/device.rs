@@ -19,6 +19,8 @@ const LO_FLAGS_AUTOCLEAR: u32 = 4;
 const BLKROSET: libc::Ioctl = 0x125D;
 const FSCONFIG_SET_STRING: u32 = 1;
 const FSCONFIG_CMD_CREATE: u32 = 6;
+const FSCONFIG_CMD_RECONFIGURE: u32 = 7;
+const FSPICK_EMPTY_PATH: u32 = 8;
 /// Another harness may take the free device first.
 const TRIES_MAX: usize = 50;
 
@@ -39,6 +41,8 @@ const _: () = assert!(size_of::<LoopConfig>() == 304);
 pub struct LoopDevice {
     path: PathBuf,
     device: File,
+    /// The file system in memory that it lies on.
+    memory: Option<OwnedFd>,
 }
 
 impl LoopDevice {
@@ -46,7 +50,7 @@ impl LoopDevice {
     pub fn over_file(file: &Path, bytes: u64) -> Result<Self> {
         let backing = File::options().read(true).write(true).create_new(true).open(file)?;
         backing.set_len(bytes)?;
-        Self::over(&backing)
+        Self::over(&backing, None)
     }
 
     /// A device that says it has `bytes`, over a file system in memory that takes no more than `limit`: what is
@@ -58,10 +62,10 @@ impl LoopDevice {
         let fd = unsafe { libc::openat(mount.as_raw_fd(), c"backing".as_ptr(), flags, 0o600) };
         let backing = File::from(owned(i64::from(fd))?);
         backing.set_len(bytes)?;
-        Self::over(&backing)
+        Self::over(&backing, Some(mount))
     }
 
-    fn over(backing: &File) -> Result<Self> {
+    fn over(backing: &File, memory: Option<OwnedFd>) -> Result<Self> {
         let control = File::options().read(true).write(true).open("/dev/loop-control");
         let control = control.context("/dev/loop-control: loop devices need root")?;
         for _ in 0..TRIES_MAX {
@@ -80,7 +84,7 @@ impl LoopDevice {
             };
             // SAFETY: the argument is a loop_config that outlives the call; the kernel takes its own hold of the file.
             if unsafe { libc::ioctl(device.as_raw_fd(), LOOP_CONFIGURE, &raw const config) } == 0 {
-                return Ok(Self { path, device });
+                return Ok(Self { path, device, memory });
             }
             let error = io::Error::last_os_error();
             ensure!(error.raw_os_error() == Some(libc::EBUSY), "{}: {error}", path.display());
@@ -90,6 +94,16 @@ impl LoopDevice {
 
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// The pool of a device over memory is full from now on, or has room for `limit` bytes in all.
+    pub fn limit_pool(&self, limit: Option<u64>) -> Result<()> {
+        let memory = self.memory.as_ref().context("a device over a file has no pool")?;
+        let limit = match limit {
+            Some(bytes) => bytes,
+            None => used_bytes(memory)?,
+        };
+        set_limit(memory, limit).with_context(|| format!("limiting {} to {limit}", self.path.display()))
     }
 
     /// A device that is read-only fails every write, and reads on: what worn out flash does.
@@ -104,9 +118,23 @@ impl LoopDevice {
 
 /// The root of a new file system that is mounted nowhere and gone with its last file.
 fn memory_file_system(limit: u64) -> io::Result<OwnedFd> {
-    let size = CString::new(limit.to_string()).expect("digits hold no zero byte");
     // SAFETY: fsopen takes a C string and flags.
     let context = owned(unsafe { libc::syscall(libc::SYS_fsopen, c"tmpfs".as_ptr(), 0) })?;
+    configure_limit(&context, limit, FSCONFIG_CMD_CREATE)?;
+    // SAFETY: fsmount takes a descriptor and flags.
+    owned(unsafe { libc::syscall(libc::SYS_fsmount, context.as_raw_fd(), 0, 0) })
+}
+
+/// Changes how much a file system in memory takes.
+fn set_limit(memory: &OwnedFd, limit: u64) -> io::Result<()> {
+    // SAFETY: fspick takes a descriptor, a C string and flags.
+    let context =
+        unsafe { libc::syscall(libc::SYS_fspick, memory.as_raw_fd(), c"".as_ptr(), FSPICK_EMPTY_PATH) };
+    configure_limit(&owned(context)?, limit, FSCONFIG_CMD_RECONFIGURE)
+}
+
+fn configure_limit(context: &OwnedFd, limit: u64, then: u32) -> io::Result<()> {
+    let size = CString::new(limit.to_string()).expect("digits hold no zero byte");
     let set = |command: u32, key: Option<&CStr>, value: Option<&CStr>| {
         let [key, value] = [key, value].map(|text| text.map_or(std::ptr::null(), CStr::as_ptr));
         // SAFETY: the descriptor is open; key and value are C strings that outlive the call, or null.
@@ -115,9 +143,17 @@ fn memory_file_system(limit: u64) -> io::Result<OwnedFd> {
         if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
     };
     set(FSCONFIG_SET_STRING, Some(c"size"), Some(&size))?;
-    set(FSCONFIG_CMD_CREATE, None, None)?;
-    // SAFETY: fsmount takes a descriptor and flags.
-    owned(unsafe { libc::syscall(libc::SYS_fsmount, context.as_raw_fd(), 0, 0) })
+    set(then, None, None)
+}
+
+fn used_bytes(memory: &OwnedFd) -> io::Result<u64> {
+    // SAFETY: zeroes are a valid statfs, and the call fills it.
+    let mut found: libc::statfs = unsafe { std::mem::zeroed() };
+    // SAFETY: the descriptor is open and the result outlives the call.
+    if unsafe { libc::fstatfs(memory.as_raw_fd(), &raw mut found) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok((found.f_blocks - found.f_bfree) * found.f_bsize as u64)
 }
 
 fn owned(fd: i64) -> io::Result<OwnedFd> {

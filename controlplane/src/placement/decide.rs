@@ -7,7 +7,8 @@
 //! 3. |C| < `min_replicas`: A becomes C and the members that are back, when that holds everything that was
 //!    acknowledged: C is not empty (it has it all), or one of them lost nothing, or all of A are back. Learners that are up to
 //!    date join them where they are too few.
-//!    So it goes for any C < A while the epoch is not settled, with the last settled acting set as A.
+//!    So it goes for any C < A while the epoch is not settled, with the last settled acting set as A. Where all of that have
+//!    lost something, newcomers must be back, too, and join them: what was acknowledged may be theirs alone.
 //! 4. After `REGROUP_AFTER` A becomes what there is of that, below `min_replicas`: no I/O yet, but learners can
 //!    be brought up from it.
 //!
@@ -80,23 +81,21 @@ fn regroup(
     let live: Vec<Member> = group.holders().filter(|m| view.standing(m) == Standing::Live).copied().collect();
     let back: Vec<&Member> = group.holders().filter(|m| view.standing(m) == Standing::Back).collect();
     let all_are_there = live.len() + back.len() == group.holders().count();
-    let holds_everything =
-        all_are_there || group.holders().any(|member| view.has_everything(group, member.node));
+    let surely = group.holders().any(|holder| view.has_everything(group, holder.node));
     let since = *memory.waiting.entry(group.id).or_insert(view.now);
-    if !holds_everything {
-        return None;
-    }
+    let newcomers = match surely {
+        true => group.newcomers().filter(|m| view.standing(m) == Standing::Live).copied().collect(),
+        // What was acknowledged may be theirs alone: all holders have lost something.
+        false if all_are_there => view.intact_newcomers(group)?,
+        false => return None,
+    };
     let renewed = |member: &&Member| {
         let new = view.member(group.id, member.node, member.store, false)?;
         Some(Member { damaged: view.damaged(group.id, member), ..new })
     };
     let mut all = live;
     all.extend(back.iter().filter_map(renewed));
-    // Who was being taken in may stay, beside those.
-    let others = group.acting().filter(|member| view.standing(member) == Standing::Live);
-    let others: Vec<Member> =
-        others.filter(|other| all.iter().all(|member| member.node != other.node)).copied().collect();
-    all.extend(others);
+    all.extend(newcomers);
     // A member that lost records is no source, unless there is no other.
     let whole: Vec<Member> = all.iter().filter(|member| !member.damaged).copied().collect();
     let mut chosen = if whole.is_empty() { all } else { whole };

@@ -14,7 +14,6 @@ use xsan_protocol::map::{Group, Member};
 
 use super::{PrimaryCounts, Standing, View};
 use crate::lease::Health;
-use crate::state::Departure;
 use crate::state::command::GroupChange;
 
 /// Primaries that hand over in one batch: each pauses its group for one round of peering, and the next batch waits
@@ -62,14 +61,10 @@ fn relieve(view: &View<'_>, group: &Group, counts: &PrimaryCounts) -> Option<Gro
 
 /// The operator gave up a node that had what nobody else has: the group goes on with what is left.
 ///
-/// That is, in this order: holders that are back, with who was being taken in beside them; who was being taken in, alone;
-/// learners, which hold a part; empty replicas. Empty ones never act beside others: they would pass for a source.
+/// That is, in this order: holders that are back, with intact newcomers beside them; newcomers alone; learners, which hold a part; empty
+/// replicas. Empty ones never act beside others: they would pass for a source.
 fn go_on_without(view: &View<'_>, group: &Group) -> Option<GroupChange> {
-    let is_lost = |member: &&Member| {
-        let given_up = view.state.departure(member.node) == Departure::Lost;
-        given_up && view.standing(member) == Standing::Gone
-    };
-    let rest: Vec<&Member> = group.holders().filter(|member| !is_lost(member)).collect();
+    let rest: Vec<&Member> = group.holders().filter(|member| !view.is_given_up(member)).collect();
     let is_live = |member: &Member| view.standing(member) == Standing::Live;
     // With a holder `decide` goes on, and with a whole acting set the primary does.
     let serves = group.holders().any(is_live) || group.acting().all(is_live);
@@ -79,7 +74,10 @@ fn go_on_without(view: &View<'_>, group: &Group) -> Option<GroupChange> {
     }
     let renewed = |member: &Member| view.member(group.id, member.node, member.store, false);
     let mut members: Vec<Member> = rest.iter().filter_map(|member| renewed(member)).collect();
-    members.extend(taken_in(view, group, &rest, is_lost)?);
+    members.extend(view.intact_newcomers(group)?);
+    if members.is_empty() {
+        members = newcomers_with_losses(view, group)?;
+    }
     if members.is_empty() {
         members = group.learners().filter_map(renewed).collect();
     }
@@ -97,24 +95,13 @@ fn go_on_without(view: &View<'_>, group: &Group) -> Option<GroupChange> {
     Some(GroupChange { group, expected, primary, members, settle: false })
 }
 
-/// Acting members that hold nothing by themselves yet, as the epoch is not settled, and are what there is beside `rest`. `None`: one
-/// may come back with more than anybody else has.
-fn taken_in(
-    view: &View<'_>,
-    group: &Group,
-    rest: &[&Member],
-    is_lost: impl Fn(&&Member) -> bool,
-) -> Option<Vec<Member>> {
-    let holds = |member: &Member| group.holders().any(|holder| holder.node == member.node);
-    let others: Vec<&Member> = group.acting().filter(|member| !holds(member) && !is_lost(member)).collect();
-    let standing = |wanted: Standing| others.iter().filter(move |member| view.standing(member) == wanted);
-    let live: Vec<Member> = standing(Standing::Live).map(|member| **member).collect();
-    if !rest.is_empty() || !live.is_empty() {
-        return Some(live);
-    }
-    let renewed = |member: &&&Member| view.member(group.id, member.node, member.store, false);
-    let back: Vec<Member> = standing(Standing::Back).filter_map(|member| renewed(&member)).collect();
-    (back.len() == others.len()).then_some(back)
+/// The newcomers, when all of them are back; `None` while one is not.
+fn newcomers_with_losses(view: &View<'_>, group: &Group) -> Option<Vec<Member>> {
+    let back = |member: &Member| {
+        let is_back = view.standing(member) == Standing::Back;
+        view.member(group.id, member.node, member.store, false).filter(|_| is_back)
+    };
+    group.newcomers().filter(|newcomer| !view.is_given_up(newcomer)).map(back).collect()
 }
 
 /// Empty replicas where the group belongs.

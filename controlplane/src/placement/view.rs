@@ -8,7 +8,7 @@ use xsan_protocol::map::{Group, Member};
 use super::Targets;
 use crate::clock::BootTime;
 use crate::lease::Health;
-use crate::state::ClusterState;
+use crate::state::{ClusterState, Departure};
 
 #[derive(Clone, Copy, Debug)]
 pub struct View<'a> {
@@ -118,6 +118,29 @@ impl View<'_> {
             Standing::Failed | Standing::Gone => false,
         };
         group.holders().filter(|holder| holder.node == node).any(|holder| held(&holder))
+    }
+
+    /// Has the operator given the node of `member` up, and is it gone?
+    pub fn is_given_up(&self, member: &Member) -> bool {
+        self.state.departure(member.node) == Departure::Lost && self.standing(member) == Standing::Gone
+    }
+
+    /// The newcomers of `group` that live, or have come back and lost nothing; `None` while one may still come back with what
+    /// nobody else has.
+    pub fn intact_newcomers(&self, group: &Group) -> Option<Vec<Member>> {
+        let mut members = Vec::new();
+        for newcomer in group.newcomers().filter(|newcomer| !self.is_given_up(newcomer)) {
+            let intact = self.intact(group.id, newcomer);
+            match self.standing(newcomer) {
+                Standing::Live => members.push(*newcomer),
+                Standing::Back if intact => {
+                    members.extend(self.member(group.id, newcomer.node, newcomer.store, false));
+                }
+                Standing::Gone if intact => return None,
+                Standing::Back | Standing::Gone | Standing::Failed => {}
+            }
+        }
+        Some(members)
     }
 
     pub fn damaged(&self, group: GroupId, member: &Member) -> bool {

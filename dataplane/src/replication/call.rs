@@ -83,6 +83,10 @@ pub(super) enum ReadPurpose {
         header: xsan_protocol::wire::header::Header,
         versions: Vec<Version>,
     },
+    /// Destage met damage at this node.
+    Mend {
+        at: NodeId,
+    },
     /// The session that asked is fenced.
     Dropped,
 }
@@ -211,6 +215,17 @@ impl Core {
             _ => None,
         };
         taken.into_iter().filter_map(mend).collect()
+    }
+
+    /// Reads under way because destage met damage.
+    pub fn mends(&self) -> usize {
+        let mends = |token: &&Token| match token {
+            Token::Read(job) | Token::Mend(MendJob { read: job, .. }) => {
+                matches!(job.purpose, ReadPurpose::Mend { .. })
+            }
+            _ => false,
+        };
+        self.tokens.values().filter(mends).count()
     }
 
     /// May a scrub read so many bytes now: by its own rate, and by what clients at work allow?

@@ -86,9 +86,8 @@ impl Group {
         }
         for &node in &nodes {
             call.send(node, frames::numbered(Opcode::Commit, self.id, epoch, acked.0));
-            let mut frame = frames::numbered(Opcode::Check, self.id, epoch, number);
-            frame.header.key = key;
-            (frame.header.offset, frame.header.length) = (pages.byte_offset(), pages.bytes() as u32);
+            let mut frame = frames::about(Opcode::Check, self.id, epoch, key, pages);
+            frame.header.request_id = number;
             call.send(node, frame);
         }
         let members = nodes.into_iter().map(|node| (node, None)).collect();
@@ -187,10 +186,8 @@ impl Group {
             let pages: Vec<u16> = damaged(units).filter(mendable).collect();
             for run in pages.chunk_by(|a, b| *a + 1 == *b) {
                 let (first, end) = (usize::from(run[0]), usize::from(run[0]) + run.len());
-                let mut frame = frames::frame(Opcode::Mend, self.id, self.epoch);
                 let range = PageRange::new(check.pages.first + run[0], run.len() as u16);
-                frame.header.key = check.key;
-                (frame.header.offset, frame.header.length) = (range.byte_offset(), range.bytes() as u32);
+                let mut frame = frames::about(Opcode::Mend, self.id, self.epoch, check.key, range);
                 frame.data = Some(data.bytes.slice(first * PAGE_SIZE..end * PAGE_SIZE));
                 frame.checksums = Some(data.checksums[first..end].into());
                 frames.push((*node, frame));

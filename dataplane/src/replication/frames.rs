@@ -35,6 +35,14 @@ pub(super) fn numbered(opcode: Opcode, group: GroupId, epoch: Epoch, request_id:
     frame
 }
 
+/// A frame about pages of a block.
+pub(super) fn about(opcode: Opcode, group: GroupId, epoch: Epoch, key: BlockKey, pages: PageRange) -> Frame {
+    let mut frame = frame(opcode, group, epoch);
+    frame.header.key = key;
+    (frame.header.offset, frame.header.length) = (pages.byte_offset(), pages.bytes() as u32);
+    frame
+}
+
 /// `entry` as an Append or FetchReply. `sync`: it must be on stable media before it is answered.
 pub(super) fn of_entry(opcode: Opcode, entry: &Entry, epoch: Epoch, acked: Seq, sync: bool) -> Frame {
     let mut frame = frame(opcode, entry.group, epoch);

@@ -249,7 +249,11 @@ impl Replication {
         self.begin(stores, now_ns, out);
         match event {
             StoreEvent::Damaged { group, key, pages } => {
-                tracing::warn!(%store, %group, block = %key, ?pages, "destage met damaged pages; reading them repairs them");
+                if self.groups.get(&group).is_some_and(|group| group.replica.store == store) {
+                    self.with(group, stores, now_ns, out, |group, call| {
+                        group.on_destage_damaged(call, key, pages);
+                    });
+                }
             }
             StoreEvent::Durable { group, seq } => {
                 if self.groups.get(&group).is_some_and(|group| group.replica.store == store) {

@@ -197,6 +197,7 @@ impl Group {
             Opcode::PushReply => self.on_pushed(call, from, &header),
             Opcode::FetchPagesReply => self.on_pages(call, from, frame),
             Opcode::CheckReply => self.on_check_reply(call, from, &frame),
+            Opcode::Damaged => self.on_damaged(call, from, &header),
             opcode => {
                 tracing::warn!(group = %self.id, %from, ?opcode, "not a frame of replication");
                 call.core.counters.frames_refused += 1;

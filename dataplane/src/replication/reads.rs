@@ -12,13 +12,15 @@ use std::sync::Arc;
 use xsan_protocol::checksum::crc32c;
 use xsan_protocol::error::Code;
 use xsan_protocol::ids::{BlockKey, NodeId, Seq, Version};
+use xsan_protocol::limits::FRAME_DATA_MAX;
+use xsan_protocol::mutation::Mutation;
 use xsan_protocol::units::{PAGE_SIZE, PageRange};
-use xsan_protocol::wire::header::Opcode;
+use xsan_protocol::wire::header::{Header, Opcode};
 
 use super::action::{Action, Operation, Reply, Request, RequestId};
 use super::call::{Call, MendJob, Merge, ReadJob, ReadPurpose, Token};
 use super::frames;
-use super::group::Group;
+use super::group::{Group, Role};
 use super::pace::Work;
 use super::primary::{MergeLock, Waiting};
 use super::status::Stage;
@@ -28,6 +30,8 @@ use crate::store::{PageData, ReadError, ReadPages};
 
 /// Reads of the store for one request: a page may be overwritten while its older content is being mended.
 const READ_ATTEMPTS_MAX: u8 = 3;
+/// Reads under way because destage met damage. What it meets beyond, it meets again.
+const MENDS_MAX: usize = 32;
 
 impl Group {
     fn reign_now(&self) -> u64 {
@@ -184,6 +188,13 @@ impl Group {
                 let data = PageData { bytes: read.buffer.freeze(), checksums: read.checksums };
                 self.on_check_read(call, check, data, damaged);
             }
+            ReadPurpose::Mend { at } if at != call.node() => {
+                let mut frame = frames::about(Opcode::Mend, self.id, self.epoch, key, pages);
+                (frame.data, frame.checksums) = (Some(read.buffer.freeze()), Some(read.checksums));
+                call.send(at, frame);
+            }
+            // Its own pages were mended when they were read.
+            ReadPurpose::Mend { .. } => {}
             ReadPurpose::Serve { .. } | ReadPurpose::Check { .. } | ReadPurpose::Dropped => {}
         }
     }
@@ -209,7 +220,10 @@ impl Group {
                 self.drop_push(call, (learner, attempt), (job.key, unit));
             }
             ReadPurpose::Scrub { check, damaged } if current => self.on_check_lost(call, check, damaged),
-            ReadPurpose::Push { .. } | ReadPurpose::Scrub { .. } | ReadPurpose::Dropped => {}
+            ReadPurpose::Push { .. }
+            | ReadPurpose::Scrub { .. }
+            | ReadPurpose::Mend { .. }
+            | ReadPurpose::Dropped => {}
             ReadPurpose::Serve { .. } | ReadPurpose::Check { .. } => {
                 unreachable!("on_read_done answers these")
             }
@@ -217,6 +231,40 @@ impl Group {
         if current {
             self.on_progress(call);
         }
+    }
+
+    /// Destage met damaged pages here. The primary mends its own like any that it reads; a member asks it for them.
+    pub(super) fn on_destage_damaged(&mut self, call: &mut Call<'_>, key: BlockKey, pages: PageRange) {
+        if Mutation::DamageLeft.is_on() {
+            return;
+        }
+        let follows = self.fence.filter(|fence| fence.epoch == self.epoch);
+        match (self.role, follows) {
+            (Role::Primary, _) => self.mend_at(call, call.node(), key, pages),
+            (Role::Acting | Role::Learner, Some(fence)) => {
+                call.send(fence.primary, frames::about(Opcode::Damaged, self.id, self.epoch, key, pages));
+            }
+            // Whom to ask is not known yet.
+            (Role::Acting | Role::Learner | Role::None, _) => {}
+        }
+    }
+
+    /// A member tells of damaged pages there.
+    pub(super) fn on_damaged(&mut self, call: &mut Call<'_>, from: NodeId, header: &Header) {
+        if let Some(pages) = frames::pages_of(header).filter(|pages| pages.bytes() <= FRAME_DATA_MAX) {
+            self.mend_at(call, from, header.key, pages);
+        }
+    }
+
+    /// Reads what is damaged at `node`, to mend it there.
+    fn mend_at(&mut self, call: &mut Call<'_>, node: NodeId, key: BlockKey, pages: PageRange) {
+        let is_active = self.primary.as_ref().is_some_and(|primary| primary.is_active());
+        if !is_active || call.core.mends() >= MENDS_MAX {
+            return;
+        }
+        let purpose = ReadPurpose::Mend { at: node };
+        let job = ReadJob { group: self.id, reign: self.reign_now(), key, pages, purpose, attempt: 1 };
+        call.read(self.replica.store, job);
     }
 
     fn start_mending(
@@ -263,10 +311,8 @@ impl Group {
         let number = call.core.keep(Token::Mend(mend));
         // The member must have applied what this store had when it read.
         call.send(next, frames::numbered(Opcode::Commit, self.id, epoch, self.replica.acked.0));
-        let mut ask = frames::numbered(Opcode::FetchPages, self.id, epoch, number);
-        ask.header.key = key;
-        ask.header.offset = pages.byte_offset();
-        ask.header.length = pages.bytes() as u32;
+        let mut ask = frames::about(Opcode::FetchPages, self.id, epoch, key, pages);
+        ask.header.request_id = number;
         call.send(next, ask);
     }
 
@@ -278,7 +324,7 @@ impl Group {
             return call.read_into(self.replica.store, read, buffer);
         }
         tracing::error!(group = %self.id, block = %read.key, pages = ?damaged, "no replica has undamaged pages");
-        call.core.counters.reads_lost += 1;
+        call.core.counters.reads_lost += u64::from(!matches!(read.purpose, ReadPurpose::Mend { .. }));
         if let ReadPurpose::Scrub { damaged: told, .. } = &mut read.purpose {
             *told = damaged;
         }

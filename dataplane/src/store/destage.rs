@@ -51,8 +51,11 @@ const RECORDS_IN_FLIGHT: usize = 32;
 const MARK_STEP: u32 = CYCLE_BLOCKS_MAX as u32;
 /// Bytes of the buffer of zeroes that slots are zeroed from.
 const ZERO_BYTES: usize = 64 * 1024;
-/// A block with a page that can not be read is left alone for so long.
-const SKIP_NS: u64 = 10_000_000_000;
+/// A block with a damaged page is left alone for so long, or until that is mended.
+const SKIP_NS: u64 = 1_000_000_000;
+/// Eighths of the journal that are taken when damaged pages that nobody has mended go to their place as they are: what could be mended
+/// there still can, and nothing else waits for them any more.
+const AS_IT_IS_EIGHTHS: usize = 6;
 
 /// What the cycle waits for, or does next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -221,6 +224,7 @@ impl Store {
     }
 
     fn take_snapshots(&mut self, chosen: &[u32]) {
+        let as_it_is = self.eighths_taken() >= AS_IT_IS_EIGHTHS;
         for id in chosen {
             let slot = match self.index.block(*id).slot {
                 NO_SLOT => self.slots.allocate(),
@@ -231,6 +235,7 @@ impl Store {
             let units = &mut self.units;
             let allocate = || units.allocate().expect("`choose_blocks` counted them");
             let mut snapshot = self.index.begin_destage(*id, slot, self.id, allocate);
+            snapshot.as_it_is = as_it_is && self.index.block(*id).skip_until_ns > 0;
             snapshot.record.timestamp_ns = self.now_ns;
             snapshot.record.acked =
                 self.groups.get(&snapshot.record.group).map_or(Version::ZERO, |group| group.settled());
@@ -281,8 +286,10 @@ impl Store {
     fn start_copy(&mut self, run: Run) -> Result<(), Run> {
         let page = PAGE_SIZE as u64;
         let mut pieces: Vec<std::ops::Range<usize>> = Vec::new();
+        // Where one sector can not be read, the pages beside it can.
+        let singly = self.destage.blocks[run.block].as_it_is;
         for (index, at) in run.pages.iter().enumerate() {
-            let follows = index > 0 && {
+            let follows = index > 0 && !singly && {
                 let before = run.pages[index - 1].position;
                 before + page == at.position && !at.position.is_multiple_of(self.layout.journal.bytes)
             };
@@ -331,14 +338,19 @@ impl Store {
         };
         copying.left -= 1;
         if let (Some(first), Some(last)) = (bad.first(), bad.last()) {
-            copying.damaged = true;
             let (first, last) = (pages[usize::from(*first)].page, pages[usize::from(*last)].page);
             let snapshot = &mut self.destage.blocks[copying.run.block];
-            snapshot.failed = true;
+            let part = &mut copying.parts[piece];
+            if snapshot.as_it_is && part.is_none() {
+                *part = self.pool.alloc(pages.len() * PAGE_SIZE).map(unreadable);
+            }
+            let stays = !snapshot.as_it_is || part.is_none();
+            copying.damaged |= stays;
+            snapshot.failed |= stays;
             self.counters.checksum_errors += bad.len() as u64;
             let (group, key) = (snapshot.record.group, snapshot.record.key);
             self.index.block_mut(snapshot.id).skip_until_ns = self.now_ns.saturating_add(SKIP_NS);
-            tracing::warn!(store = %self.id, %group, %key, first, last, "destage met damaged pages in the journal");
+            tracing::warn!(store = %self.id, %group, %key, first, last, stays, "destage met damaged pages in the journal");
             let pages = PageRange::new(first, last - first + 1);
             self.events.push(StoreEvent::Damaged { group, key, pages });
         }
@@ -554,4 +566,10 @@ impl Store {
             }
         }
     }
+}
+
+/// What stands for a page that can not be read: zeroes, which a read takes for damage as well.
+fn unreadable(mut buffer: BufferMut) -> Buffer {
+    buffer.fill(0);
+    buffer.freeze()
 }

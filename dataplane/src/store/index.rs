@@ -221,6 +221,8 @@ pub struct Snapshot {
     dirty_since: u64,
     /// A page could not be read: the block stays as it was.
     pub failed: bool,
+    /// Damaged pages are copied, too.
+    pub as_it_is: bool,
 }
 
 impl Snapshot {
@@ -541,7 +543,7 @@ impl Index {
             acked: Version::ZERO,
             units,
         };
-        Snapshot { id, record, pages: block.pages.clone(), dirty_since, failed: false }
+        Snapshot { id, record, pages: block.pages.clone(), dirty_since, failed: false, as_it_is: false }
     }
 
     /// The block's record is on stable media (or, for a failed snapshot, was not written): its pages leave the
@@ -557,6 +559,7 @@ impl Index {
             self.dirty.insert((block.dirty_since, snapshot.id));
             return freed;
         }
+        block.skip_until_ns = 0;
         let moved = block.retire(&snapshot.pages);
         self.journalled -= moved;
         for unit in 0..UNITS_PER_BLOCK as u8 {

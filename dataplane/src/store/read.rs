@@ -320,10 +320,10 @@ impl Store {
                 repair.left += 1;
             }
             self.counters.repaired_pages += repair.left as u64;
-            self.index.unskip(repair.group, repair.key);
             if repair.left == 0 {
                 self.events.push(StoreEvent::Repaired { token: repair.token, pages: repair.pages });
             } else {
+                self.index.unskip(repair.group, repair.key);
                 self.reads.repairs.insert(number, repair);
             }
         }

@@ -96,8 +96,11 @@ opcodes! {
     /// What it found; data: one `replication::UnitChecksums` a unit.
     50 CheckReply;
     /// Pages of the primary for a member's damaged ones, which it takes when they have the checksums that it expects.
-    /// Not answered: the next Check tells.
+    /// Not answered: the next Check tells, or Damaged.
     51 Mend;
+    /// A member met damaged pages, and asks its primary for them. Answered with Mend or not at all: what stays damaged is met
+    /// again.
+    52 Damaged;
     // link between the two processes of a node; payload: a LinkMessage
     64 Link;
 }

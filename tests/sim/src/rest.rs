@@ -149,9 +149,24 @@ impl World {
         outcomes.into_iter().find(|outcome| outcome.order == *order).map(|outcome| outcome.findings)
     }
 
-    /// At rest nobody holds a buffer: destage, which copies what is in the journals to its place, comes to its end.
-    pub fn check_buffers(&mut self) -> Result<(), String> {
+    /// At rest destage brings all that is in the journals to its place, also where pages of it are damaged.
+    pub fn check_destage(&mut self) -> Result<(), String> {
         self.run_for(self.now + REST)?;
+        self.run_until(SETTLE_MAX, |world| world.journalled_pages() == 0 && world.is_quiet())
+            .map_err(|violation| format!("{violation}; {} pages are in journals", self.journalled_pages()))
+    }
+
+    fn journalled_pages(&self) -> u64 {
+        let processes = self.hosts.iter().filter_map(|host| host.process.as_ref());
+        processes
+            .flat_map(|process| process.driver.stores())
+            .map(|store| store.status().journalled_pages)
+            .sum()
+    }
+
+    /// And then nobody holds a buffer.
+    pub fn check_buffers(&mut self) -> Result<(), String> {
+        self.check_destage()?;
         let at_rest = |world: &Self| world.memory.held() == 0 && world.is_quiet();
         self.run_until(SETTLE_MAX, at_rest)
             .map_err(|violation| format!("{violation}; {} buffers are held", self.memory.held()))

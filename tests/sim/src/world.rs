@@ -221,6 +221,7 @@ impl World {
             self.check_checksums()?;
         }
         self.ledger.check()?;
+        self.check_destage()?;
         self.check_scrubs()?;
         self.check_buffers()?;
         self.check_replicas()

@@ -8,10 +8,9 @@ use xsan_tests::cluster::{Cluster, RESYNC_DEADLINE, SETTLE_DEADLINE};
 use xsan_tests::nbd::Client;
 use xsan_tests::node::NodeOptions;
 use xsan_tests::random::Random;
+use xsan_tests::rot::{find_pages, overwrite};
 use xsan_tests::stamp::{PAGE_SIZE, Stamp};
 use xsan_tests::wait::{Look, until};
-
-use crate::corruption::{find_page, overwrite};
 
 /// In blocks of their own, so that groups with different primaries hold them.
 const PAGE_COUNT: u64 = 48;
@@ -101,7 +100,8 @@ fn damage_on_two_nodes_is_found_and_mended_by_a_deep_scrub_and_told() {
     let mut random = Random::new(SEED);
     let damaged: Vec<(usize, u64)> = (0..24).map(|page| (1 + (page % 2) as usize, page)).collect();
     for (node, page) in &damaged {
-        let hits = overwrite(&cluster.node(*node).device_file(), &content(*page), &mut random);
+        let (device, wanted) = (cluster.node(*node).device_file(), content(*page));
+        let hits = overwrite(&device, |found| found == wanted, &mut random).unwrap();
         assert!(hits > 0, "page {page} is nowhere on node {node}");
     }
     // A light scrub reads nothing, and finds nothing.
@@ -113,7 +113,7 @@ fn damage_on_two_nodes_is_found_and_mended_by_a_deep_scrub_and_told() {
     for (node, page) in &damaged {
         until("the page to be back in its place", SETTLE_DEADLINE, || {
             let file = File::open(cluster.node(*node).device_file())?;
-            let back = !find_page(&file, &content(*page)).is_empty();
+            let back = !find_pages(&file, |found| found == content(*page)).unwrap().is_empty();
             Ok(if back { Look::Done(()) } else { Look::NotYet(format!("page {page} of node {node}")) })
         })
         .unwrap();

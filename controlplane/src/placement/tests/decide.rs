@@ -306,3 +306,61 @@ fn a_new_node_takes_its_share_over_one_step_at_a_time() {
         assert_eq!(members, wanted);
     }
 }
+
+/// Two replicas, of which one alone had everything; then the other was taken in, and both died before that was settled. Returns the
+/// holder, whose host loses its power, and the newcomer, whose process is killed.
+fn newcomer_dies_with_the_holder() -> (Cluster, NodeId, NodeId) {
+    let mut cluster = Cluster::new(2, 2);
+    let [holder, newcomer] = cluster.others(&[])[..] else { panic!() };
+    cluster.set_health(newcomer, Health::Gone);
+    assert!(cluster.step());
+    cluster.start(newcomer.0, 2, 7, false);
+    assert!(cluster.step());
+    cluster.confirm_all();
+    cluster.settles = false;
+    cluster.wish(newcomer, ProposedChange::Promote);
+    assert!(cluster.step());
+    assert_eq!((cluster.acting(), cluster.group().former.len()), (vec![holder, newcomer], 1));
+    cluster.set_health(holder, Health::Gone);
+    cluster.set_health(newcomer, Health::Gone);
+    cluster.rest();
+    (cluster, holder, newcomer)
+}
+
+/// The holder went on alone, without what it had not flushed: the newcomer, which had it, became a learner. Found by seed 5788.
+#[test]
+fn an_intact_newcomer_acts_beside_holders_that_lost_their_power() {
+    let (mut cluster, holder, newcomer) = newcomer_dies_with_the_holder();
+    cluster.start(holder.0, 2, 8, false);
+    cluster.rest();
+    cluster.pass(Duration::from_secs(60));
+    cluster.rest();
+    cluster.start(newcomer.0, 3, 7, false);
+    assert!(cluster.step());
+    assert_eq!(cluster.acting(), [holder, newcomer]);
+    // It is as open as before.
+    cluster.start(holder.0, 3, 9, false);
+    cluster.set_health(newcomer, Health::Gone);
+    cluster.rest();
+}
+
+#[test]
+fn a_newcomer_that_lost_its_power_too_is_not_waited_for() {
+    let (mut cluster, holder, newcomer) = newcomer_dies_with_the_holder();
+    cluster.start(newcomer.0, 3, 8, false);
+    cluster.rest();
+    cluster.set_health(newcomer, Health::Gone);
+    cluster.start(holder.0, 2, 8, false);
+    assert!(cluster.step());
+    assert_eq!(cluster.acting(), [holder]);
+}
+
+#[test]
+fn a_newcomer_that_is_given_up_is_not_waited_for() {
+    let (mut cluster, holder, newcomer) = newcomer_dies_with_the_holder();
+    cluster.start(holder.0, 2, 8, false);
+    cluster.rest();
+    cluster.leave(newcomer, Departure::Lost);
+    assert!(cluster.step());
+    assert_eq!(cluster.acting(), [holder]);
+}

@@ -198,6 +198,9 @@ impl Script {
             "damage" => {
                 assert!(self.store.damage(group_id(), words.key(), words.pages().first));
             }
+            "destage-met" => {
+                self.event(StoreEvent::Damaged { group: group_id(), key: words.key(), pages: words.pages() });
+            }
             "scrub" => {
                 let order = ScrubOrder {
                     group: group_id(),

@@ -173,6 +173,49 @@ fn destage_keeps_what_it_can_not_read_until_it_is_mended() {
     rig.expect(GROUP, key(2), PAGES, |page| 898 + u64::from(page));
 }
 
+/// One rotten page in the journal kept all that came behind it there: once the journal was full, no group of the store could write.
+/// Found by the soak, the first time that it changed bytes under load.
+#[test]
+fn a_damaged_page_that_nobody_mends_stops_no_others() {
+    for unreadable in [false, true] {
+        let mut rig = Rig::new(3, false);
+        rig.write_through(GROUP, key(1), PAGES, 100);
+        let offset = journal_start(&rig) + 2 * PAGE_SIZE as u64;
+        if unreadable {
+            rig.capacity.make_unreadable(offset);
+        } else {
+            rig.capacity.flip_bit(offset, 5);
+        }
+        let (mut written, mut stayed, mut refused) = (0, 0, 0);
+        while written < 3 * JOURNAL_BYTES {
+            let block = key(2 + (written / (1 << 20)) as u32 % 4);
+            let first = (written / PAGES.bytes() as u64 % 100) as u16 * PAGES.count;
+            match rig.try_write(GROUP, block, PageRange::new(first, PAGES.count), 900) {
+                Ok(version) => {
+                    rig.settle();
+                    rig.store.apply(GROUP, version.seq);
+                    written += PAGES.bytes() as u64;
+                }
+                Err(_) => refused += 1,
+            }
+            rig.now_ns += 10_000_000;
+            rig.store.tick(rig.now_ns);
+            rig.settle();
+            if rig.store.locate(GROUP, key(1))[0].journalled_pages > 0 {
+                stayed = written;
+            }
+        }
+        assert!(stayed > JOURNAL_BYTES / 2, "it is not given up while there is room: {stayed} bytes");
+        assert!(refused <= 100, "writes waited for {refused} times 10 ms");
+        assert_eq!(damaged_pages(rig.read(GROUP, key(1), PAGES)), [1]);
+        rig = rig.crash(true);
+        assert!(!rig.recovered.damaged, "the journal is whole without it");
+        assert_eq!(damaged_pages(rig.read(GROUP, key(1), PAGES)), [1]);
+        repaired(&mut rig, 100);
+        rig.expect(GROUP, key(1), PAGES, |page| 98 + u64::from(page));
+    }
+}
+
 #[test]
 fn a_torn_tail_is_cut_off_and_its_remainder_never_comes_back() {
     for seed in 1..60 {

@@ -127,6 +127,13 @@ impl<'a> Words<'a> {
                     (self.key(), pages.byte_offset(), pages.bytes() as u32);
                 frame
             }
+            "damaged" => {
+                let mut frame = numbered(Opcode::Damaged, 0);
+                let pages = self.pages();
+                (frame.header.key, frame.header.offset, frame.header.length) =
+                    (self.key(), pages.byte_offset(), pages.bytes() as u32);
+                frame
+            }
             "checked" => self.checked(epoch, &answered(Opcode::Check)),
             "mend" => {
                 let mut frame = numbered(Opcode::Mend, 0);
@@ -363,7 +370,7 @@ pub fn show_frame(frame: &Frame) -> String {
                 PageData { bytes: frame.data.clone().unwrap(), checksums: frame.checksums.clone().unwrap() };
             write!(text, " {}", content(&data)).unwrap();
         }
-        (Opcode::Check, _) => {
+        (Opcode::Check | Opcode::Damaged, _) => {
             write!(text, " {}", place(header.key, frames::pages_of(header).unwrap())).unwrap();
         }
         (Opcode::CheckReply, _) => {
