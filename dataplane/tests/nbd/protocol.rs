@@ -11,7 +11,7 @@ use xsan_dataplane::gateway::nbd::wire::{Request, chunk, command, flag, option, 
 use crate::raw::{
     BOTH, FIXED, INVAL, IO, NO_ZEROES, NOSPC, Raw, context_query, export_query, option_bytes, pattern,
 };
-use crate::server::{DISK_BYTES, Server, eventually};
+use crate::server::{DISK_BYTES, Server, VOLUMES, eventually};
 
 const MIB: usize = 1 << 20;
 
@@ -52,7 +52,11 @@ fn options_are_refused_one_by_one_and_the_handshake_goes_on() {
     assert_eq!(kind(option::LIST_META_CONTEXT, &context_query("none", &[])), reply::ERR_UNKNOWN);
     assert_eq!(raw.option(option::LIST_META_CONTEXT, &context_query("disk", &["base:"])).len(), 2);
     assert_eq!(raw.option(option::LIST_META_CONTEXT, &context_query("disk", &["qemu:"])).len(), 1);
-    assert_eq!(raw.option(option::LIST, &[]).len(), 4);
+    let name =
+        |volume: &str| (reply::SERVER, [&(volume.len() as u32).to_be_bytes(), volume.as_bytes()].concat());
+    let listed: Vec<_> =
+        VOLUMES.iter().map(|(volume, _)| name(volume)).chain([(reply::ACK, vec![])]).collect();
+    assert_eq!(raw.option(option::LIST, &[]), listed);
     assert_eq!(raw.option(option::INFO, &export_query("disk")).len(), 3);
     assert_eq!(raw.option(option::ABORT, &[]), [(reply::ACK, vec![])]);
     raw.assert_closed();
