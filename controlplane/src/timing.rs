@@ -11,6 +11,9 @@
 //! the Raft library promises about its own leases, nor on the election timeout of any node: each has its own in its
 //! configuration, and while that is changed node by node they differ.
 //!
+//! The library counts on a clock that stands still while a host sleeps, so an acknowledgement from before a sleep counts as none
+//! (`clock::Sleep`).
+//!
 //! Source: Gray and Cheriton, "Leases", SOSP '89.
 
 use std::time::Duration;

@@ -38,6 +38,10 @@ pub enum RecordError {
     Command(#[from] CommandError),
     #[error("a membership names a voter that is no peer")]
     Membership,
+    #[error("a snapshot is not whole")]
+    Incomplete,
+    #[error("no state can be made of a snapshot")]
+    State,
 }
 
 impl RecordError {

@@ -8,7 +8,7 @@
 //! - A command may be committed twice when its leader dies meanwhile: each is made to bear that.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use openraft::async_runtime::watch::WatchReceiver;
@@ -24,6 +24,7 @@ use super::log_store::LogStore;
 use super::network::{Channels, Network, SNAPSHOT_WAIT, cluster_hash};
 use super::state_machine::StateMachine;
 use super::{Raft, TypeConfig};
+use crate::clock::{BootTime, Sleep};
 use crate::state::ClusterState;
 use crate::state::command::{Command, Reply};
 use crate::state::error::Refusal;
@@ -96,6 +97,7 @@ pub struct RaftHandle {
     timing: RaftTiming,
     channels: Channels,
     state: watch::Receiver<Arc<ClusterState>>,
+    sleep: Arc<Mutex<Sleep>>,
 }
 
 /// Raft's members: every node it replicates to, and which of them vote.
@@ -131,7 +133,8 @@ impl RaftHandle {
         };
         let config = Arc::new(config(cluster_id, timing)?);
         let raft = Raft::new(u64::from(node.0), config, network, store, machine).await?;
-        Ok(Self { raft, node, timing, channels, state })
+        let sleep = Arc::new(Mutex::new(Sleep::new(BootTime::now(), Instant::now())));
+        Ok(Self { raft, node, timing, channels, state, sleep })
     }
 
     /// Makes this node the only voter of a new cluster; does nothing when it has a log already.
@@ -183,6 +186,10 @@ impl RaftHandle {
         let term = metrics.current_term;
         let age_max = self.timing.quorum_ack_age_max();
         let alone = metrics.membership_config.voter_ids().eq([u64::from(self.node.0)]);
+        let (now, instant) = (BootTime::now(), Instant::now());
+        let awake = self.sleep.lock().unwrap_or_else(PoisonError::into_inner).ended(now, instant);
+        // What was said before this host slept says nothing: others may lead since.
+        let age_max = age_max.min(instant.duration_since(awake));
         let acked = alone || metrics.last_quorum_acked.is_some_and(|acked| acked.elapsed() <= age_max);
         let applied = metrics.last_applied.is_some_and(|applied| applied.committed_leader_id().term == term);
         Some(Leadership { term, may_grant: acked && applied })

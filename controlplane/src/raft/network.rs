@@ -107,11 +107,24 @@ pub struct Peer {
     address: String,
 }
 
-/// The head of a snapshot's stream.
+/// The head of a snapshot's stream. A stream that its sender gave up may look as if it had ended: length and checksum tell.
 #[derive(Debug, serde::Serialize, serde::Deserialize)]
 pub struct SnapshotHead {
     pub vote: Vote,
     pub meta: SnapshotMeta,
+    pub bytes: usize,
+    pub crc64: u64,
+}
+
+impl SnapshotHead {
+    pub fn new(vote: Vote, meta: SnapshotMeta, data: &[u8]) -> Self {
+        Self { vote, meta, bytes: data.len(), crc64: crc64(data) }
+    }
+
+    /// Is `data` the whole snapshot, as it was sent?
+    pub fn fits(&self, data: &[u8]) -> bool {
+        (data.len(), crc64(data)) == (self.bytes, self.crc64)
+    }
 }
 
 type CallResult<R> = Result<R, RPCError<TypeConfig>>;
@@ -192,8 +205,8 @@ impl RaftNetworkV2<TypeConfig> for Peer {
         cancel: impl Future<Output = ReplicationClosed> + OptionalSend + 'static,
         _option: RPCOption,
     ) -> Result<SnapshotResponse<TypeConfig>, StreamingError<TypeConfig>> {
-        let head = serde_json::to_vec(&SnapshotHead { vote, meta: snapshot.meta })
-            .map_err(|error| NetworkError::new(&error))?;
+        let head = SnapshotHead::new(vote, snapshot.meta, &snapshot.snapshot);
+        let head = serde_json::to_vec(&head).map_err(|error| NetworkError::new(&error))?;
         let mut messages = vec![self.message(head)];
         messages
             .extend(snapshot.snapshot.chunks(SNAPSHOT_PART_BYTES).map(|part| self.message(part.to_vec())));

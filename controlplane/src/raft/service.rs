@@ -52,6 +52,18 @@ pub fn decode_snapshot_head(body: &[u8]) -> Result<SnapshotHead, RecordError> {
     Ok(head)
 }
 
+/// The snapshot of a stream.
+///
+/// # Errors
+/// 206 `StoreCorrupt`: it is not whole, or no state can be made of it.
+pub fn snapshot(head: SnapshotHead, data: Vec<u8>) -> Result<Snapshot, RecordError> {
+    if !head.fits(&data) {
+        return Err(RecordError::Incomplete);
+    }
+    state_machine::state_of(&data)?;
+    Ok(Snapshot { meta: head.meta, snapshot: data })
+}
+
 fn malformed(error: RecordError) -> Status {
     Status::invalid_argument(format!("a message of Raft: {error}"))
 }
@@ -110,15 +122,15 @@ impl Receiver {
         let head = stream.next().await.ok_or_else(|| Status::invalid_argument("the stream is empty"))??;
         self.check(&head)?;
         let head = decode_snapshot_head(&head.body).map_err(malformed)?;
-        let mut data: <state_machine::StateMachine as openraft::storage::RaftStateMachine<_>>::SnapshotData =
-            Vec::new();
+        let mut data = Vec::new();
         while let Some(part) = stream.next().await {
             data.extend_from_slice(&part?.body);
             if data.len() > MESSAGE_BYTES_MAX {
                 return Err(Status::resource_exhausted("the snapshot is too large"));
             }
         }
-        let snapshot = Snapshot { meta: head.meta, snapshot: data };
-        self.answer(self.handle.raft().install_full_snapshot(head.vote, snapshot).await)
+        let vote = head.vote;
+        let snapshot = snapshot(head, data).map_err(malformed)?;
+        self.answer(self.handle.raft().install_full_snapshot(vote, snapshot).await)
     }
 }

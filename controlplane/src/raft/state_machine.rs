@@ -193,6 +193,19 @@ impl StateMachine {
     }
 }
 
+/// The image of a snapshot's data, and the state that it is.
+///
+/// # Errors
+/// It is none.
+pub fn state_of(data: &[u8]) -> Result<(proto::StateImage, ClusterState), RecordError> {
+    let image = proto::StateImage::decode(data).map_err(|_| RecordError::Encoding)?;
+    let state = ClusterState::from_image(image.clone()).map_err(|error| {
+        tracing::error!("a snapshot has no state: {error}");
+        RecordError::State
+    })?;
+    Ok((image, state))
+}
+
 fn voters(membership: &StoredMembership) -> BTreeSet<NodeId> {
     membership.voter_ids().filter_map(|id| u32::try_from(id).ok()).map(NodeId).collect()
 }
@@ -288,7 +301,8 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
     }
 
     async fn install_snapshot(&mut self, meta: &SnapshotMeta, snapshot: Vec<u8>) -> Result<(), io::Error> {
-        let image = proto::StateImage::decode(snapshot.as_slice()).map_err(|_| RecordError::Encoding)?;
+        // What is saved is taken over at every start: it must be right before.
+        let (image, _) = state_of(&snapshot)?;
         let record = proto::SnapshotRecord {
             format: u32::from(FORMAT),
             last: meta.last_log_id.as_ref().map(encoding::position),

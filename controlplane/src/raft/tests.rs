@@ -7,7 +7,10 @@ use openraft::testing::log::{StoreBuilder, Suite};
 use openraft::vote::RaftLeaderId;
 use openraft::{EntryPayload, Membership, RaftLogReader, RaftSnapshotBuilder, StorageError, StorageHelper};
 
+use xsan_protocol::proto;
+
 use super::log_store::{LogStore, RaftIdentity};
+use super::network::SnapshotHead;
 use super::state_machine::StateMachine;
 use super::*;
 use crate::state::ClusterState;
@@ -137,6 +140,32 @@ async fn a_lost_or_damaged_sled_is_rebuilt_from_snapshot_and_log() {
     std::fs::create_dir(&sled_path).expect("writable");
     std::fs::write(sled_path.join("conf"), b"garbage").expect("writable");
     assert_eq!(restart(directory.path()).await, state, "what does not open is replaced");
+}
+
+/// A sender that gives up in the middle of a snapshot may look as if it had sent all. What was saved of that was taken over at every
+/// start, or could not be, and the node did not start any more.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_snapshot_that_is_not_whole_is_neither_passed_on_nor_saved() {
+    let (ahead, behind) =
+        (tempfile::tempdir().expect("a directory"), tempfile::tempdir().expect("a directory"));
+    let entries = || vec![membership(0), command(1, "a"), command(2, "b")];
+    let (mut log, mut machine) = open(ahead.path());
+    run(&mut log, &mut machine, entries()).await;
+    let snapshot = machine.get_snapshot_builder().await.build_snapshot().await.expect("built");
+    let vote = encoding::vote(&proto::VoteRecord { term: 1, node: 1, committed: true });
+    let head = || SnapshotHead::new(vote, snapshot.meta.clone(), &snapshot.snapshot);
+    for length in 0..snapshot.snapshot.len() {
+        let cut = snapshot.snapshot[..length].to_vec();
+        service::snapshot(head(), cut).expect_err("it is not whole");
+    }
+    assert!(service::snapshot(head(), snapshot.snapshot.clone()).is_ok());
+    let empty = SnapshotHead::new(vote, snapshot.meta.clone(), &[]);
+    service::snapshot(empty, Vec::new()).expect_err("it is whole, and no state");
+
+    let (mut log, mut machine) = open(behind.path());
+    run(&mut log, &mut machine, entries().drain(..2).collect()).await;
+    machine.install_snapshot(&snapshot.meta, Vec::new()).await.expect_err("no state");
+    assert!(machine.get_current_snapshot().await.expect("readable").is_none());
 }
 
 /// A builder had taken its view; then a newer snapshot was installed and the log purged up to it. The builder's, saved last,

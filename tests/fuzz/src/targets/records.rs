@@ -272,7 +272,7 @@ fn rpc_seeds() -> Vec<Vec<u8>> {
         serde_json::to_vec(&Vote::new(vote, None)),
         serde_json::to_vec(&append(Vec::new())),
         serde_json::to_vec(&append(entries())),
-        serde_json::to_vec(&SnapshotHead { vote, meta }),
+        serde_json::to_vec(&SnapshotHead::new(vote, meta, &[7; 100])),
         serde_json::to_vec(&VoteAnswer::new(vote, Some(last), true)),
         serde_json::to_vec(&AppendAnswer::Success),
         serde_json::to_vec(&AppendAnswer::PartialSuccess(Some(last))),
