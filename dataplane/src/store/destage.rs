@@ -51,10 +51,12 @@ const RECORDS_IN_FLIGHT: usize = 32;
 const MARK_STEP: u32 = CYCLE_BLOCKS_MAX as u32;
 /// Bytes of the buffer of zeroes that slots are zeroed from.
 const ZERO_BYTES: usize = 64 * 1024;
-/// A block with a damaged page is left alone for so long, or until that is mended.
+/// A block with a damaged page is left alone for so long, or until something of it is mended.
 const SKIP_NS: u64 = 1_000_000_000;
-/// Eighths of the journal that are taken when damaged pages that nobody has mended go to their place as they are: what could be mended
-/// there still can, and nothing else waits for them any more.
+/// After so many cycles that met damage in a block, its pages go to their place as they are: what could be mended in the journal can be
+/// mended there, nothing else waits for them any more, and opening the store does not stop at them.
+const AS_IT_IS_AFTER: u8 = 8;
+/// After one, when so many eighths of the journal are taken.
 const AS_IT_IS_EIGHTHS: usize = 6;
 
 /// What the cycle waits for, or does next.
@@ -88,7 +90,10 @@ struct Copying {
     pieces: Vec<std::ops::Range<usize>>,
     parts: Vec<Option<Buffer>>,
     left: usize,
-    damaged: bool,
+    /// Pages that do not match their checksums, or that can not be read.
+    bad: Vec<u16>,
+    /// It is not written.
+    stays: bool,
 }
 
 #[derive(Debug)]
@@ -190,9 +195,6 @@ impl Store {
             return;
         }
         self.take_snapshots(&chosen);
-        if self.destage.blocks.is_empty() {
-            return;
-        }
         self.counters.destage_cycles += 1;
         self.destage.opening = true;
         self.destage.checkpoint = Some(self.next_checkpoint(self.journal.tail));
@@ -203,39 +205,39 @@ impl Store {
         }
     }
 
-    /// The oldest dirty blocks that there is capacity for.
+    /// The oldest dirty blocks that there is capacity for, and a slot.
     fn choose_blocks(&self) -> Vec<u32> {
-        let (mut chosen, mut pages, mut units) = (Vec::new(), 0, 0);
+        let (mut chosen, mut pages, mut units, mut slots) = (Vec::new(), 0, 0, 0);
         for id in self.index.dirty_blocks() {
             let block = self.index.block(id);
             if chosen.len() == CYCLE_BLOCKS_MAX || pages >= CYCLE_PAGES_MAX {
                 break;
             }
-            let wanted = block.units_wanted();
+            let wanted = (block.units_wanted(), u32::from(block.slot == NO_SLOT));
+            let fits = units + wanted.0 <= self.units.free() && slots + wanted.1 <= self.slots.free();
             let marking = self.groups.get(&block.group).is_some_and(super::group::Group::is_marking);
-            if block.skip_until_ns > self.now_ns || units + wanted > self.units.free() || marking {
+            if block.skip_until_ns > self.now_ns || !fits || marking {
                 continue;
             }
             chosen.push(id);
             pages += block.journalled_pages();
-            units += wanted;
+            (units, slots) = (units + wanted.0, slots + wanted.1);
         }
         chosen
     }
 
     fn take_snapshots(&mut self, chosen: &[u32]) {
-        let as_it_is = self.eighths_taken() >= AS_IT_IS_EIGHTHS;
+        let as_it_is_after = if self.eighths_taken() >= AS_IT_IS_EIGHTHS { 1 } else { AS_IT_IS_AFTER };
         for id in chosen {
             let slot = match self.index.block(*id).slot {
-                NO_SLOT => self.slots.allocate(),
-                slot => Some(slot),
+                NO_SLOT => self.slots.allocate().expect("`choose_blocks` counted them"),
+                slot => slot,
             };
-            // Without a slot the block waits in the journal until one is freed.
-            let Some(slot) = slot else { continue };
             let units = &mut self.units;
             let allocate = || units.allocate().expect("`choose_blocks` counted them");
             let mut snapshot = self.index.begin_destage(*id, slot, self.id, allocate);
-            snapshot.as_it_is = as_it_is && self.index.block(*id).skip_until_ns > 0;
+            snapshot.as_it_is =
+                self.index.block(*id).met_damaged >= as_it_is_after && !Mutation::DamageLeft.is_on();
             snapshot.record.timestamp_ns = self.now_ns;
             snapshot.record.acked =
                 self.groups.get(&snapshot.record.group).map_or(Version::ZERO, |group| group.settled());
@@ -287,7 +289,7 @@ impl Store {
         let page = PAGE_SIZE as u64;
         let mut pieces: Vec<std::ops::Range<usize>> = Vec::new();
         // Where one sector can not be read, the pages beside it can.
-        let singly = self.destage.blocks[run.block].as_it_is;
+        let singly = self.index.block(self.destage.blocks[run.block].id).met_damaged > 0;
         for (index, at) in run.pages.iter().enumerate() {
             let follows = index > 0 && !singly && {
                 let before = run.pages[index - 1].position;
@@ -314,7 +316,8 @@ impl Store {
             parts: pieces.iter().map(|_| None).collect(),
             pieces,
             run,
-            damaged: false,
+            bad: Vec::new(),
+            stays: false,
         };
         self.destage.copying.insert(number, copying);
         Ok(())
@@ -326,42 +329,58 @@ impl Store {
         }
         let copying = self.destage.copying.get_mut(&number).expect("a run stays until it is written");
         let pages = &copying.run.pages[copying.pieces[piece].clone()];
+        let snapshot = &mut self.destage.blocks[copying.run.block];
+        let part = &mut copying.parts[piece];
         let bad = match result {
             Ok(done) => {
                 let buffer = read_buffer(done);
                 let checksums: Vec<u32> = pages.iter().map(|page| page.checksum).collect();
                 let bad = mismatches(&buffer, &checksums);
-                copying.parts[piece] = Some(buffer.freeze());
+                *part = Some(buffer.freeze());
                 bad
             }
-            Err(_) => (0..pages.len() as u16).collect(),
+            // Which of them, the next cycle finds out.
+            Err(_) if pages.len() > 1 => Vec::new(),
+            Err(_) => vec![0],
         };
         copying.left -= 1;
-        if let (Some(first), Some(last)) = (bad.first(), bad.last()) {
-            let (first, last) = (pages[usize::from(*first)].page, pages[usize::from(*last)].page);
-            let snapshot = &mut self.destage.blocks[copying.run.block];
-            let part = &mut copying.parts[piece];
-            if snapshot.as_it_is && part.is_none() {
-                *part = self.pool.alloc(pages.len() * PAGE_SIZE).map(unreadable);
-            }
-            let stays = !snapshot.as_it_is || part.is_none();
-            copying.damaged |= stays;
-            snapshot.failed |= stays;
-            self.counters.checksum_errors += bad.len() as u64;
-            let (group, key) = (snapshot.record.group, snapshot.record.key);
-            self.index.block_mut(snapshot.id).skip_until_ns = self.now_ns.saturating_add(SKIP_NS);
-            tracing::warn!(store = %self.id, %group, %key, first, last, stays, "destage met damaged pages in the journal");
-            let pages = PageRange::new(first, last - first + 1);
-            self.events.push(StoreEvent::Damaged { group, key, pages });
+        if part.is_none() && snapshot.as_it_is {
+            *part = self.pool.alloc(pages.len() * PAGE_SIZE).map(unreadable);
         }
+        let stays = part.is_none() || !snapshot.as_it_is && !bad.is_empty();
+        copying.bad.extend(bad.iter().map(|index| pages[usize::from(*index)].page));
+        copying.stays |= stays;
+        snapshot.failed |= stays;
         if copying.left == 0 {
+            self.tell_damage(number);
             self.write_run(number);
+        }
+    }
+
+    /// Says which pages of a run are damaged: those, and none of the sound ones between them.
+    fn tell_damage(&mut self, number: u64) {
+        let copying = self.destage.copying.get_mut(&number).expect("its last piece has just arrived");
+        if copying.bad.is_empty() {
+            return;
+        }
+        copying.bad.sort_unstable();
+        self.counters.checksum_errors += copying.bad.len() as u64;
+        let snapshot = &self.destage.blocks[copying.run.block];
+        self.index.block_mut(snapshot.id).skip_until_ns = self.now_ns.saturating_add(SKIP_NS);
+        let (group, key) = (snapshot.record.group, snapshot.record.key);
+        tracing::warn!(
+            store = %self.id, %group, %key, pages = ?copying.bad, stays = copying.stays,
+            "destage met damaged pages in the journal"
+        );
+        for run in copying.bad.chunk_by(|a, b| a + 1 == *b).filter(|_| !Mutation::DamageLeft.is_on()) {
+            let pages = PageRange::new(run[0], run.len() as u16);
+            self.events.push(StoreEvent::Damaged { group, key, pages });
         }
     }
 
     fn write_run(&mut self, number: u64) {
         let copying = self.destage.copying.get_mut(&number).expect("its last piece has just arrived");
-        if copying.damaged {
+        if copying.stays {
             return self.end_run(number);
         }
         let parts: Vec<Buffer> = copying.parts.iter_mut().filter_map(Option::take).collect();

@@ -560,6 +560,10 @@ impl StoreView for Store {
         self.check_capacity((units, u32::from(pages > 0)), Reserve::Whole)
     }
 
+    fn is_full(&self) -> bool {
+        !self.failed && self.check_capacity((1, 1), Reserve::Whole).is_err()
+    }
+
     fn admit_write(&self, group: GroupId, key: BlockKey, pages: PageRange) -> Result<(), StoreError> {
         if self.failed {
             return Err(StoreError::Failed);

@@ -96,7 +96,12 @@ impl Unit {
     }
 
     fn is_empty(&self) -> bool {
-        self.version() == Version::ZERO && self.present == 0 && self.journalled == 0
+        self.version() == Version::ZERO && self.is_blank()
+    }
+
+    /// Do all its pages read as zero?
+    fn is_blank(&self) -> bool {
+        self.present == 0 && self.journalled == 0
     }
 
     /// Will destage need a capacity unit for it?
@@ -119,8 +124,10 @@ pub struct Block {
     dirty_since: u64,
     entry_position: u64,
     push_position: u64,
-    /// Destage leaves the block alone until then: a page of it could not be read from the journal.
+    /// Destage leaves the block alone until then: pages of it are damaged in the journal.
     pub skip_until_ns: u64,
+    /// Cycles in a row that met damaged pages of it.
+    pub met_damaged: u8,
 }
 
 impl Block {
@@ -401,11 +408,20 @@ impl Index {
         } else {
             block.pages.drain(range);
         }
-        if block.dirty_since == CLEAN {
-            block.dirty_since = change.position;
-            self.dirty.insert((change.position, id));
-        }
+        self.dirty_from(id, change.position);
         self.maybe_remove(id);
+    }
+
+    /// The block needs the journal from `position` on. That may be older than what it needed it for so far: a push is applied at once,
+    /// an entry before it in the journal when it is acknowledged.
+    fn dirty_from(&mut self, id: u32, position: u64) {
+        let block = self.blocks[id as usize].as_mut().expect("ids in the index are of live blocks");
+        let since = block.dirty_since.min(position);
+        let before = std::mem::replace(&mut block.dirty_since, since);
+        if since < before {
+            self.dirty.remove(&(before, id));
+            self.dirty.insert((since, id));
+        }
     }
 
     fn create(&mut self, group: GroupId, key: BlockKey, seen: Newest) -> u32 {
@@ -421,6 +437,7 @@ impl Index {
             entry_position: seen.entry,
             push_position: seen.push,
             skip_until_ns: 0,
+            met_damaged: 0,
         };
         let id = self.free_ids.pop().unwrap_or_else(|| {
             self.blocks.push(None);
@@ -521,7 +538,8 @@ impl Index {
             }
             units[index] = UnitRecord {
                 version: unit.version(),
-                capacity: unit.capacity,
+                // What was trimmed page by page keeps its version, and no place.
+                capacity: if unit.is_blank() { NO_CAPACITY } else { unit.capacity },
                 present: unit.present | unit.journalled,
                 checksums: unit.checksums,
             };
@@ -554,23 +572,25 @@ impl Index {
         assert!(block.in_cycle);
         block.in_cycle = false;
         if snapshot.failed {
-            self.dirty.remove(&(block.dirty_since, snapshot.id));
-            block.dirty_since = snapshot.dirty_since;
-            self.dirty.insert((block.dirty_since, snapshot.id));
+            block.met_damaged = block.met_damaged.saturating_add(1);
+            self.dirty_from(snapshot.id, snapshot.dirty_since);
             return freed;
         }
-        block.skip_until_ns = 0;
+        (block.skip_until_ns, block.met_damaged) = (0, 0);
         let moved = block.retire(&snapshot.pages);
         self.journalled -= moved;
         for unit in 0..UNITS_PER_BLOCK as u8 {
             // The record on stable media does not name this unit's capacity (any more).
             let unnamed = snapshot.record.units[usize::from(unit)].capacity == NO_CAPACITY;
-            if let Some(state) = block.unit(unit).filter(|state| unnamed && state.is_empty()) {
-                if state.capacity != NO_CAPACITY {
-                    freed.units.push(state.capacity);
-                }
+            if block.unit(unit).is_none_or(|state| !unnamed || !state.is_blank()) {
+                continue;
+            }
+            let state = block.unit_or_new(unit);
+            let capacity = std::mem::replace(&mut state.capacity, NO_CAPACITY);
+            if state.is_empty() {
                 block.remove_unit(unit);
             }
+            freed.units.extend((capacity != NO_CAPACITY).then_some(capacity));
         }
         if snapshot.record.is_free() && block.units.is_empty() {
             freed.slot = Some(std::mem::replace(&mut block.slot, NO_SLOT));

@@ -113,8 +113,8 @@ pub enum StoreEvent {
         token: u64,
         pages: PageRange,
     },
-    /// Destage met pages that do not match their checksums. They stay in the journal; reading them ends with
-    /// `ReadError::Damaged`, and `Store::repair` mends them.
+    /// Destage met pages that do not match their checksums, or that can not be read: all of these. They stay in the journal for now, or go
+    /// to their place as they are; reading them ends with `ReadError::Damaged`, and `Store::repair` mends them.
     Damaged {
         group: GroupId,
         key: BlockKey,
@@ -198,6 +198,10 @@ pub trait StoreView {
     fn allocated(&self, group: GroupId, key: BlockKey, pages: PageRange) -> Vec<bool>;
     /// Is there room for `pages` more pages of entries (journal and capacity)? Asked by the primary before it gives a seq.
     fn admit(&self, pages: usize) -> Result<(), StoreError>;
+    /// Is there no capacity for a page of a new block, whatever room the journal has?
+    fn is_full(&self) -> bool {
+        self.admit(1) == Err(StoreError::Full)
+    }
     /// As `admit`, for known pages: a write to what holds capacity already is let in when the store is full.
     fn admit_write(&self, _group: GroupId, _key: BlockKey, pages: PageRange) -> Result<(), StoreError> {
         self.admit(usize::from(pages.count))

@@ -323,7 +323,6 @@ impl Store {
             if repair.left == 0 {
                 self.events.push(StoreEvent::Repaired { token: repair.token, pages: repair.pages });
             } else {
-                self.index.unskip(repair.group, repair.key);
                 self.reads.repairs.insert(number, repair);
             }
         }
@@ -334,6 +333,7 @@ impl Store {
         repair.left -= 1;
         if repair.left == 0 {
             let (token, pages) = (repair.token, repair.pages);
+            self.index.unskip(repair.group, repair.key);
             self.reads.repairs.remove(&number);
             self.events.push(StoreEvent::Repaired { token, pages });
         }

@@ -129,6 +129,20 @@ fn zeroes_free_what_they_cover() {
     assert_eq!(rig.store.unit_version(GROUP, key(1), 1), Version::ZERO);
     // Covered in part, with a previous version that was wrong.
     assert_eq!(rig.store.unit_version(GROUP, key(1), 3), Version::UNKNOWN);
+    // Covered in pieces: the version stays, the place does not, also over a restart; and it may be written again.
+    rig.write_through(GROUP, key(1), PageRange::new(56, 4), 0);
+    rig.idle();
+    assert_eq!(rig.store.status().used_bytes, 2 * 65536);
+    rig.write_through(GROUP, key(1), PageRange::new(60, 4), 0);
+    rig.idle();
+    assert_eq!(rig.store.status().used_bytes, 65536);
+    rig = rig.crash(true);
+    assert_eq!(rig.store.status().used_bytes, 65536);
+    rig.expect(GROUP, key(1), whole, |page| if page >= 16 { 0 } else { 50 + u64::from(page) });
+    rig.write_through(GROUP, key(1), PageRange::new(60, 4), 50 + 60);
+    rig.idle();
+    assert_eq!(rig.store.status().used_bytes, 2 * 65536);
+    rig.expect(GROUP, key(1), whole, |page| if (16..60).contains(&page) { 0 } else { 50 + u64::from(page) });
     rig.write_through(GROUP, key(1), PageRange::new(0, PAGES_PER_BLOCK as u16), 0);
     rig.idle();
     let status = rig.store.status();
@@ -180,6 +194,62 @@ fn a_partial_write_keeps_the_chain_only_over_what_it_knew() {
     assert!(rig.events.iter().any(|event| matches!(event, StoreEvent::Pushed { token: 9 })));
     assert_eq!(rig.store.unit_version(GROUP, key(1), 0), pushed);
     rig.expect(GROUP, key(1), PageRange::of_unit(0), |page| 5000 + u64::from(page));
+}
+
+/// A push is applied at once, an older entry of its block when it is acknowledged: the journal was given up from the push on, and with it
+/// the entry's data.
+#[test]
+fn an_entry_that_is_applied_after_a_later_push_to_its_block_holds_the_journal() {
+    for opened_twice in [false, true] {
+        let mut rig = Rig::new(11, false);
+        let pages = PageRange::new(0, 4);
+        // A cycle is under way when it comes to that.
+        rig.write_through(GROUP, key(2), pages, 700);
+        if !opened_twice {
+            rig.now_ns += 20_000_000_000;
+            rig.store.tick(rig.now_ns);
+            rig.end_turn();
+        }
+        let entry = rig.write(GROUP, key(1), pages, 100);
+        let settle = |rig: &mut Rig, durable: &dyn Fn(&Rig) -> bool| {
+            while !durable(rig) {
+                rig.end_turn();
+                assert!(rig.complete_one());
+            }
+        };
+        settle(&mut rig, &|rig| rig.store.tail(GROUP).last == entry && durable(rig) == Some(entry.seq));
+        let token = rig.token();
+        let (unit, as_of) = (5, rig.store.tail(GROUP).acked);
+        let push = Record::Push {
+            token,
+            group: GROUP,
+            key: key(1),
+            unit,
+            version: version(9, 9),
+            as_of,
+            data: Some(data(900, 16)),
+        };
+        rig.store.append(push).unwrap();
+        settle(&mut rig, &|rig| {
+            rig.events
+                .iter()
+                .any(|event| matches!(event, StoreEvent::Pushed { token: done, .. } if *done == token))
+        });
+        rig.store.apply(GROUP, entry.seq);
+        // What comes next says that it is acknowledged.
+        let last = rig.write(GROUP, key(3), pages, 300);
+        rig.settle();
+        rig.flush();
+        rig = rig.crash(true);
+        assert_eq!(rig.store.tail(GROUP).last, last);
+        if opened_twice {
+            rig = rig.crash(true);
+        }
+        rig.store.apply(GROUP, Seq(u64::MAX));
+        assert!(!rig.recovered.damaged);
+        rig.expect(GROUP, key(1), pages, |page| 100 + u64::from(page));
+        rig.expect(GROUP, key(1), PageRange::of_unit(unit), |page| 900 + u64::from(page % 16));
+    }
 }
 
 #[test]

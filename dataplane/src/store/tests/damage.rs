@@ -216,6 +216,102 @@ fn a_damaged_page_that_nobody_mends_stops_no_others() {
     }
 }
 
+/// Ranges that destage says are damaged, since the last time.
+fn told(rig: &mut Rig) -> Vec<PageRange> {
+    let damaged = |event: StoreEvent| match event {
+        StoreEvent::Damaged { group: GROUP, key: of, pages } if of == key(1) => Some(pages),
+        _ => None,
+    };
+    rig.events.drain(..).filter_map(damaged).collect()
+}
+
+fn seconds(rig: &mut Rig, count: u64) {
+    for _ in 0..count {
+        rig.now_ns += 1_000_000_000;
+        rig.store.tick(rig.now_ns);
+        rig.settle();
+    }
+}
+
+/// Units far apart in the block adjoin in the journal and in capacity: what lay between them was told as damaged as well, 3 MiB of it,
+/// which no buffer has.
+#[test]
+fn what_is_damaged_is_told_to_the_page() {
+    let mut rig = Rig::new(3, false);
+    let (first, second) = (PageRange::of_unit(0), PageRange::of_unit(50));
+    for (pages, content) in [(first, 100), (second, 500)] {
+        let version = rig.write(GROUP, key(1), pages, content);
+        rig.store.apply(GROUP, version.seq);
+    }
+    rig.settle();
+    rig.store.apply(GROUP, Seq(u64::MAX));
+    let data_start = journal_start(&rig) + PAGE_SIZE as u64;
+    let is_there = |rig: &Rig, page: u64| {
+        let mut bytes = vec![0; PAGE_SIZE];
+        rig.capacity.read_at(data_start + page * PAGE_SIZE as u64, &mut bytes).unwrap();
+        bytes == page_bytes(if page < 16 { 100 + page } else { 500 + page - 16 })
+    };
+    assert!((0..32).all(|page| is_there(&rig, page)), "both are in one batch");
+    for page in [3, 4, 20] {
+        rig.capacity.make_unreadable(data_start + page * PAGE_SIZE as u64);
+    }
+    rig.capacity.flip_bit(data_start + 9 * PAGE_SIZE as u64, 5);
+    rig.events.clear();
+    rig.idle();
+    let damaged = [PageRange::new(3, 2), PageRange::new(9, 1), PageRange::new(second.first + 4, 1)];
+    assert_eq!(told(&mut rig), damaged);
+    assert_eq!(rig.store.status().counters.checksum_errors, 4);
+    for pages in damaged {
+        let content = if pages.first < 16 { 100 + u64::from(pages.first) } else { 504 };
+        let token = rig.token();
+        rig.store.repair(token, GROUP, key(1), pages, data(content, pages.count));
+    }
+    rig.settle();
+    assert_eq!(rig.store.status().counters.repaired_pages, 4);
+    seconds(&mut rig, 2);
+    assert_eq!((told(&mut rig), rig.store.status().journalled_pages), (vec![], 0));
+    rig.expect(GROUP, key(1), first, |page| 100 + u64::from(page));
+    rig.expect(GROUP, key(1), second, |page| 500 + u64::from(page - second.first));
+}
+
+/// A sector that takes every repair and returns something else held its block in the journal for ever, and was read without a pause.
+#[test]
+fn a_page_that_stays_damaged_is_moved_as_it_is_after_some_cycles() {
+    for repairs in [false, true] {
+        let mut rig = Rig::new(3, false);
+        rig.write_through(GROUP, key(1), PAGES, 100);
+        let offset = journal_start(&rig) + 2 * PAGE_SIZE as u64;
+        rig.capacity.flip_bit(offset, 5);
+        rig.events.clear();
+        rig.idle();
+        let mut met = told(&mut rig).len();
+        for _ in 0..30 {
+            if repairs {
+                let token = rig.token();
+                rig.store.repair(token, GROUP, key(1), PageRange::new(3, 1), data(101, 1));
+                while !rig.events.iter().any(|event| matches!(event, StoreEvent::Repaired { .. })) {
+                    rig.end_turn();
+                    rig.complete_one();
+                }
+                rig.capacity.flip_bit(offset, 5);
+            }
+            seconds(&mut rig, 1);
+            met += told(&mut rig).len();
+        }
+        assert_eq!(rig.store.status().journalled_pages, 0);
+        assert!((2..=10).contains(&met), "it was met {met} times");
+        rig = rig.crash(true);
+        assert!(!rig.recovered.damaged);
+        // Its last repair, if there was one, was of the place where it is now.
+        let result = rig.read(GROUP, key(1), PAGES);
+        if repairs {
+            rig.expect(GROUP, key(1), PAGES, |page| 98 + u64::from(page));
+        } else {
+            assert_eq!(damaged_pages(result), [1]);
+        }
+    }
+}
+
 #[test]
 fn a_torn_tail_is_cut_off_and_its_remainder_never_comes_back() {
     for seed in 1..60 {

@@ -200,6 +200,13 @@ impl Group {
         (self.durable, self.flushed) = (0, 0);
     }
 
+    /// Is there an entry of this unit that is not acknowledged?
+    pub fn waits_to_write(&self, block: BlockKey, unit: u8) -> bool {
+        self.pending(self.log.len(), self.acked).iter().any(|event| {
+            matches!(event, Event::Entry { key, pages, .. } if *key == block && pages.units().contains(&unit))
+        })
+    }
+
     fn pending(&self, count: usize, acked: Seq) -> Vec<Event> {
         self.split(count, acked).1
     }

@@ -111,11 +111,18 @@ impl Run {
         if self.held == Some(group) && self.rig.random.chance(95) {
             return;
         }
-        self.acknowledge(group, 100);
+        // A push waits for the entries of its unit to be acknowledged, not for those of the others.
+        if self.rig.random.one_in(2) {
+            self.acknowledge(group, 100);
+        }
         let (block, unit) =
             (key(self.rig.random.below(u64::from(KEYS)) as u32), self.rig.random.below(16) as u8);
+        let model = &self.model.groups[&group];
+        let as_of = model.acked;
+        if model.waits_to_write(block, unit) {
+            return;
+        }
         let content = self.contents(16, 30);
-        let as_of = self.model.groups[&group].last().seq;
         let version = if content == 0 { Version::ZERO } else { Version::new(Epoch(9), Seq(self.content)) };
         let token = self.rig.token();
         let data = (content != 0).then(|| data(content, 16));
