@@ -80,6 +80,9 @@ pub struct Group {
     /// While the present epoch is not settled: the acting set of the last one that was. All that is acknowledged is with
     /// them; that the present members have it is not known before their journals are complete (docs/decisions/0009).
     pub former: Vec<Member>,
+    /// While the present epoch is not settled: members that were taken in since the last one that was, and do not act any more. They may
+    /// have what those of `former` have lost (docs/decisions/0017).
+    pub dropped: Vec<Member>,
 }
 
 /// A store that lost records.
@@ -160,10 +163,15 @@ impl Group {
         settled.into_iter().flatten().chain(&self.former)
     }
 
-    /// The acting members that are no holders yet.
+    /// Who was taken into the acting set since the last settled epoch, and is no holder yet, whether it still acts or not.
     pub fn newcomers(&self) -> impl Iterator<Item = &Member> {
         let is_holder = |member: &Member| self.holders().any(|holder| holder.node == member.node);
-        self.acting().filter(move |member| !is_holder(member))
+        self.acting().filter(move |member| !is_holder(member)).chain(&self.dropped)
+    }
+
+    /// Whoever has a part in the group, or may be asked for what it had.
+    pub fn replicas(&self) -> impl Iterator<Item = &Member> {
+        self.members.iter().chain(&self.former).chain(&self.dropped)
     }
 }
 
@@ -251,7 +259,7 @@ impl TryFrom<proto::ClusterMap> for ClusterMap {
         for group in message.groups {
             let group = Group::try_from(group)?;
             let entry = u64::from(group.id.0);
-            if group.members.iter().chain(&group.former).any(|member| !map.nodes.contains_key(&member.node)) {
+            if group.replicas().any(|member| !map.nodes.contains_key(&member.node)) {
                 return Err(MapError { field: "groups.members.node", entry });
             }
             map.groups.insert(group.id, group);
@@ -416,6 +424,7 @@ impl TryFrom<proto::Group> for Group {
             primary: (group.primary != 0).then_some(NodeId(group.primary)),
             members: group.members.into_iter().map(Member::from).collect(),
             former: group.former.into_iter().map(Member::from).collect(),
+            dropped: group.dropped.into_iter().map(Member::from).collect(),
         };
         if let Some(primary) = decoded.primary
             && !decoded.acting().any(|member| member.node == primary)
@@ -434,6 +443,7 @@ impl From<&Group> for proto::Group {
             primary: group.primary.map_or(0, |node| node.0),
             members: group.members.iter().map(proto::Member::from).collect(),
             former: group.former.iter().map(proto::Member::from).collect(),
+            dropped: group.dropped.iter().map(proto::Member::from).collect(),
         }
     }
 }

@@ -138,6 +138,7 @@ pub fn map() -> ClusterMap {
         primary: [1, 2, 1, 0][id as usize],
         members: vec![member(1, false), member(2, id == 3), member(3, true)],
         former: Vec::new(),
+        dropped: Vec::new(),
     };
     ClusterMap {
         version: 42,

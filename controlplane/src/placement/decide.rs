@@ -84,21 +84,18 @@ fn regroup(
     let surely = group.holders().any(|holder| view.has_everything(group, holder.node));
     let since = *memory.waiting.entry(group.id).or_insert(view.now);
     let newcomers = match surely {
-        true => group.newcomers().filter(|m| view.standing(m) == Standing::Live).copied().collect(),
+        true => {
+            let lives = |m: &&Member| group.acts(m) && view.standing(m) == Standing::Live;
+            group.newcomers().filter(lives).copied().collect()
+        }
         // What was acknowledged may be theirs alone: all holders have lost something.
         false if all_are_there => view.intact_newcomers(group)?,
         false => return None,
     };
-    let renewed = |member: &&Member| {
-        let new = view.member(group.id, member.node, member.store, false)?;
-        Some(Member { damaged: view.damaged(group.id, member), ..new })
-    };
     let mut all = live;
-    all.extend(back.iter().filter_map(renewed));
+    all.extend(back.iter().filter_map(|member| view.renewed(group.id, member, false)));
     all.extend(newcomers);
-    // A member that lost records is no source, unless there is no other.
-    let whole: Vec<Member> = all.iter().filter(|member| !member.damaged).copied().collect();
-    let mut chosen = if whole.is_empty() { all } else { whole };
+    let mut chosen = sources(all);
     if chosen.len() < usize::from(pool.min_replicas) {
         chosen.extend(up_to_date(view, group, &chosen, wishes));
     }
@@ -109,6 +106,12 @@ fn regroup(
     }
     memory.waiting.remove(&group.id);
     Some(chosen)
+}
+
+/// Of those who may act: a member that lost records is no source, unless there is no other.
+pub(super) fn sources(all: Vec<Member>) -> Vec<Member> {
+    let whole: Vec<Member> = all.iter().filter(|member| !member.damaged).copied().collect();
+    if whole.is_empty() { all } else { whole }
 }
 
 /// Learners that their primary, which is among the `chosen`, says have everything: they were held back, or were about to act.
@@ -152,10 +155,7 @@ fn with_the_rest(view: &View<'_>, group: &Group, acting: Vec<Member>) -> Vec<Mem
 fn as_learner(view: &View<'_>, group: &Group, member: &Member) -> Option<Member> {
     match view.standing(member) {
         Standing::Live => Some(Member { learner: true, ..*member }),
-        Standing::Back => {
-            let new = view.member(group.id, member.node, member.store, true)?;
-            Some(Member { damaged: view.damaged(group.id, member), ..new })
-        }
+        Standing::Back => view.renewed(group.id, member, true),
         Standing::Failed | Standing::Gone => None,
     }
 }

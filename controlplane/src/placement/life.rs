@@ -12,6 +12,7 @@ use std::collections::BTreeSet;
 use xsan_protocol::ids::GroupId;
 use xsan_protocol::map::{Group, Member};
 
+use super::decide::sources;
 use super::{PrimaryCounts, Standing, View};
 use crate::lease::Health;
 use crate::state::command::GroupChange;
@@ -72,14 +73,15 @@ fn go_on_without(view: &View<'_>, group: &Group) -> Option<GroupChange> {
     if serves || waits || rest.len() == group.holders().count() {
         return None;
     }
-    let renewed = |member: &Member| view.member(group.id, member.node, member.store, false);
+    let renewed = |member: &Member| view.renewed(group.id, member, false);
     let mut members: Vec<Member> = rest.iter().filter_map(|member| renewed(member)).collect();
     members.extend(view.intact_newcomers(group)?);
+    members = sources(members);
     if members.is_empty() {
-        members = newcomers_with_losses(view, group)?;
+        members = sources(newcomers_with_losses(view, group)?);
     }
     if members.is_empty() {
-        members = group.learners().filter_map(renewed).collect();
+        members = sources(group.learners().filter_map(renewed).collect());
     }
     if members.is_empty() {
         members = first_members(view, group.id);
@@ -99,7 +101,7 @@ fn go_on_without(view: &View<'_>, group: &Group) -> Option<GroupChange> {
 fn newcomers_with_losses(view: &View<'_>, group: &Group) -> Option<Vec<Member>> {
     let back = |member: &Member| {
         let is_back = view.standing(member) == Standing::Back;
-        view.member(group.id, member.node, member.store, false).filter(|_| is_back)
+        view.renewed(group.id, member, false).filter(|_| is_back)
     };
     group.newcomers().filter(|newcomer| !view.is_given_up(newcomer)).map(back).collect()
 }

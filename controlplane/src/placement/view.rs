@@ -103,6 +103,12 @@ impl View<'_> {
         })
     }
 
+    /// `member` in the present life of its node; `None` when that is not up.
+    pub fn renewed(&self, group: GroupId, member: &Member, learner: bool) -> Option<Member> {
+        let new = self.member(group, member.node, member.store, learner)?;
+        Some(Member { damaged: self.damaged(group, member), ..new })
+    }
+
     /// Did nothing that `member` wrote get lost: the host has not restarted, and its records are whole?
     pub fn intact(&self, group: GroupId, member: &Member) -> bool {
         let data = self.state.map().nodes.get(&member.node).and_then(|node| node.data.as_ref());

@@ -1,11 +1,13 @@
 //! Changes of groups: compare-and-set on the epoch, each on its own within a batch.
 //!
-//! When the acting set changes, the old one is kept in `Group::former` until the new epoch is settled.
+//! When the acting set changes, the old one is kept in `Group::former` until the new epoch is settled, and with it, in `Group::dropped`, who
+//! was taken in meanwhile and does not act any more.
 
 use std::collections::BTreeSet;
 
 use xsan_protocol::limits::REPLICAS_MAX;
 use xsan_protocol::map::{Group, Member};
+use xsan_protocol::mutation::Mutation;
 
 use super::command::{GroupChange, Reply};
 use super::error::StateError;
@@ -39,6 +41,7 @@ impl ClusterState {
         }
         if change.settle {
             group.former.clear();
+            group.dropped.clear();
             touched.groups.insert(change.group);
             return Ok(true);
         }
@@ -55,7 +58,15 @@ impl ClusterState {
         let life = |member: &Member| (member.node, member.store, member.incarnation);
         let before: BTreeSet<_> = group.acting().map(life).collect();
         let after = change.members.iter().filter(|member| !member.learner).map(life).collect();
-        if group.is_settled() && before != after {
+        if !group.is_settled() {
+            let acts = |member: &&Member| {
+                change.members.iter().any(|m| !m.learner && (m.node, m.store) == (member.node, member.store))
+            };
+            group.dropped = group.newcomers().filter(|member| !acts(member)).copied().collect();
+            if Mutation::NewcomersForgotten.is_on() {
+                group.dropped.clear();
+            }
+        } else if before != after {
             group.former = group.acting().copied().collect();
         }
         group.epoch = group.epoch.next();

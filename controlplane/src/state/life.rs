@@ -46,10 +46,10 @@ impl ClusterState {
         map.pools.values().flat_map(move |pool| pool.groups().map(move |id| (pool, &map.groups[&id])))
     }
 
-    /// Is `node` a member of any group, or was it of the last settled epoch of one?
+    /// Is `node` a member of any group, or was it since the last settled epoch of one?
     pub fn has_replicas(&self, node: NodeId) -> bool {
         let mut groups = self.map.groups.values();
-        groups.any(|group| group.members.iter().chain(&group.former).any(|member| member.node == node))
+        groups.any(|group| group.replicas().any(|member| member.node == node))
     }
 
     /// Groups that have an acting member on `node`, and without it fewer than `min_replicas` on nodes that `serve`.

@@ -77,7 +77,7 @@ impl ClusterState {
         let private = self.nodes.get_mut(&id).expect("every node of the map has a private part");
         // Also the groups that the store does not name: all that it had of them may be what it lost.
         let lost = |group: &&Group| {
-            group.members.iter().chain(&group.former).any(|member| {
+            group.replicas().any(|member| {
                 let store = damaged_stores.iter().find(|store| store.store == member.store);
                 member.node == id && store.is_some_and(|store| !store.intact_groups.contains(&group.id))
             })
@@ -120,7 +120,7 @@ impl ClusterState {
     /// process, that must not pass for nothing lost: its members count as those of a host that lost its power.
     fn may_lack_writes(&mut self, id: NodeId, store: StoreId, touched: &mut Touched) {
         for group in self.map.groups.values_mut() {
-            let members = group.members.iter_mut().chain(&mut group.former);
+            let members = group.members.iter_mut().chain(&mut group.former).chain(&mut group.dropped);
             for member in members.filter(|member| member.node == id && member.store == store) {
                 member.boot_id = BootId(0);
                 touched.groups.insert(group.id);

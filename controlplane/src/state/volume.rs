@@ -81,7 +81,14 @@ impl ClusterState {
                 placement.replicas.iter().map(|replica| self.first_member(*replica)).collect();
             let primary = members.first().map(|member| member.node);
             self.insert_group(
-                Group { id: placement.group, epoch: Epoch(1), primary, members, former: Vec::new() },
+                Group {
+                    id: placement.group,
+                    epoch: Epoch(1),
+                    primary,
+                    members,
+                    former: Vec::new(),
+                    dropped: Vec::new(),
+                },
                 touched,
             );
         }

@@ -22,7 +22,6 @@ use super::action::Action;
 use super::call::{Call, ReadJob, ReadPurpose};
 use super::frames;
 use super::group::{Group, refuse};
-use super::reads::wrong_pages;
 use super::scrub::{Scrub, Step};
 use crate::net::frame::Frame;
 use crate::store::{PageData, ReadError, ReadPages};
@@ -221,11 +220,10 @@ impl Group {
         (pages, before): (PageRange, &[Version]),
         result: Result<ReadPages, ReadError>,
     ) {
-        let (checksums, damaged) = match result {
+        let (checksums, damaged): (_, Vec<u16>) = match result {
             Ok(read) => (read.checksums, Vec::new()),
-            Err(ReadError::Damaged { buffer, expected, .. }) => {
-                let damaged = wrong_pages(&buffer, &expected, pages);
-                (expected, damaged)
+            Err(ReadError::Damaged { damaged, expected, .. }) => {
+                (expected, damaged.into_iter().map(|index| pages.first + index).collect())
             }
             Err(ReadError::Failed) => return refuse(call, to, header, Code::StoreFailed),
         };

@@ -8,10 +8,12 @@
 //! - Between a new epoch of the map and the first Peer or LearnStart of it, frames of the old epoch's primary are still
 //!   taken: a member is fenced by its own answer, so nothing that it vouched for before is missing from that answer.
 
+use xsan_protocol::checksum::crc32c;
 use xsan_protocol::error::Code;
 use xsan_protocol::ids::{Epoch, GroupId, NodeId, Seq, Version};
 use xsan_protocol::map;
 use xsan_protocol::mutation::Mutation;
+use xsan_protocol::units::PAGE_SIZE;
 use xsan_protocol::wire::header::{Header, Opcode, flags};
 use xsan_protocol::wire::replication::PeerInfo;
 
@@ -21,8 +23,9 @@ use super::frames;
 use super::learner::Learning;
 use super::primary::Primary;
 use super::replica::Replica;
+use crate::disk::buffers::BufferMut;
 use crate::net::frame::{Frame, Meta};
-use crate::store::{Entry, ReadError, ReadPages, StoreError};
+use crate::store::{Entry, ReadError, ReadPages};
 
 /// Frames of a newer epoch kept until the map arrives; a primary sends few before it is answered.
 const EARLY_FRAMES_MAX: usize = 4096;
@@ -105,20 +108,26 @@ impl Group {
         {
             learning.forget_start();
         }
-        if role == Role::None {
+        if matches!(role, Role::None | Role::Primary) {
             self.fence = None;
-            self.learning = None;
-            self.replica.apply_limit = None;
+            self.stop_learning(call);
         }
         if role == Role::Primary {
-            self.fence = None;
-            self.learning = None;
-            self.replica.apply_limit = None;
             self.reign(call, group, min_replicas, continues);
         }
         self.give_up_failed(call.core);
         self.replica.maybe_sync(call);
         call.core.ticking.insert(self.id);
+    }
+
+    /// The replica acts from here on, or may later be asked for what it has. While it learnt, nobody waited for that when clients flushed: it
+    /// vouches for it once it is on stable media.
+    fn stop_learning(&mut self, call: &mut Call<'_>) {
+        let acted = self.learning.take().is_none_or(|learning| !learning.is_started());
+        if !acted && !Mutation::PromotedUnflushed.is_on() {
+            self.replica.sync_all(call);
+        }
+        self.replica.apply_limit = None;
     }
 
     /// Nobody asks for what a replica on a failed store had in memory once it is no member; others need the memory.
@@ -242,8 +251,7 @@ impl Group {
             return refuse(call, from, header, Code::Busy);
         }
         if !resumes {
-            self.learning = None;
-            self.replica.apply_limit = None;
+            self.stop_learning(call);
         }
         self.fence = Some(Fence { epoch: header.epoch, primary: from });
         self.broken = false;
@@ -294,7 +302,7 @@ impl Group {
     ) {
         let read = match result {
             Ok(read) => read,
-            Err(ReadError::Damaged { .. }) => return refuse(call, to, header, Code::ChecksumMismatch),
+            Err(ReadError::Damaged { buffer, damaged, expected }) => without(buffer, &damaged, &expected),
             Err(ReadError::Failed) => return refuse(call, to, header, Code::StoreFailed),
         };
         let mut answer = frames::numbered(Opcode::FetchPagesReply, self.id, header.epoch, header.request_id);
@@ -347,8 +355,7 @@ impl Group {
 
     /// Tells the primary whether the store here has room for new places.
     fn room(&self, call: &Call<'_>) -> u16 {
-        let full = call.stores.view(self.replica.store).admit(1) == Err(StoreError::Full);
-        if full { flags::STORE_FULL } else { 0 }
+        if call.stores.view(self.replica.store).is_full() { flags::STORE_FULL } else { 0 }
     }
 
     /// What a learner holds in memory, and whether its journal is late with it.
@@ -447,4 +454,16 @@ pub(super) fn answer_push(call: &mut Call<'_>, token: u64, code: Option<Code>) {
     let mut answer = frames::numbered(Opcode::PushReply, group, header.epoch, header.request_id);
     (answer.header.key, answer.header.offset, answer.header.status) = (header.key, header.offset, code);
     call.send(to, answer);
+}
+
+/// What was read, with zeroes for the damaged pages: the others may be all that is asked for. The primary takes no page that has
+/// another checksum than it expects.
+fn without(mut buffer: BufferMut, damaged: &[u16], expected: &[u32]) -> ReadPages {
+    let mut checksums = expected.to_vec();
+    for index in damaged.iter().map(|index| usize::from(*index)) {
+        let page = &mut buffer[index * PAGE_SIZE..(index + 1) * PAGE_SIZE];
+        page.fill(0);
+        checksums[index] = crc32c(page);
+    }
+    ReadPages { buffer, checksums: checksums.into() }
 }

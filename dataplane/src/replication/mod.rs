@@ -16,7 +16,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use xsan_protocol::error::Code;
-use xsan_protocol::ids::{Epoch, GroupId, Incarnation, MapVersion, NodeId, ShardIndex, StoreId};
+use xsan_protocol::ids::{Epoch, GroupId, Incarnation, MapVersion, NodeId, Seq, ShardIndex, StoreId};
 use xsan_protocol::map::ClusterMap;
 use xsan_protocol::mutation::Mutation;
 use xsan_protocol::wire::header::Opcode;
@@ -530,6 +530,11 @@ impl Replication {
     /// A group in words, for those who look for the cause of something.
     pub fn describe(&self, group: GroupId) -> String {
         self.groups.get(&group).map_or_else(String::new, |group| format!("{group:?}"))
+    }
+
+    /// What this node knows to be acknowledged in a group, and what it has in its journal.
+    pub fn journal(&self, group: GroupId) -> Option<(Seq, Seq)> {
+        self.groups.get(&group).map(|group| (group.replica.acked, group.replica.durable))
     }
 
     /// A group that has something to do at the next tick or call.

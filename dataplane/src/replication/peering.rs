@@ -123,6 +123,7 @@ impl Group {
         primary.flushed = None;
         primary.announced = Seq(0);
         primary.settled = group.is_settled();
+        primary.dropped = group.dropped.iter().map(|member| member.node).collect();
         primary.waits_to_settle =
             !Mutation::SettledAtOnce.is_on() && !group.former.iter().all(|former| group.acts(former));
         primary.settling_ns = None;
@@ -296,6 +297,7 @@ impl Group {
     pub(super) fn on_settled(&mut self, call: &mut Call<'_>) {
         let Some(primary) = &mut self.primary else { return };
         primary.settled = true;
+        primary.dropped.clear();
         if std::mem::take(&mut primary.waits_to_settle)
             && let Some(quorum) = &primary.quorum
         {
@@ -303,6 +305,7 @@ impl Group {
             self.on_acknowledged(call, acked);
             self.maybe_activate(call);
         }
+        self.start_learners(call);
     }
 
     /// Once all have answered: whose journal is the longest?

@@ -117,6 +117,8 @@ pub(super) struct Primary {
     pub announced: Seq,
     /// Does the control plane count on the present acting set?
     pub settled: bool,
+    /// Who acted since the last settled epoch, and may not drop anything before this one is.
+    pub dropped: Vec<NodeId>,
     /// It counts on members that do not act here: nothing may be acknowledged without them.
     pub waits_to_settle: bool,
     /// The newest entry that any member had when the epoch began.
@@ -152,6 +154,7 @@ impl Primary {
             held: Vec::new(),
             announced: Seq(0),
             settled: false,
+            dropped: Vec::new(),
             waits_to_settle: false,
             settles_at: Seq(0),
             settling_ns: None,

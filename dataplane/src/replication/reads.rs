@@ -13,7 +13,6 @@ use xsan_protocol::checksum::crc32c;
 use xsan_protocol::error::Code;
 use xsan_protocol::ids::{BlockKey, NodeId, Seq, Version};
 use xsan_protocol::limits::FRAME_DATA_MAX;
-use xsan_protocol::mutation::Mutation;
 use xsan_protocol::units::{PAGE_SIZE, PageRange};
 use xsan_protocol::wire::header::{Header, Opcode};
 
@@ -30,7 +29,7 @@ use crate::store::{PageData, ReadError, ReadPages};
 
 /// Reads of the store for one request: a page may be overwritten while its older content is being mended.
 const READ_ATTEMPTS_MAX: u8 = 3;
-/// Reads under way because destage met damage. What it meets beyond, it meets again.
+/// Reads under way because destage met damage. What it meets beyond, it meets again, some times; then reads and scrubs do.
 const MENDS_MAX: usize = 32;
 
 impl Group {
@@ -157,8 +156,8 @@ impl Group {
         match result {
             Ok(read) => self.finish_read(call, job, read),
             Err(ReadError::Failed) => self.fail_read(call, job, Code::StoreFailed),
-            Err(ReadError::Damaged { buffer, expected, .. }) => {
-                self.start_mending(call, job, buffer, expected)
+            Err(ReadError::Damaged { buffer, damaged, expected }) => {
+                self.start_mending(call, job, buffer, damaged, expected)
             }
         }
     }
@@ -235,9 +234,6 @@ impl Group {
 
     /// Destage met damaged pages here. The primary mends its own like any that it reads; a member asks it for them.
     pub(super) fn on_destage_damaged(&mut self, call: &mut Call<'_>, key: BlockKey, pages: PageRange) {
-        if Mutation::DamageLeft.is_on() {
-            return;
-        }
         let follows = self.fence.filter(|fence| fence.epoch == self.epoch);
         match (self.role, follows) {
             (Role::Primary, _) => self.mend_at(call, call.node(), key, pages),
@@ -251,7 +247,12 @@ impl Group {
 
     /// A member tells of damaged pages there.
     pub(super) fn on_damaged(&mut self, call: &mut Call<'_>, from: NodeId, header: &Header) {
-        if let Some(pages) = frames::pages_of(header).filter(|pages| pages.bytes() <= FRAME_DATA_MAX) {
+        let is_member = self.primary.as_ref().is_some_and(|primary| {
+            primary.members.iter().any(|member| member.node == from)
+                || primary.learners.iter().any(|learner| learner.node == from)
+        });
+        let pages = frames::pages_of(header).filter(|pages| pages.bytes() <= FRAME_DATA_MAX);
+        if let Some(pages) = pages.filter(|_| is_member) {
             self.mend_at(call, from, header.key, pages);
         }
     }
@@ -272,9 +273,10 @@ impl Group {
         call: &mut Call<'_>,
         mut job: ReadJob,
         buffer: BufferMut,
+        damaged: Vec<u16>,
         expected: Arc<[u32]>,
     ) {
-        let damaged = wrong_pages(&buffer, &expected, job.pages);
+        let damaged: Vec<u16> = damaged.into_iter().map(|index| job.pages.first + index).collect();
         if let ReadPurpose::Scrub { damaged: told, .. } = &mut job.purpose {
             told.clone_from(&damaged);
         }
@@ -375,11 +377,4 @@ impl Group {
             call.out.push(Action::Repair { store, token, group, key, pages: range, data: part });
         }
     }
-}
-
-/// Pages of the block whose bytes do not match.
-pub(super) fn wrong_pages(bytes: &[u8], expected: &[u32], pages: PageRange) -> Vec<u16> {
-    let matches =
-        |(page, (bytes, expected)): (u16, (&[u8], &u32))| (crc32c(bytes) != *expected).then_some(page);
-    pages.pages().zip(bytes.chunks_exact(PAGE_SIZE).zip(expected)).filter_map(matches).collect()
 }

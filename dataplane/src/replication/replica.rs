@@ -125,6 +125,18 @@ impl Replica {
         call.core.ticking.insert(self.group);
     }
 
+    /// What it has so far counts once it is on stable media.
+    pub fn sync_all(&mut self, call: &mut Call<'_>) {
+        self.mark_unsynced(self.last.seq);
+        self.maybe_sync(call);
+    }
+
+    fn mark_unsynced(&mut self, through: Seq) {
+        if through > Seq(0) && self.must_sync.back() != Some(&through) {
+            self.must_sync.push_back(through);
+        }
+    }
+
     /// The journal has everything up to `seq`. Stability asked for is forced now.
     pub fn on_durable(&mut self, call: &mut Call<'_>, seq: Seq) {
         assert!(seq <= self.last.seq, "durable {seq} beyond {}", self.last);
@@ -292,7 +304,12 @@ impl Replica {
     pub fn on_withdrawn(&mut self, last: Version) {
         assert!(last.seq >= self.durable, "{last} was taken back, and {} was durable", self.durable);
         while self.pending.pop_back_if(|entry| entry.version.seq > last.seq).is_some() {}
+        let marks = self.must_sync.len();
         self.must_sync.retain(|seq| *seq <= last.seq);
+        if self.must_sync.len() < marks {
+            // What a mark stood for may lie below it.
+            self.mark_unsynced(last.seq);
+        }
         self.refused = None;
         self.last = last;
         self.acked = self.acked.min(last.seq);

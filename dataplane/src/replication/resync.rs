@@ -7,6 +7,8 @@
 //! Invariants
 //! - While a unit is read and pushed, no write to it is sequenced: on the connection the unit comes after every entry that it
 //!   holds, and before every one that it lacks.
+//! - No learner that acted since the last settled epoch is started, and drops its tail, before the present one is settled: it may be the
+//!   only one that has what was acknowledged then.
 //! - Nothing is compared before everything up to the start is acknowledged, so applied: the learner never gets those entries.
 //!
 //! - Once a learner was proposed, it is not started anew in that epoch: the proposal may still be taken, and a member that has just
@@ -240,7 +242,8 @@ impl Group {
         let last = self.replica.last;
         let Some(primary) = self.primary.as_mut().filter(|primary| primary.is_active()) else { return };
         for learner in &mut primary.learners {
-            let quiet = matches!(learner.step, Step::Running(_) | Step::Behind);
+            let quiet = matches!(learner.step, Step::Running(_) | Step::Behind)
+                || primary.dropped.contains(&learner.node);
             if quiet || !is_due(learner.asked_ns, ASK_AGAIN_NS, call.now_ns) {
                 continue;
             }

@@ -236,8 +236,8 @@ mod tests {
             data: Some(data),
         };
         let id = GroupId(3);
-        let (members, former) = (Vec::new(), Vec::new());
-        let group = Group { id, epoch: Epoch(1), primary: Some(primary), members, former };
+        let (members, former, dropped) = (Vec::new(), Vec::new(), Vec::new());
+        let group = Group { id, epoch: Epoch(1), primary: Some(primary), members, former, dropped };
         ClusterMap {
             nodes: [(NodeId(1), node)].into(),
             groups: [(id, group)].into(),

@@ -99,7 +99,7 @@ opcodes! {
     /// Not answered: the next Check tells, or Damaged.
     51 Mend;
     /// A member met damaged pages, and asks its primary for them. Answered with Mend or not at all: what stays damaged is met
-    /// again.
+    /// again, some times.
     52 Damaged;
     // link between the two processes of a node; payload: a LinkMessage
     64 Link;

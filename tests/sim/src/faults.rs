@@ -6,9 +6,11 @@
 
 use xsan_dataplane::io::DeviceRole;
 use xsan_dataplane::testing::SimDevice;
+use xsan_protocol::ids::{NodeId, Seq};
+use xsan_protocol::map::Group;
 use xsan_protocol::units::PAGE_SIZE;
 
-use crate::plan::{MS, SECOND};
+use crate::plan::{MS, SECOND, US};
 use crate::world::{Event, World};
 
 /// A fault, of a host and perhaps another.
@@ -19,6 +21,7 @@ const NODES_ADDED_MAX: usize = 1;
 /// As long as hosts that are cut off are waited for.
 const TAKEOVER_MAX: u64 = 6 * SECOND;
 const TAKEOVER_POLL: u64 = 5 * MS;
+const NEWCOMER_POLL: u64 = 100 * US;
 
 impl World {
     pub fn next_fault(&mut self) {
@@ -34,7 +37,7 @@ impl World {
         let host = self.random.index(self.hosts.len());
         let other = (host + 1 + self.random.index(self.hosts.len() - 1)) % self.hosts.len();
         let weights = self.plan.weights;
-        let kinds: [(u64, Kind); 16] = [
+        let kinds: [(u64, Kind); 17] = [
             (weights.kill_data, Self::fault_kill_data),
             (weights.kill_control, Self::fault_kill_control),
             (weights.kill_host, Self::fault_kill_host),
@@ -44,6 +47,7 @@ impl World {
             (weights.partition, Self::fault_partition),
             (weights.one_way, Self::fault_one_way),
             (weights.takeover, Self::fault_takeover),
+            (weights.newcomer, Self::fault_newcomer),
             (weights.heal, Self::fault_heal),
             (weights.slow, Self::fault_slow),
             (weights.fail_device, Self::fault_fail_device),
@@ -109,15 +113,19 @@ impl World {
         self.after(wait, Event::PowerOn { host, boot });
     }
 
-    /// Does every group have a live acting member elsewhere, in a state that all agree on?
+    /// Does every group have a live acting member elsewhere, in a state that all agree on, with all that is acknowledged in its journal?
     fn bears_loss_of(&self, lost: usize) -> bool {
         let map = self.control.state.map();
-        let safe = |group: &xsan_protocol::map::Group| {
+        let safe = |group: &Group| {
+            let acked = self.acknowledged(group);
             group.acting().any(|member| {
                 let host = member.node.0 as usize - 1;
-                let process = self.hosts[host].process.as_ref();
-                let lives = process.is_some_and(|process| process.incarnation == member.incarnation);
-                host != lost && lives && !self.has_failed(host)
+                let holds = self.hosts[host].process.as_ref().is_some_and(|process| {
+                    let journal = process.driver.replication.journal(group.id);
+                    process.incarnation == member.incarnation
+                        && journal.is_some_and(|(_, durable)| durable >= acked)
+                });
+                host != lost && holds && !self.has_failed(host)
             })
         };
         let active: usize = self
@@ -127,6 +135,14 @@ impl World {
             .map(|process| process.driver.replication.status().groups_active)
             .sum();
         active == map.groups.len() && map.groups.values().all(safe)
+    }
+
+    /// What any member of the group knows to be acknowledged.
+    fn acknowledged(&self, group: &Group) -> Seq {
+        let process = |node: NodeId| self.hosts[node.0 as usize - 1].process.as_ref();
+        let processes = group.acting().filter_map(|member| process(member.node));
+        let journals = processes.filter_map(|process| process.driver.replication.journal(group.id));
+        journals.map(|(acked, _)| acked).max().unwrap_or(Seq(0))
     }
 
     /// Has a store of it failed, or is it about to?
@@ -238,6 +254,61 @@ impl World {
             let maps_late_until = &mut self.hosts[host].maps_late_until;
             *maps_late_until = late.max(*maps_late_until);
         }
+    }
+
+    /// A data process is killed, and has just been taken in again, but that is not settled, when the primary's host loses its power;
+    /// soon after, the process is killed again.
+    fn fault_newcomer(&mut self, host: usize, _: usize) {
+        self.log(|| format!("host {host} is to be a newcomer"));
+        self.kill_data(host);
+        let wait = 5 * MS + self.random.below(100 * MS);
+        self.restart(host, wait);
+        let until = self.now + TAKEOVER_MAX;
+        self.quiet_until = until;
+        self.newcomer(host, until);
+    }
+
+    /// Is the host a newcomer now?
+    pub fn newcomer(&mut self, host: usize, until: u64) {
+        if self.quiet_until != until {
+            return;
+        }
+        let primary = self.primary_beside(host).filter(|primary| self.bears_loss_of(*primary));
+        let Some(primary) = primary else {
+            if self.now < until {
+                return self.after(NEWCOMER_POLL, Event::Newcomer { host, until });
+            }
+            self.quiet_until = self.now;
+            return;
+        };
+        self.quiet_until = self.now;
+        self.count("power of a primary lost before a newcomer counts");
+        self.power_off(primary);
+        let (wait, boot) = (self.down_time(), self.hosts[primary].boot);
+        self.after(wait, Event::PowerOn { host: primary, boot });
+        let most = if self.random.one_in(2) { 20 * MS } else { 2 * SECOND };
+        let (wait, life) = (self.random.below(most), self.hosts[host].life);
+        self.after(wait, Event::NewcomerDies { host, life });
+    }
+
+    pub fn newcomer_dies(&mut self, host: usize, life: u64) {
+        if self.hosts[host].life == life {
+            self.fault_kill_data(host, host);
+        }
+    }
+
+    /// The host of a primary that counts on this one as a member, in an epoch that is not settled.
+    fn primary_beside(&self, host: usize) -> Option<usize> {
+        let (state, node) = (&self.control.state, self.hosts[host].node);
+        let unsettled = state.map().groups.values().filter(|group| !group.is_settled());
+        let mut primaries = unsettled
+            .filter(|group| group.newcomers().any(|member| member.node == node && group.acts(member)))
+            .filter_map(|group| group.primary.filter(|primary| *primary != node))
+            .map(|primary| primary.0 as usize - 1);
+        primaries.find(|primary| {
+            let process = self.hosts[*primary].process.as_ref();
+            process.is_some_and(|process| process.map.version == state.version())
+        })
     }
 
     fn fault_heal(&mut self, _: usize, _: usize) {

@@ -60,6 +60,8 @@ pub enum Strike {
     AtDestage,
     /// While a store writes the checkpoint that gives journal space up.
     AtCheckpoint,
+    /// When the one that has just been taken in acts alone, because all others were killed.
+    WhenAlone,
 }
 
 impl Strike {
@@ -70,6 +72,7 @@ impl Strike {
             Self::AtPromise => "all hosts down right after a promise",
             Self::AtDestage => "all hosts down during destage",
             Self::AtCheckpoint => "all hosts down at a checkpoint",
+            Self::WhenAlone => "all hosts down when the last one taken in acts alone",
         }
     }
 }
@@ -86,6 +89,7 @@ pub struct Weights {
     pub partition: u64,
     pub one_way: u64,
     pub takeover: u64,
+    pub newcomer: u64,
     pub heal: u64,
     pub slow: u64,
     pub fail_device: u64,
@@ -117,6 +121,7 @@ impl Plan {
             partition: sometimes(50, 6),
             one_way: sometimes(40, 6),
             takeover: 0,
+            newcomer: 0,
             heal: 6,
             slow: sometimes(40, 4),
             fail_device: if rot == 0 { sometimes(20, 2) } else { 0 },
@@ -202,6 +207,13 @@ impl Plan {
         if random.chance(if calm { 60 } else { 25 }) {
             plan.weights.takeover = 5 + random.below(15);
             plan.commit_ns = if random.chance(50) { 400 * MS } else { 0 };
+        }
+        if plan.weights.damage == 0 && random.chance(20) {
+            plan.weights.newcomer = 1 + random.below(10);
+        }
+        // Of three, one goes on alone only after ten seconds.
+        if plan.weights.damage == 0 && plan.replica_count == 2 && random.chance(40) {
+            plan.strike = Strike::WhenAlone;
         }
         plan
     }

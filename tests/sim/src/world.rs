@@ -12,7 +12,7 @@ use xsan_controlplane::state::command::Command;
 use xsan_dataplane::store::StoreStatus;
 use xsan_dataplane::testing::Random;
 use xsan_protocol::ids::{BootId, Incarnation, MapVersion};
-use xsan_protocol::map::ClusterMap;
+use xsan_protocol::map::{ClusterMap, Group};
 
 use crate::Summary;
 use crate::check::Ledger;
@@ -29,6 +29,8 @@ pub const TICK: u64 = 20 * MS;
 const LOG_MAX: usize = 4000;
 /// How long it may take until the moment to strike.
 const STRIKE_WAIT: u64 = SECOND;
+/// And for one member to act alone.
+const ALONE_WAIT: u64 = 3 * SECOND;
 /// For a cluster without faults to be whole and quiet.
 pub const SETTLE_MAX: u64 = 120 * SECOND;
 /// A run that is not over after so many events goes round in circles.
@@ -66,6 +68,8 @@ pub enum Event {
     StartControl { host: usize, life: u64 },
     PowerOn { host: usize, boot: BootId },
     Takeover { host: usize, cut: bool, until: u64 },
+    Newcomer { host: usize, until: u64 },
+    NewcomerDies { host: usize, life: u64 },
     Client { client: usize },
     Retry { operation: u64 },
     Fault,
@@ -250,11 +254,14 @@ impl World {
     /// Runs to the moment at which all hosts are to go down, if it comes soon.
     fn wait_to_strike(&mut self) -> Result<(), String> {
         let strike = self.plan.strike;
+        if strike == Strike::WhenAlone {
+            return self.wait_until_alone();
+        }
         let fullest = (0..self.hosts.len())
             .max_by_key(|host| self.store_status(*host, |status| status.journal_used_bytes));
         let fullest = fullest.expect("there are hosts");
         let count = |world: &Self| match strike {
-            Strike::AnyTime => 0,
+            Strike::AnyTime | Strike::WhenAlone => 0,
             Strike::AtPromise => world.ledger.stable,
             Strike::AtDestage => {
                 let copied = |host| world.store_status(host, |status| status.counters.written_capacity_bytes);
@@ -275,12 +282,54 @@ impl World {
         }
         let capacity_ns = self.plan.device_ns * self.plan.capacity_factor;
         let most = match strike {
-            Strike::AnyTime | Strike::AtPromise => 50 * US,
+            Strike::AnyTime | Strike::AtPromise | Strike::WhenAlone => 50 * US,
             Strike::AtDestage => 20 * capacity_ns,
             Strike::AtCheckpoint => 3 * capacity_ns,
         };
         let slow = strike == Strike::AtCheckpoint && self.hosts[fullest].slow_until > self.now;
         let moment = self.now + self.random.below(most) * if slow { SLOW_FACTOR } else { 1 };
+        self.run_for(moment)
+    }
+
+    /// A member is taken in anew, and then all that acted without it are killed.
+    fn wait_until_alone(&mut self) -> Result<(), String> {
+        let host = self.random.index(self.hosts.len());
+        let (node, limit) = (self.hosts[host].node, self.now + ALONE_WAIT);
+        self.quiet_until = u64::MAX;
+        self.kill_data(host);
+        let wait = 5 * MS + self.random.below(50 * MS);
+        self.restart(host, wait);
+        let mut groups = Vec::new();
+        while groups.is_empty() && self.now < limit {
+            self.step()?;
+            let life = self.hosts[host].process.as_ref().map(|process| process.incarnation);
+            let acts = |group: &&Group| {
+                group.acting().any(|member| member.node == node && Some(member.incarnation) == life)
+            };
+            let all = self.control.state.map().groups.values();
+            groups = all.filter(acts).filter(|group| group.is_settled()).map(|group| group.id).collect();
+        }
+        let most = if self.random.one_in(2) { 200 * US } else { 5 * MS };
+        let wait = self.random.below(most);
+        self.run_for(self.now + wait)?;
+        // A flush would cover what this is about.
+        self.workload.running = self.random.one_in(3);
+        for other in (0..self.hosts.len()).filter(|other| *other != host) {
+            self.kill_data(other);
+        }
+        let is_alone = |world: &Self| {
+            groups
+                .iter()
+                .map(|group| &world.control.state.map().groups[group])
+                .any(|group| group.is_settled() && group.acting().map(|member| member.node).eq([node]))
+        };
+        while !is_alone(self) && self.now < limit {
+            self.step()?;
+        }
+        if is_alone(self) {
+            self.count(Strike::WhenAlone.name());
+        }
+        let moment = self.now + self.random.below(200 * US);
         self.run_for(moment)
     }
 
@@ -412,6 +461,8 @@ impl World {
                 }
             }
             Event::Takeover { host, cut, until } => self.takeover(host, cut, until),
+            Event::Newcomer { host, until } => self.newcomer(host, until),
+            Event::NewcomerDies { host, life } => self.newcomer_dies(host, life),
             Event::Client { client } => self.client(client),
             Event::Retry { operation } => self.try_operation(operation),
             Event::Fault => self.next_fault(),

@@ -307,9 +307,17 @@ fn a_new_node_takes_its_share_over_one_step_at_a_time() {
     }
 }
 
-/// Two replicas, of which one alone had everything; then the other was taken in, and both died before that was settled. Returns the
-/// holder, whose host loses its power, and the newcomer, whose process is killed.
+/// The holder, whose host loses its power, and the newcomer, whose process is killed, die before that is settled.
 fn newcomer_dies_with_the_holder() -> (Cluster, NodeId, NodeId) {
+    let (mut cluster, holder, newcomer) = taken_in_and_not_settled();
+    cluster.set_health(holder, Health::Gone);
+    cluster.set_health(newcomer, Health::Gone);
+    cluster.rest();
+    (cluster, holder, newcomer)
+}
+
+/// Two replicas, of which one alone had everything, the holder; then the other was taken in, the newcomer.
+fn taken_in_and_not_settled() -> (Cluster, NodeId, NodeId) {
     let mut cluster = Cluster::new(2, 2);
     let [holder, newcomer] = cluster.others(&[])[..] else { panic!() };
     cluster.set_health(newcomer, Health::Gone);
@@ -321,9 +329,6 @@ fn newcomer_dies_with_the_holder() -> (Cluster, NodeId, NodeId) {
     cluster.wish(newcomer, ProposedChange::Promote);
     assert!(cluster.step());
     assert_eq!((cluster.acting(), cluster.group().former.len()), (vec![holder, newcomer], 1));
-    cluster.set_health(holder, Health::Gone);
-    cluster.set_health(newcomer, Health::Gone);
-    cluster.rest();
     (cluster, holder, newcomer)
 }
 
@@ -342,6 +347,54 @@ fn an_intact_newcomer_acts_beside_holders_that_lost_their_power() {
     cluster.start(holder.0, 3, 9, false);
     cluster.set_health(newcomer, Health::Gone);
     cluster.rest();
+}
+
+/// The holder passes for alive as long as its lease runs: a newcomer that is seen to die before that is not forgotten.
+#[test]
+fn a_newcomer_that_died_first_acts_beside_holders_that_lost_their_power() {
+    for is_back_at_once in [false, true] {
+        let (mut cluster, holder, newcomer) = taken_in_and_not_settled();
+        cluster.set_health(newcomer, Health::Gone);
+        assert!(cluster.step());
+        assert_eq!((cluster.acting(), cluster.group().dropped.len()), (vec![holder], 1));
+        if is_back_at_once {
+            cluster.start(newcomer.0, 3, 7, false);
+            cluster.rest();
+        }
+        cluster.set_health(holder, Health::Gone);
+        cluster.start(holder.0, 2, 8, false);
+        if !is_back_at_once {
+            cluster.rest();
+            cluster.start(newcomer.0, 3, 7, false);
+        }
+        assert!(cluster.step());
+        assert_eq!((cluster.acting(), cluster.group().dropped.len()), (vec![holder, newcomer], 0));
+    }
+}
+
+#[test]
+fn a_newcomer_that_was_demoted_acts_beside_holders_that_lost_their_power() {
+    let (mut cluster, holder, newcomer) = taken_in_and_not_settled();
+    cluster.wish(newcomer, ProposedChange::Demote);
+    assert!(cluster.step());
+    assert_eq!((cluster.acting(), cluster.learners()), (vec![holder], vec![newcomer]));
+    cluster.set_health(holder, Health::Gone);
+    cluster.rest();
+    cluster.start(holder.0, 2, 8, false);
+    assert!(cluster.step());
+    assert_eq!(cluster.acting(), [holder, newcomer]);
+}
+
+#[test]
+fn a_newcomer_that_left_is_forgotten_once_the_epoch_is_settled() {
+    let (mut cluster, holder, newcomer) = taken_in_and_not_settled();
+    cluster.set_health(newcomer, Health::Gone);
+    assert!(cluster.step());
+    cluster.settle();
+    assert!(cluster.group().is_settled() && cluster.group().dropped.is_empty());
+    cluster.start(holder.0, 2, 8, false);
+    assert!(cluster.step());
+    assert_eq!(cluster.acting(), [holder]);
 }
 
 #[test]

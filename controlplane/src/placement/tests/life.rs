@@ -121,6 +121,23 @@ fn members_that_are_back_go_on_without_a_lost_one_and_those_that_are_not_are_wai
 }
 
 #[test]
+fn a_damaged_member_does_not_act_beside_a_whole_one() {
+    for damaged_is_first in [false, true] {
+        let mut cluster = Cluster::new(3, 3);
+        let [a, b, c] = cluster.others(&[])[..] else { panic!() };
+        for node in [a, b, c] {
+            cluster.set_health(node, Health::Gone);
+        }
+        cluster.leave(c, Departure::Lost);
+        cluster.start(a.0, 2, 8, damaged_is_first);
+        cluster.start(b.0, 2, 8, !damaged_is_first);
+        cluster.rest();
+        assert!(cluster.follow() > 0);
+        assert_eq!(cluster.acting(), [if damaged_is_first { b } else { a }]);
+    }
+}
+
+#[test]
 fn a_group_that_went_on_without_a_lost_node_does_so_again_when_that_was_not_settled() {
     let mut cluster = Cluster::new(3, 3);
     cluster.settles = false;

@@ -116,6 +116,7 @@ impl Cluster {
                 primary: Some(NodeId(u32::from(index) % NODES + 1)),
                 members: (1..=NODES).map(member).collect(),
                 former: Vec::new(),
+                dropped: Vec::new(),
             };
             map.groups.insert(group.id, group);
         }

@@ -217,10 +217,10 @@ impl ModelStore {
             }
         }
         let checksums: Arc<[u32]> = buffer.chunks_exact(PAGE_SIZE).map(crc32c).collect();
-        let damaged: Vec<u16> =
-            pages.pages().filter(|page| self.damaged.contains(&(group, key, *page))).collect();
-        for page in &damaged {
-            buffer[usize::from(page - pages.first) * PAGE_SIZE + 100] ^= 0x40;
+        let is_damaged = |index: &u16| self.damaged.contains(&(group, key, pages.first + index));
+        let damaged: Vec<u16> = (0..pages.count).filter(is_damaged).collect();
+        for index in &damaged {
+            buffer[usize::from(*index) * PAGE_SIZE + 100] ^= 0x40;
         }
         let result = if damaged.is_empty() {
             Ok(ReadPages { buffer, checksums })

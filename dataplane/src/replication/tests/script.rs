@@ -283,6 +283,7 @@ impl Script {
             primary: words.number("primary").map(|node| NodeId(node as u32)),
             members: acting.chain(learners).collect(),
             former: words.nodes("former").into_iter().map(|node| member(node, false)).collect(),
+            dropped: words.nodes("dropped").into_iter().map(|node| member(node, false)).collect(),
         };
         map.groups.insert(group.id, group);
         let map = Arc::new(map);

@@ -44,6 +44,7 @@ fn map() -> ClusterMap {
         primary: Some(NODE),
         members: vec![member],
         former: Vec::new(),
+        dropped: Vec::new(),
     };
     let volume = Volume {
         id: VOLUME,
