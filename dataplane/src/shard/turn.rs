@@ -22,6 +22,11 @@ impl Shard {
     }
 
     fn on_event(&mut self, event: Event) {
+        // A call that ended since it was queued (a connection broke, a map came) is tried again by its starter: its
+        // first copy must not be on the way beside.
+        if call_of(&event).is_some_and(|number| !self.calls.is_waiting(number)) {
+            return;
+        }
         match event {
             Event::Frames { connection, frames } => {
                 for frame in frames {
@@ -400,5 +405,15 @@ impl Shard {
             let proposals = std::mem::take(&mut self.scratch.proposals);
             self.tell(ShardIndex(0), Message::Propose(proposals));
         }
+    }
+}
+
+/// The call of this shard's gateways that the event is to send.
+fn call_of(event: &Event) -> Option<u64> {
+    match event {
+        Event::Request(request) => Some(request.id.number),
+        Event::Send { number, .. } | Event::Tell(_, Message::Flush { number, .. }) => Some(*number),
+        Event::Tell(_, Message::Request(request)) => Some(request.id.number),
+        _ => None,
     }
 }

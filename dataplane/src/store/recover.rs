@@ -216,6 +216,8 @@ struct Recovery<'a> {
     end: u64,
     /// End of anything whole that was seen, also behind `end`.
     seen_end: u64,
+    /// Newest session of which anything was seen.
+    seen_session: u64,
     damaged: bool,
 }
 
@@ -230,6 +232,7 @@ impl<'a> Recovery<'a> {
             groups: groups.collect(),
             end: checkpoint.tail,
             seen_end: checkpoint.flushed,
+            seen_session: checkpoint.session,
             layout,
             superblock,
             checkpoint,
@@ -374,7 +377,7 @@ impl<'a> Recovery<'a> {
     }
 
     fn into_store(self, options: Options, damaged: bool) -> Store {
-        let session = self.checkpoint.session + 1;
+        let session = self.seen_session + 1;
         let mut reserved = Reserved::default();
         self.groups.values().flat_map(|group| &group.pending).for_each(|entry| reserved += entry.reserved);
         let journal = Journal::new(Start {

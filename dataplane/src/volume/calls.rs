@@ -107,6 +107,13 @@ impl<D, A> Calls<D, A> {
         wakers.into_iter().for_each(Waker::wake);
     }
 
+    /// Does call `number` wait for its answer?
+    pub fn is_waiting(&self, number: u64) -> bool {
+        let table = self.0.borrow();
+        let slot = table.slots.get(number as u32 as usize);
+        matches!(slot, Some((generation, Slot::Waiting { .. })) if u64::from(*generation) == number >> 32)
+    }
+
     /// Calls that wait.
     pub fn count(&self) -> usize {
         let table = self.0.borrow();
@@ -202,6 +209,7 @@ mod tests {
         let (number, mut call) = calls.start(DESTINATION);
         assert!(poll(&mut call).is_pending());
         assert!(calls.offer(number, Ok(Answer::Reply(Reply::Done))).is_none());
+        assert!(!calls.is_waiting(number));
         assert!(calls.offer(number, Err(Code::Busy)).is_some());
         assert!(matches!(poll(&mut call), Poll::Ready(Ok(Answer::Reply(Reply::Done)))));
     }
@@ -213,6 +221,7 @@ mod tests {
         drop(call);
         let (new, mut call) = calls.start(DESTINATION);
         assert_ne!(old, new);
+        assert!(calls.is_waiting(new) && !calls.is_waiting(old));
         assert!(calls.offer(old, Ok(Answer::Reply(Reply::Done))).is_some());
         assert!(poll(&mut call).is_pending());
         assert_eq!(calls.count(), 1);

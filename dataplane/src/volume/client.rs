@@ -7,10 +7,12 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
+use xsan_protocol::checksum::page_checksums;
 use xsan_protocol::error::{Code, Retry};
 use xsan_protocol::ids::{BlockKey, Epoch, GroupId, NodeId, PoolId, ShardIndex, VolumeId};
+use xsan_protocol::limits::FRAME_DATA_MAX;
 use xsan_protocol::map::{ClusterMap, Durability, Pool, Volume};
-use xsan_protocol::units::PAGE_SIZE;
+use xsan_protocol::units::BLOCK_SIZE;
 
 use super::calls::{Answer, Call, Calls, Destination};
 use super::request::{BlockReply, BlockRequest, Client, Export, Operation as Wanted, Segment, Volumes};
@@ -18,6 +20,7 @@ use super::split::{self, Address, ZeroPart};
 use crate::disk::buffers::{Buffer, BufferPool};
 use crate::replication::{Operation, Reply};
 use crate::stats::Stage;
+use crate::store::PageData;
 
 /// How long a request is tried before its client sees an error.
 pub const IO_TIMEOUT: Duration = Duration::from_secs(30);
@@ -28,6 +31,10 @@ const BACKOFF_MAX: Duration = Duration::from_millis(50);
 
 /// Parts of one request that are under way at once: a write-zeroes of a whole volume has thousands.
 const PARTS_MAX: usize = 32;
+
+/// Zeroes that are written as data go in parts of this size, which share one buffer.
+const ZEROES_BYTES: usize = 128 * 1024;
+const _: () = assert!(ZEROES_BYTES <= FRAME_DATA_MAX);
 
 /// What `volume` asks of the shard it lives on.
 pub trait Port {
@@ -58,7 +65,19 @@ pub struct Target {
 pub struct VolumeClient {
     port: Rc<dyn Port>,
     calls: Calls,
-    buffers: &'static BufferPool,
+    /// For all that is zeroed by a write: a request that takes no buffer waits for none.
+    zeroes: PageData,
+}
+
+/// How a range is zeroed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Zeroing {
+    /// Space is given back; the partial pages at the ends may stay as they are.
+    Trim,
+    /// All of it reads as zeroes, and space is given back.
+    Hole,
+    /// All of it reads as zeroes and has space: what is written there later finds the pool not full.
+    Provisioned,
 }
 
 /// What every part of one request has in common.
@@ -73,8 +92,13 @@ struct Context {
 }
 
 impl VolumeClient {
-    pub fn new(port: Rc<dyn Port>, calls: Calls, buffers: &'static BufferPool) -> Self {
-        Self { port, calls, buffers }
+    /// # Panics
+    /// The pool has no buffer: it is not that of a shard that starts.
+    pub fn new(port: Rc<dyn Port>, calls: Calls, pool: &'static BufferPool) -> Self {
+        let mut zeroes = pool.alloc(ZEROES_BYTES).expect("the pool of a shard that starts has buffers");
+        zeroes.fill(0);
+        let checksums = page_checksums(&zeroes);
+        Self { port, calls, zeroes: PageData { bytes: zeroes.freeze(), checksums } }
     }
 
     /// Checks the request against the volume as the map has it now.
@@ -91,9 +115,13 @@ impl VolumeClient {
             pool: pool.id,
             group_count: pool.group_count,
             durability: volume.durability,
-            deadline_ns: self.port.now_ns() + IO_TIMEOUT.as_nanos() as u64,
+            deadline_ns: self.deadline_ns(),
             client: request.client.clone(),
         })
+    }
+
+    fn deadline_ns(&self) -> u64 {
+        self.port.now_ns() + IO_TIMEOUT.as_nanos() as u64
     }
 
     /// Sends `operation` to the group's present primary; `None` while it has none.
@@ -151,7 +179,7 @@ impl VolumeClient {
     /// All of `operations`, some at once; their replies in order, or the error that came first.
     ///
     /// Ends when the last part that was sent has, also after an error: what the client writes next must not be
-    /// overtaken by a part of this request (docs/decisions/0010).
+    /// overtaken by a part of this request (docs/decisions/0010). Each part has the time limit of a request.
     async fn carry_out_all(
         &self,
         context: &Context,
@@ -166,7 +194,8 @@ impl VolumeClient {
                 && failed.get().is_none()
                 && let Some(operation) = operations.next()
             {
-                let (this, context, failed) = (self.clone(), context.clone(), failed.clone());
+                let (this, failed) = (self.clone(), failed.clone());
+                let context = Context { deadline_ns: self.deadline_ns(), ..context.clone() };
                 under_way.push_back(monoio::spawn(async move {
                     let result = this.carry_out(&context, operation, &failed).await;
                     failed.set(failed.get().or(result.as_ref().err().copied()));
@@ -224,25 +253,25 @@ impl VolumeClient {
         Ok(BlockReply::Done)
     }
 
-    /// Zeroes a range; the partial pages at its ends only when `exact` (a trim may leave them).
     async fn zero(
         &self,
         context: &Context,
-        offset: u64,
-        length: u64,
+        (offset, length): (u64, u64),
+        zeroing: Zeroing,
         fua: bool,
-        exact: bool,
     ) -> Result<BlockReply, Code> {
-        let mut zeroes = None;
-        if exact {
-            let mut page = self.buffer(PAGE_SIZE).await;
-            page.fill(0);
-            zeroes = Some(page.freeze());
-        }
-        let operations = split::zero(context.address, offset, length).filter_map(|part| match part {
+        let span_max = if zeroing == Zeroing::Provisioned { ZEROES_BYTES } else { BLOCK_SIZE };
+        let parts = split::zero(context.address, offset, length, span_max as u64);
+        let operations = parts.filter_map(|part| match part {
+            ZeroPart::Pages { key, pages } if zeroing == Zeroing::Provisioned => {
+                let checksums = self.zeroes.checksums[..usize::from(pages.count)].into();
+                let data = PageData { bytes: self.zeroes.bytes.slice(0..pages.bytes()), checksums };
+                Some(Operation::Write { key, pages, data, fua })
+            }
             ZeroPart::Pages { key, pages } => Some(Operation::Zero { key, pages, fua }),
+            ZeroPart::Sectors { .. } if zeroing == Zeroing::Trim => None,
             ZeroPart::Sectors { key, offset, length } => {
-                let bytes = zeroes.as_ref()?.slice(0..length as usize);
+                let bytes = self.zeroes.bytes.slice(0..length as usize);
                 Some(Operation::WriteSectors { key, offset, bytes, fua })
             }
         });
@@ -250,18 +279,13 @@ impl VolumeClient {
         Ok(BlockReply::Done)
     }
 
-    /// A buffer, as soon as there is one.
-    async fn buffer(&self, length: usize) -> crate::disk::buffers::BufferMut {
-        let mut backoff = Backoff::new();
-        loop {
-            match self.buffers.alloc(length) {
-                Some(buffer) => return buffer,
-                None => monoio::time::sleep(backoff.next()).await,
-            }
-        }
-    }
-
-    async fn extents(&self, context: &Context, offset: u64, length: u64) -> Result<BlockReply, Code> {
+    /// Extents from `offset` on, at most `extents_max`, neighbours of one kind joined.
+    async fn extents(
+        &self,
+        context: &Context,
+        (offset, length): (u64, u64),
+        extents_max: usize,
+    ) -> Result<BlockReply, Code> {
         let parts = split::cover(context.address, offset, length);
         let operations = parts.iter().map(|part| Operation::BlockStatus { key: part.key, pages: part.pages });
         let replies = self.carry_out_all(context, operations).await?;
@@ -273,8 +297,10 @@ impl VolumeClient {
             }
             for (index, held) in held.into_iter().enumerate() {
                 let bytes = part.bytes_of_page(index);
+                let count = extents.len();
                 match extents.last_mut() {
                     Some((length, last)) if *last == held => *length += bytes,
+                    _ if count == extents_max => return Ok(BlockReply::Extents(extents)),
                     _ => extents.push((bytes, held)),
                 }
             }
@@ -389,15 +415,19 @@ impl Volumes for VolumeClient {
         let context = self.admit(&request)?;
         let (offset, length) = (request.offset, request.length);
         let started_ns = self.port.now_ns();
+        let range = (offset, length);
         let (stage, result) = match request.operation {
             Wanted::Read => (Stage::Read, self.read(&context, offset, length).await),
             Wanted::Write { data, fua } => (Stage::Write, self.write(&context, offset, data, fua).await),
-            Wanted::WriteZeroes { fua, .. } => {
-                (Stage::Zero, self.zero(&context, offset, length, fua, true).await)
+            Wanted::WriteZeroes { fua, no_hole } => {
+                let zeroing = if no_hole { Zeroing::Provisioned } else { Zeroing::Hole };
+                (Stage::Zero, self.zero(&context, range, zeroing, fua).await)
             }
-            Wanted::Trim { fua } => (Stage::Zero, self.zero(&context, offset, length, fua, false).await),
+            Wanted::Trim { fua } => (Stage::Zero, self.zero(&context, range, Zeroing::Trim, fua).await),
             Wanted::Flush => (Stage::Flush, self.flush(&context).await),
-            Wanted::BlockStatus => (Stage::BlockStatus, self.extents(&context, offset, length).await),
+            Wanted::BlockStatus { extents_max } => {
+                (Stage::BlockStatus, self.extents(&context, range, extents_max).await)
+            }
         };
         self.port.observe(stage, self.port.now_ns() - started_ns);
         result

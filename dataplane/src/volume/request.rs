@@ -47,6 +47,7 @@ pub enum Operation {
     },
     WriteZeroes {
         fua: bool,
+        /// The range keeps or gets its space, so that a later write there does not fail for want of it.
         no_hole: bool,
     },
     Trim {
@@ -54,8 +55,10 @@ pub enum Operation {
     },
     /// Of the whole volume; `offset` and `length` are 0.
     Flush,
-    /// Which parts hold data.
-    BlockStatus,
+    /// Which parts hold data, from the start of the range on.
+    BlockStatus {
+        extents_max: usize,
+    },
 }
 
 #[derive(Clone, Debug)]
@@ -63,7 +66,8 @@ pub enum BlockReply {
     Done,
     /// The bytes asked for, in order.
     Data(Vec<Segment>),
-    /// Extents in order, covering the range: length in bytes, and whether it holds data.
+    /// Extents in order, from the start of the range: length in bytes, and whether it holds data. They cover the range
+    /// unless there are `extents_max`; neighbours differ.
     Extents(Vec<(u64, bool)>),
 }
 

@@ -149,8 +149,9 @@ pub enum ZeroPart {
     },
 }
 
-/// Splits a write-zeroes. A trim leaves out the partial pages: they are not worth a write.
-pub fn zero(address: Address, offset: u64, length: u64) -> impl Iterator<Item = ZeroPart> {
+/// Splits a write-zeroes into parts of at most `span_max` bytes, whole pages. A trim leaves out the partial pages: they
+/// are not worth a write.
+pub fn zero(address: Address, offset: u64, length: u64, span_max: u64) -> impl Iterator<Item = ZeroPart> {
     let end = offset + length;
     let mut start = offset;
     std::iter::from_fn(move || {
@@ -160,7 +161,7 @@ pub fn zero(address: Address, offset: u64, length: u64) -> impl Iterator<Item = 
         let key = address.key(start);
         let in_block = (start % BLOCK) as u32;
         let stop = end.min((start / BLOCK + 1) * BLOCK);
-        let whole_end = stop / PAGE * PAGE;
+        let whole_end = (stop / PAGE * PAGE).min(start + span_max);
         let (part, stop) = if start.is_multiple_of(PAGE) && whole_end > start {
             let pages = PageRange::around(in_block, (whole_end - start) as u32);
             (ZeroPart::Pages { key, pages }, whole_end)

@@ -138,13 +138,22 @@ impl MemoryVolumes {
                 assert_eq!(data.as_ptr() as u64 % 4096, offset % 4096, "whole pages are aligned");
                 Self::write(volume, offset, data);
             }
+            Operation::WriteZeroes { no_hole: true, .. } => {
+                Self::write(volume, offset, &vec![0; length as usize]);
+            }
             Operation::WriteZeroes { .. } | Operation::Trim { .. } => Self::zero(volume, offset, length),
             Operation::Flush => assert_eq!((offset, length), (0, 0)),
-            Operation::BlockStatus => {
+            Operation::BlockStatus { extents_max } => {
                 let units = volume.units.borrow();
-                let extent =
-                    |(unit, _, length): (u64, usize, usize)| (length as u64, units.contains_key(&unit));
-                return Ok(BlockReply::Extents(parts(offset, length).map(extent).collect()));
+                let mut extents: Vec<(u64, bool)> = Vec::new();
+                for (unit, _, length) in parts(offset, length) {
+                    match (extents.last_mut(), units.contains_key(&unit)) {
+                        (Some((bytes, last)), held) if *last == held => *bytes += length as u64,
+                        (_, held) => extents.push((length as u64, held)),
+                    }
+                }
+                extents.truncate(*extents_max);
+                return Ok(BlockReply::Extents(extents));
             }
         }
         Ok(BlockReply::Done)

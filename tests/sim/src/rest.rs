@@ -160,7 +160,10 @@ impl World {
         let processes = self.hosts.iter().filter_map(|host| host.process.as_ref());
         processes
             .flat_map(|process| process.driver.stores())
-            .map(|store| store.status().journalled_pages)
+            .map(|store| store.status())
+            // One that failed moves nothing any more.
+            .filter(|status| !status.failed)
+            .map(|status| status.journalled_pages)
             .sum()
     }
 

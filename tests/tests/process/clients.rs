@@ -46,6 +46,9 @@ fn nbdinfo_sees_the_export_as_it_is() {
     let cluster = Cluster::start(3).unwrap();
     cluster.create_volume("shown", "256MiB", 3).unwrap();
     cluster.connect(0, "shown").unwrap().write(64 * MIB, &[7; 1 << 16]).unwrap();
+    // Zeroes that keep their space, as QEMU asks for them, and zeroes that give it back.
+    let (kept, given_back) = ("write -z 8M 1M", "write -z -u 64M 16k");
+    run("qemu-io", ["-f", "raw", "-c", kept, "-c", given_back, &cluster.uri(1, "shown")]).unwrap();
 
     let answer = run("nbdinfo", ["--json", &cluster.uri(1, "shown")]).unwrap();
     let info: serde_json::Value = serde_json::from_str(&answer.stdout).unwrap();
@@ -69,8 +72,10 @@ fn nbdinfo_sees_the_export_as_it_is() {
         };
         extents.iter().find(covers).unwrap()["type"].as_u64() == Some(0)
     };
-    assert!(holds_data(64 * MIB), "{}", map.stdout);
-    assert!(!holds_data(200 * MIB), "{}", map.stdout);
+    for (offset, held) in [(8, true), (9, false), (64, false), (200, false)] {
+        assert_eq!(holds_data(offset * MIB), held, "{offset} MiB: {}", map.stdout);
+    }
+    assert!(holds_data(64 * MIB + (1 << 15)), "{}", map.stdout);
 
     let list = run("nbdinfo", ["--list", &format!("nbd://{}", cluster.node(0).nbd)]).unwrap();
     assert!(list.stdout.contains("shown"), "{}", list.stdout);

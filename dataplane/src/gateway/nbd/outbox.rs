@@ -38,8 +38,7 @@ struct Batch {
 pub(super) struct Outbox {
     state: Cell<State>,
     batch: RefCell<Batch>,
-    /// Writes that the socket has taken, at least in part.
-    progress: Cell<u64>,
+    sent_bytes: Cell<u64>,
     /// The writer, while it waits for replies.
     idle_writer: RefCell<Option<Waker>>,
     /// The writer, while it waits for the socket.
@@ -53,7 +52,7 @@ impl Outbox {
         Self {
             state: Cell::new(State::Open),
             batch: RefCell::default(),
-            progress: Cell::new(0),
+            sent_bytes: Cell::new(0),
             idle_writer: RefCell::default(),
             busy_writer: RefCell::default(),
             reader: RefCell::default(),
@@ -100,9 +99,9 @@ impl Outbox {
         self.state.get() == State::Aborted
     }
 
-    /// Grows whenever the socket takes something; `None` while there is nothing to take.
-    pub fn progress(&self) -> Option<u64> {
-        self.busy_writer.borrow().is_some().then(|| self.progress.get())
+    /// Bytes that the socket has taken; `None` while there is nothing to take.
+    pub fn sent_bytes(&self) -> Option<u64> {
+        self.busy_writer.borrow().is_some().then(|| self.sent_bytes.get())
     }
 
     /// Writes batches until the outbox is closed or aborted; a failure aborts it.
@@ -122,7 +121,7 @@ impl Outbox {
                 };
                 match written {
                     Ok(bytes) => {
-                        self.progress.set(self.progress.get() + 1);
+                        self.sent_bytes.set(self.sent_bytes.get() + bytes as u64);
                         batch.gather.advance(bytes);
                     }
                     Err(error) => {

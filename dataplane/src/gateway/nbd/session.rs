@@ -35,11 +35,17 @@ use crate::net::receive::Receiver;
 use crate::volume::request::{BlockReply, BlockRequest, Client, Operation, Segment, Volumes};
 
 /// Longest range that one block status request looks at; the answer covers that much and the client asks on.
-const BLOCK_STATUS_BYTES_MAX: u64 = 1 << 30;
+const BLOCK_STATUS_BYTES_MAX: u64 = 256 << 20;
 /// Most extents of one answer.
 const EXTENTS_MAX: usize = 4096;
+/// What a block status request takes until it is answered, a byte for each page at first and then the answer, is as
+/// much as a buffer of this size: so it is counted, though it is no buffer.
+const BLOCK_STATUS_HELD_BYTES: usize = BLOCK_STATUS_BYTES_MAX as usize / PAGE_SIZE;
+const _: () = assert!(EXTENTS_MAX * 8 < BLOCK_STATUS_HELD_BYTES);
 /// How often a client is looked at while its time to do something passes.
 const STALL_LOOKS: u32 = 4;
+/// What a client must take or send in that time, while there is so much.
+const STALL_BYTES_MIN: u64 = 64 * 1024;
 /// How soon an exhausted pool is asked again.
 const POOL_RETRY: Duration = Duration::from_millis(1);
 
@@ -110,15 +116,15 @@ where
     end.unwrap_or(Err(Closed::Stalled))
 }
 
-/// Ends a connection whose client holds buffers and does nothing to free them for `timeout`, or a little longer:
-/// what it holds of the pool is everybody's. A client that holds none may be silent, as one that is paused is.
+/// Ends a connection whose client holds buffers and does next to nothing to free them for `timeout`, or a little
+/// longer: what it holds of the pool is everybody's. A client that holds none may be silent, as one that is paused is.
 async fn end_when_stalled<V: Volumes>(context: Weak<Context<V>>, timeout: Duration) {
     let (mut sending, mut receiving) = (Watch::default(), Watch::default());
     loop {
         monoio::time::sleep(timeout / STALL_LOOKS).await;
         let Some(context) = context.upgrade() else { return };
         let holds = context.budget.holds_buffers();
-        let sent = context.outbox.progress().filter(|_| holds);
+        let sent = context.outbox.sent_bytes().filter(|_| holds);
         let received = context.payload_awaited.get().then(|| context.received_bytes.get());
         let stalled = [sending.stands_still(sent), receiving.stands_still(received)];
         if stalled.contains(&true) {
@@ -127,20 +133,22 @@ async fn end_when_stalled<V: Volumes>(context: Weak<Context<V>>, timeout: Durati
     }
 }
 
-/// Sees whether a count grows.
+/// Sees whether a count of bytes grows.
 #[derive(Default)]
 struct Watch {
-    before: Option<u64>,
+    /// The count when it had grown enough last.
+    since: Option<u64>,
     looks: u32,
 }
 
 impl Watch {
-    /// The count as it is now, `None` if it need not grow; has it been the same for `STALL_LOOKS` intervals?
+    /// The count as it is now, `None` if it need not grow; has it grown too little for `STALL_LOOKS` intervals?
     fn stands_still(&mut self, now: Option<u64>) -> bool {
-        let same = now.is_some() && now == self.before;
-        self.looks = if same { self.looks + 1 } else { 0 };
-        self.before = now;
-        self.looks == STALL_LOOKS
+        match (self.since, now) {
+            (Some(since), Some(now)) if now - since < STALL_BYTES_MIN => self.looks += 1,
+            _ => *self = Self { since: now, looks: 0 },
+        }
+        self.looks >= STALL_LOOKS
     }
 }
 
@@ -188,7 +196,7 @@ impl<R: AsyncReadRent, V: Volumes> Session<R, V> {
             Ok(Command::Write { fua }) => self.on_write(&request, fua).await,
             Ok(Command::Read { dont_fragment }) => self.on_read(&request, dont_fragment).await,
             Ok(Command::BlockStatus { one }) => {
-                let permit = context.budget.admit(Slots::NONE).await;
+                let permit = context.budget.admit(Slots::new(1, BLOCK_STATUS_HELD_BYTES)).await;
                 monoio::spawn(context.block_status(request, one, permit));
                 Ok(())
             }
@@ -477,9 +485,13 @@ impl<V: Volumes> Context<V> {
 
     async fn block_status(self: Rc<Self>, request: Request, one: bool, permit: Permit) {
         let length = u64::from(request.length).min(BLOCK_STATUS_BYTES_MAX);
-        match self.submit((request.offset, length), Operation::BlockStatus, false).await {
+        let operation = Operation::BlockStatus { extents_max: if one { 1 } else { EXTENTS_MAX } };
+        match self.submit((request.offset, length), operation, false).await {
             Ok(BlockReply::Extents(extents)) => {
-                let extents = merge(&extents, length, if one { 1 } else { EXTENTS_MAX });
+                let bytes =
+                    |bytes| u32::try_from(bytes).expect("the range is at most BLOCK_STATUS_BYTES_MAX");
+                let extents: Vec<_> =
+                    extents.into_iter().map(|(length, data)| (bytes(length), data)).collect();
                 let mut chunk = Vec::new();
                 wire::chunk_block_status(&mut chunk, request.cookie, &extents);
                 self.outbox.push([permit], |out| out.push_head(&chunk));
@@ -488,23 +500,6 @@ impl<V: Volumes> Context<V> {
             Err(error) => self.refuse(&request, error, permit),
         }
     }
-}
-
-/// Joins neighbours of one kind; at most `max` extents, the first ones.
-fn merge(extents: &[(u64, bool)], length: u64, max: usize) -> Vec<(u32, bool)> {
-    let covered: u64 = extents.iter().map(|(bytes, _)| bytes).sum();
-    assert!(covered == length, "extents of {length} bytes cover {covered}");
-    let mut merged: Vec<(u32, bool)> = Vec::new();
-    for &(bytes, data) in extents.iter().filter(|(bytes, _)| *bytes > 0) {
-        let bytes = u32::try_from(bytes).expect("the range is at most BLOCK_STATUS_BYTES_MAX");
-        let count = merged.len();
-        match merged.last_mut() {
-            Some(last) if last.1 == data => last.0 += bytes,
-            _ if count == max => break,
-            _ => merged.push((bytes, data)),
-        }
-    }
-    merged
 }
 
 fn segment_bytes(segment: &Segment) -> usize {
@@ -525,11 +520,24 @@ fn whole(buffer: BufferMut, begin: usize) -> Buffer {
 mod tests {
     use super::*;
 
+    /// The looks at a count until it is found to stand still.
+    fn looks(counts: impl IntoIterator<Item = Option<u64>>) -> Option<usize> {
+        let mut watch = Watch::default();
+        counts.into_iter().position(|count| watch.stands_still(count))
+    }
+
+    /// A client that sent a byte now and then held its buffer for ever. Found by reading.
     #[test]
-    fn extents_are_joined_and_bounded() {
-        let extents = [(512, true), (512, true), (0, false), (4096, true), (512, false), (512, true)];
-        assert_eq!(merge(&extents, 6144, 16), [(5120, true), (512, false), (512, true)]);
-        assert_eq!(merge(&extents, 6144, 2), [(5120, true), (512, false)]);
-        assert_eq!(merge(&extents, 6144, 1), [(5120, true)]);
+    fn a_trickle_is_no_progress() {
+        assert_eq!(looks((0..100).map(|_| Some(7))), Some(STALL_LOOKS as usize));
+        assert_eq!(looks((0..100).map(Some)), Some(STALL_LOOKS as usize));
+        let step = STALL_BYTES_MIN / u64::from(STALL_LOOKS);
+        assert_eq!(looks((0..100).map(|look| Some(look * (step - 1)))), Some(STALL_LOOKS as usize));
+        assert_eq!(looks((0..100).map(|look| Some(look * step))), None);
+        assert_eq!(
+            looks((0..100).map(|look| (look % 4 != 0).then_some(7))),
+            None,
+            "nothing is owed now and then"
+        );
     }
 }

@@ -1,7 +1,8 @@
 //! Replay of the journal, from the checkpoint's tail to the first batch that is not whole.
 //!
 //! That is the torn end of what was never flushed, unless there is evidence that everything there had been flushed: a later
-//! batch, or the checkpoint, whose flushed mark lies above; a block record that holds something newer. Then it is corruption.
+//! batch, or the checkpoint, whose flushed mark lies above; a block record that holds something newer; a batch of a session
+//! whose checkpoints are lost. Then it is corruption.
 //!
 //! Invariants
 //! - Batches of this session lie at or above `session_start`, which is on stable media before the first of them:
@@ -329,8 +330,12 @@ impl Recovery<'_> {
     pub(super) fn judge(&mut self) -> Result<(), OpenError> {
         let store = self.superblock.store;
         let flushed_above = self.look_ahead()?;
-        if flushed_above.max(self.checkpoint.flushed) > self.end || self.newest_record >= self.end {
-            tracing::error!(%store, end = self.end, flushed = flushed_above, "the journal is damaged below what was flushed");
+        let (session, known) = (self.seen_session, self.checkpoint.session);
+        let is_torn = flushed_above.max(self.checkpoint.flushed) <= self.end && self.newest_record < self.end;
+        if !is_torn || session > known {
+            tracing::error!(
+                %store, end = self.end, flushed = flushed_above, session, known, "the journal is damaged below what was flushed"
+            );
             self.damaged = true;
         }
         Ok(())
@@ -361,6 +366,7 @@ impl Recovery<'_> {
                 let candidate = BatchHeader::peek(page).is_ok_and(|header| header.position == at);
                 if candidate && let Some(batch) = self.read_head(at, &mut head) {
                     flushed = flushed.max(batch.header.flushed);
+                    self.seen_session = self.seen_session.max(batch.header.session);
                     self.seen_end = self.seen_end.max(at + batch.header.batch_bytes() as u64);
                 }
             }

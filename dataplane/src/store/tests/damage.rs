@@ -147,6 +147,29 @@ fn what_is_there_twice_may_be_unreadable_once() {
     }
 }
 
+/// The batches of a session whose first checkpoint could not be read were taken for remainders: what had been flushed
+/// was gone, and nobody was told. Found by reading.
+#[test]
+fn a_session_whose_checkpoints_are_lost_is_missed() {
+    let mut rig = Rig::new(16, false);
+    rig.write_through(GROUP, key(1), PAGES, 100);
+    let checkpoints = superblock(&rig).checkpoints.offset;
+    let slots = [checkpoints, checkpoints + checkpoint::SLOT_SIZE as u64];
+    // A session alone with its first checkpoint, in one slot and in the other.
+    for content in [200, 300] {
+        rig = rig.crash(false);
+        assert!(!rig.recovered.damaged);
+        rig.write_through(GROUP, key(1), PAGES, content);
+        let damaged = slots.map(|slot| {
+            let device = rig.capacity.fork();
+            device.flip_bit(slot, 9);
+            let (_, recovered) = Store::open(&device, None, pool(), Options::default()).unwrap();
+            recovered.damaged
+        });
+        assert!(damaged[0] != damaged[1], "{damaged:?}: the older slot is not needed");
+    }
+}
+
 #[test]
 fn destage_keeps_what_it_can_not_read_until_it_is_mended() {
     let mut rig = Rig::new(3, false);

@@ -71,6 +71,7 @@ fn map() -> ClusterMap {
 struct FakePort {
     map: Arc<ClusterMap>,
     sent: RefCell<Vec<u64>>,
+    operations: RefCell<Vec<Operation>>,
     now_ns: Cell<u64>,
 }
 
@@ -79,8 +80,9 @@ impl Port for FakePort {
         self.map.clone()
     }
 
-    fn send(&self, number: u64, _: Target, _: Durability, _: Operation) {
+    fn send(&self, number: u64, _: Target, _: Durability, operation: Operation) {
         self.sent.borrow_mut().push(number);
+        self.operations.borrow_mut().push(operation);
     }
 
     fn send_flush(&self, number: u64, _: NodeId, _: ShardIndex, _: PoolId) {
@@ -106,28 +108,40 @@ struct Rig {
     calls: Calls,
     client: VolumeClient,
     connection: Client,
+    pool: &'static BufferPool,
 }
+
+/// What a request ended with, once it has.
+type Outcome = Rc<RefCell<Option<Result<BlockReply, Code>>>>;
 
 impl Rig {
     fn new() -> Self {
-        let port = Rc::new(FakePort { map: Arc::new(map()), sent: RefCell::default(), now_ns: Cell::new(1) });
-        let calls = Calls::default();
-        let client = VolumeClient::new(port.clone(), calls.clone(), BufferPool::anonymous(16 << 20));
-        Self { port, calls, client, connection: Client::default() }
+        let port = Rc::new(FakePort {
+            map: Arc::new(map()),
+            sent: RefCell::default(),
+            operations: RefCell::default(),
+            now_ns: Cell::new(1),
+        });
+        let (calls, pool) = (Calls::default(), BufferPool::anonymous(16 << 20));
+        let client = VolumeClient::new(port.clone(), calls.clone(), pool);
+        Self { port, calls, client, connection: Client::default(), pool }
     }
 
-    /// Starts a write-zeroes; its result comes into the cell.
-    fn zero(&self, offset: u64, length: u64) -> Rc<RefCell<Option<Result<BlockReply, Code>>>> {
-        let (client, result) = (self.client.clone(), Rc::new(RefCell::new(None)));
-        let cell = result.clone();
-        let operation = Wanted::WriteZeroes { fua: false, no_hole: false };
+    /// Starts a write-zeroes.
+    fn zero(&self, offset: u64, length: u64) -> Outcome {
+        self.start(Wanted::WriteZeroes { fua: false, no_hole: false }, offset, length)
+    }
+
+    fn start(&self, operation: Wanted, offset: u64, length: u64) -> Outcome {
+        let (client, outcome) = (self.client.clone(), Outcome::default());
+        let cell = outcome.clone();
         let connection = self.connection.clone();
         let request = BlockRequest { volume: VOLUME, offset, length, operation, client: connection };
         monoio::spawn(async move {
             let ended = client.submit(request).await;
             *cell.borrow_mut() = Some(ended);
         });
-        result
+        outcome
     }
 
     fn sent(&self) -> usize {
@@ -242,5 +256,95 @@ fn nothing_is_sent_for_a_client_that_is_gone() {
         monoio::time::sleep(LONG).await;
         assert!(matches!(*result.borrow(), Some(Err(Code::ClientGone))), "{result:?}");
         assert_eq!(rig.sent(), PARTS_MAX, "nothing is sent again, and no part is begun");
+    });
+}
+
+/// Each write-zeroes took a buffer that nobody counted, 128 of one client all that there were; and waited for it while
+/// what it waited for could need one. Found by reading.
+#[test]
+fn zeroing_needs_no_buffer() {
+    run(async {
+        let rig = Rig::new();
+        let held: Vec<_> = std::iter::from_fn(|| rig.pool.alloc(1)).collect();
+        let result = rig.zero(512, BLOCK);
+        rig.until_sent(3).await;
+        (0..3).for_each(|part| rig.answer(part, Ok(())));
+        monoio::time::sleep(LONG).await;
+        assert!(matches!(*result.borrow(), Some(Ok(BlockReply::Done))), "{result:?}");
+        drop(held);
+    });
+}
+
+/// The flag was taken, and the space given back all the same. Found by reading.
+#[test]
+fn zeroes_without_a_hole_are_written() {
+    run(async {
+        let rig = Rig::new();
+        let (begin, length) = (BLOCK - 512, 3 * ZEROES_BYTES as u64);
+        let result = rig.start(Wanted::WriteZeroes { fua: true, no_hole: true }, begin, length);
+        rig.until_sent(4).await;
+        let mut next = begin;
+        for operation in rig.port.operations.borrow().iter() {
+            let (key, offset, bytes, fua) = match operation {
+                Operation::Write { key, pages, data, fua } => {
+                    assert_eq!(&*data.checksums, &*page_checksums(&data.bytes));
+                    assert_eq!(data.bytes.len(), pages.bytes());
+                    (key, pages.byte_offset(), &data.bytes, fua)
+                }
+                Operation::WriteSectors { key, offset, bytes, fua } => (key, *offset, bytes, fua),
+                other => panic!("{other:?} writes nothing"),
+            };
+            assert_eq!(u64::from(key.index.0) * BLOCK + u64::from(offset), next);
+            assert!(bytes.iter().all(|byte| *byte == 0) && *fua);
+            next += bytes.len() as u64;
+        }
+        assert_eq!(next, begin + length);
+        (0..rig.sent()).for_each(|part| rig.answer(part, Ok(())));
+        monoio::time::sleep(LONG).await;
+        assert!(matches!(*result.borrow(), Some(Ok(BlockReply::Done))), "{result:?}");
+    });
+}
+
+/// A request that takes long because it is long is not one that gets no answer.
+#[test]
+fn each_part_has_the_time_limit_of_a_request() {
+    run(async {
+        let rig = Rig::new();
+        let result = rig.zero(0, 2 * PARTS_MAX as u64 * BLOCK);
+        rig.until_sent(PARTS_MAX).await;
+        rig.port.now_ns.set(2 * IO_TIMEOUT.as_nanos() as u64);
+        (0..PARTS_MAX).for_each(|part| rig.answer(part, Ok(())));
+        rig.until_sent(2 * PARTS_MAX).await;
+        rig.answer(PARTS_MAX, Err(Code::JournalFull));
+        rig.until_sent(2 * PARTS_MAX + 1).await;
+        (PARTS_MAX + 1..2 * PARTS_MAX + 1).for_each(|part| rig.answer(part, Ok(())));
+        monoio::time::sleep(LONG).await;
+        assert!(matches!(*result.borrow(), Some(Ok(BlockReply::Done))), "{result:?}");
+    });
+}
+
+#[test]
+fn extents_are_joined_and_bounded() {
+    run(async {
+        let rig = Rig::new();
+        let extents = |extents_max| {
+            let first = rig.sent();
+            let result =
+                rig.start(Wanted::BlockStatus { extents_max }, BLOCK - 4096 - 512, 4096 + 512 + 8192);
+            (result, first)
+        };
+        for (extents_max, expected) in
+            [(9, vec![(4608, true), (4096, false), (4096, true)]), (2, vec![(4608, true), (4096, false)])]
+        {
+            let (result, first) = extents(extents_max);
+            rig.until_sent(first + 2).await;
+            for (part, held) in [(first, vec![true, true]), (first + 1, vec![false, true])] {
+                let number = rig.port.sent.borrow()[part];
+                rig.calls.complete(number, Ok(Answer::Reply(Reply::Status(held))));
+            }
+            monoio::time::sleep(LONG).await;
+            let Some(Ok(BlockReply::Extents(extents))) = result.take() else { panic!("no extents") };
+            assert_eq!(extents, expected);
+        }
     });
 }

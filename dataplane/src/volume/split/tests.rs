@@ -38,11 +38,17 @@ proptest! {
     }
 
     #[test]
-    fn zeroes_cover_every_byte_once((offset, length) in any_range(20 * BLOCK)) {
+    fn zeroes_cover_every_byte_once(
+        (offset, length) in any_range(20 * BLOCK),
+        span_max in (1..=BLOCK / PAGE).prop_map(|pages| pages * PAGE),
+    ) {
         let mut next = offset;
-        for part in zero(ADDRESS, offset, length) {
+        for part in zero(ADDRESS, offset, length, span_max) {
             let (at, count) = match part {
-                ZeroPart::Pages { key, pages } => (volume_offset(key, pages.byte_offset()), pages.bytes() as u64),
+                ZeroPart::Pages { key, pages } => {
+                    prop_assert!(pages.bytes() as u64 <= span_max);
+                    (volume_offset(key, pages.byte_offset()), pages.bytes() as u64)
+                }
                 ZeroPart::Sectors { key, offset, length } => {
                     prop_assert!(u64::from(offset) % PAGE + u64::from(length) <= PAGE);
                     prop_assert!(u64::from(length) < PAGE);
