@@ -56,12 +56,13 @@ struct Inner {
 }
 
 impl Inner {
-    /// The lease table of this node's present term as leader.
-    fn leases(&mut self, now: BootTime, term: u64, grace: Duration) -> &mut LeaseTable {
+    /// The lease table of this node's present term as leader. The grace time counts from here, after the election, and
+    /// not from when what is acted on arrived.
+    fn leases(&mut self, term: u64, grace: Duration) -> &mut LeaseTable {
         if self.term.as_ref().is_none_or(|(present, _)| *present != term) {
             self.term = None;
         }
-        &mut self.term.get_or_insert_with(|| (term, LeaseTable::new(now, grace))).1
+        &mut self.term.get_or_insert_with(|| (term, LeaseTable::new(BootTime::now(), grace))).1
     }
 }
 
@@ -97,7 +98,7 @@ impl Leader {
         let state = self.handle.state();
         let registered = state.registered(beat.node);
         let grace = self.handle.timing().leader_grace();
-        let leases = inner.leases(now, leadership.term, grace);
+        let leases = inner.leases(leadership.term, grace);
         let before = leases.health(now, beat.node, registered);
         let length = leases.on_beat(now, beat, registered, leadership.may_grant);
         if before != leases.health(now, beat.node, registered) {
@@ -190,8 +191,7 @@ impl Leader {
                 }
                 Some(leadership) => {
                     // The grace time counts from here, not from the first beat.
-                    let now = BootTime::now();
-                    self.lock().leases(now, leadership.term, self.handle.timing().leader_grace());
+                    self.lock().leases(leadership.term, self.handle.timing().leader_grace());
                     tokio::time::sleep(ELECTED_POLL).await;
                 }
                 None => self.handle.role_changed(&mut role).await,
@@ -255,7 +255,7 @@ impl Controller {
         let proposals = std::mem::take(&mut inner.proposals);
         let mut events = std::mem::take(&mut inner.events);
         let slow = inner.slow.at(now);
-        let leases = inner.leases(now, self.term, self.handle.timing().leader_grace());
+        let leases = inner.leases(self.term, self.handle.timing().leader_grace());
         let health = |node| leases.health(now, node, state.registered(node));
         self.observer.look(unix_ms(), &state, health, &slow, &mut events);
         let changes = self.planner.plan(now, &state, leases, &proposals, &slow);
