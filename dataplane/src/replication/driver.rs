@@ -142,7 +142,9 @@ impl Driver {
         match action {
             Action::Append { store, record } => {
                 let group = record.group();
-                let behind = refused.iter().find(|(_, earlier)| earlier.record.group() == group);
+                let same =
+                    |(of, earlier): &&(StoreId, Refused)| *of == store && earlier.record.group() == group;
+                let behind = refused.iter().find(same);
                 let result = match behind {
                     Some((_, earlier)) => Err(Refused { record: Box::new(record), error: earlier.error }),
                     None => self.stores.get(store).append(record),

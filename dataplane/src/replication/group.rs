@@ -60,8 +60,6 @@ pub(super) struct Group {
     pub replica: Replica,
     pub learning: Option<Learning>,
     pub primary: Option<Box<Primary>>,
-    /// The replica is of no use any more, and being emptied.
-    pub forgetting: bool,
 }
 
 impl Group {
@@ -77,7 +75,6 @@ impl Group {
             replica,
             learning: None,
             primary: None,
-            forgetting: false,
         }
     }
 
@@ -102,7 +99,6 @@ impl Group {
         self.epoch = group.epoch;
         self.role = role;
         self.leader = group.primary;
-        self.forgetting &= role == Role::None;
         if role != Role::Learner
             && let Some(learning) = &mut self.learning
         {
@@ -134,7 +130,6 @@ impl Group {
     pub fn give_up_failed(&mut self, core: &Core) {
         if self.role == Role::None && core.has_failed(self.replica.store) {
             self.replica.discard();
-            self.forgetting = false;
         }
     }
 
@@ -393,15 +388,10 @@ impl Group {
             self.learn(call);
             self.replica.trim(call.core.turn, Seq(u64::MAX));
             self.replica.watch(call.now_ns);
-            self.go_on_forgetting(call);
         }
         let busy = match &self.primary {
             Some(primary) => primary.is_busy(self.replica.acked) || self.replica.is_busy(),
-            None => {
-                self.forgetting
-                    || self.replica.is_busy()
-                    || self.learning.as_ref().is_some_and(Learning::is_waiting)
-            }
+            None => self.replica.is_busy() || self.learning.as_ref().is_some_and(Learning::is_waiting),
         };
         if !busy {
             call.core.ticking.remove(&self.id);

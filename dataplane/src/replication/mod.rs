@@ -55,7 +55,7 @@ use call::{Call, Core, MendJob, ReadPurpose, Token};
 use flush::FlushWaiter;
 use group::{Group, Role};
 use primary::InQuestion;
-use reclaim::{Lineages, is_needed};
+use reclaim::{Leftover, Lineages, is_needed};
 use replica::Replica;
 use resync::Learner;
 
@@ -73,6 +73,12 @@ pub struct RecoveredGroup {
     pub pending: Vec<Entry>,
 }
 
+impl RecoveredGroup {
+    fn into_replica(self, store: StoreId) -> Replica {
+        Replica::new(self.group, store, self.tail, self.pending)
+    }
+}
+
 /// All groups of one shard.
 #[derive(Debug)]
 pub struct Replication {
@@ -80,6 +86,8 @@ pub struct Replication {
     groups: BTreeMap<GroupId, Group>,
     /// What the stores recovered of groups that the map has not mentioned yet.
     recovered: BTreeMap<(StoreId, GroupId), RecoveredGroup>,
+    /// What stores hold of groups that are elsewhere by now, be it on another store of this shard.
+    leftovers: BTreeMap<(StoreId, GroupId), Leftover>,
     map_version: Option<MapVersion>,
 }
 
@@ -87,7 +95,8 @@ impl Replication {
     pub fn new(node: NodeId, incarnation: Incarnation, shard: ShardIndex, pool: &'static BufferPool) -> Self {
         tracing::debug!(%node, %incarnation, %shard, "replication starts");
         let core = Core::new(node, incarnation, pool);
-        Self { core, groups: BTreeMap::new(), recovered: BTreeMap::new(), map_version: None }
+        let (groups, recovered, leftovers) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
+        Self { core, groups, recovered, leftovers, map_version: None }
     }
 
     /// Makes a store of this shard known, with what it recovered. A damaged one may lack acknowledged entries: the
@@ -142,6 +151,7 @@ impl Replication {
             }
         }
         self.reclaim(map, stores, now_ns, out);
+        self.find_leftovers(map);
         for (from, frame) in std::mem::take(&mut self.core.early) {
             self.take_frame(from, frame, stores, now_ns, out);
         }
@@ -158,20 +168,29 @@ impl Replication {
                 self.with(id, stores, now_ns, out, |group, call| group.search_for_deleted(call));
             }
         }
-        let own = self.core.node;
-        let recovered: Vec<_> = self.recovered.keys().copied().collect();
-        for (store, id) in recovered {
-            if !self.groups.contains_key(&id) && !is_needed(map, id, own, store) {
-                self.place(id, store, stores, now_ns, out);
-            }
+    }
+
+    /// Decides which replicas are of no use any more.
+    fn find_leftovers(&mut self, map: &ClusterMap) {
+        let Core { node, incarnation, .. } = self.core;
+        // An older map may not know of a group that an earlier life was given.
+        let own = map.nodes.get(&node).and_then(|own| own.data.as_ref());
+        if own.is_none_or(|own| own.incarnation != incarnation) {
+            return;
         }
-        let ids: Vec<(GroupId, StoreId)> =
-            self.groups.values().map(|group| (group.id, group.replica.store)).collect();
-        for (id, store) in ids {
-            let forgetting = !is_needed(map, id, own, store);
-            if forgetting != self.groups[&id].forgetting {
-                self.with(id, stores, now_ns, out, |group, call| group.set_forgetting(call, forgetting));
-            }
+        let is_needed = |store, id| is_needed(map, id, node, store);
+        let recovered = self.recovered.extract_if(.., |(store, id), _| !is_needed(*store, *id));
+        let recovered = recovered.map(|((store, _), group)| group.into_replica(store));
+        let core = &self.core;
+        let left = self.groups.extract_if(.., |id, group| {
+            let store = group.replica.store;
+            group.role == Role::None && !is_needed(store, *id) && !core.has_failed(store)
+        });
+        for replica in recovered.chain(left.map(|(_, group)| group.replica)) {
+            self.leftovers.insert((replica.store, replica.group), Leftover { replica, is_emptied: true });
+        }
+        for ((store, id), leftover) in &mut self.leftovers {
+            leftover.is_emptied = !is_needed(*store, *id);
         }
     }
 
@@ -188,9 +207,16 @@ impl Replication {
             return;
         }
         self.with(id, stores, now_ns, out, |group, call| group.abdicate(call));
-        let recovered = self.recovered.remove(&(store, id));
-        let (tail, pending) = recovered.map(|group| (group.tail, group.pending)).unwrap_or_default();
-        self.groups.insert(id, Group::new(id, Replica::new(id, store, tail, pending)));
+        let recovered = self.recovered.remove(&(store, id)).map(|group| group.into_replica(store));
+        let left = self.leftovers.remove(&(store, id)).map(|leftover| leftover.replica);
+        let replica =
+            recovered.or(left).unwrap_or_else(|| Replica::new(id, store, GroupTail::default(), Vec::new()));
+        let before = self.groups.insert(id, Group::new(id, replica));
+        if let Some(Group { replica, .. }) =
+            before.filter(|before| !self.core.has_failed(before.replica.store))
+        {
+            self.leftovers.insert((replica.store, id), Leftover { replica, is_emptied: false });
+        }
     }
 
     /// The node may serve until this moment.
@@ -258,11 +284,17 @@ impl Replication {
             StoreEvent::Durable { group, seq } => {
                 if self.groups.get(&group).is_some_and(|group| group.replica.store == store) {
                     self.with(group, stores, now_ns, out, |group, call| group.on_durable(call, seq));
+                } else {
+                    self.with_replica(store, group, stores, now_ns, out, |replica, call| {
+                        replica.on_durable(call, seq);
+                    });
                 }
             }
             StoreEvent::Reset { group } => {
                 if self.groups.get(&group).is_some_and(|group| group.replica.store == store) {
                     self.with(group, stores, now_ns, out, |group, call| group.on_reset(call));
+                } else {
+                    self.with_replica(store, group, stores, now_ns, out, |replica, _| replica.on_reset());
                 }
             }
             StoreEvent::Pushed { token } => {
@@ -284,6 +316,7 @@ impl Replication {
             StoreEvent::Failed => {
                 tracing::error!(%store, "the store has failed: its groups go on without it");
                 self.core.stores.insert(store, true);
+                self.leftovers.retain(|(of, _), _| *of != store);
                 for group in self.groups.values_mut() {
                     group.give_up_failed(&self.core);
                 }
@@ -340,12 +373,16 @@ impl Replication {
         self.begin(stores, now_ns, out);
         tracing::warn!(%store, %error, "the store refuses a record");
         match record {
-            Record::Entry(entry) => self.with(entry.group, stores, now_ns, out, |group, call| {
-                group.replica.on_refused(call, entry.version.seq);
-            }),
-            Record::Reset { group, .. } => self.with(group, stores, now_ns, out, |group, call| {
-                group.replica.on_reset_refused(call);
-            }),
+            Record::Entry(entry) => {
+                self.with_replica(store, entry.group, stores, now_ns, out, |replica, call| {
+                    replica.on_refused(call, entry.version.seq);
+                });
+            }
+            Record::Reset { group, .. } => {
+                self.with_replica(store, group, stores, now_ns, out, |replica, call| {
+                    replica.on_reset_refused(call);
+                });
+            }
             Record::Push { token, .. } => {
                 let mut call = Call { core: &mut self.core, stores, now_ns, out };
                 group::answer_push(&mut call, token, Some(error.code()));
@@ -395,6 +432,8 @@ impl Replication {
         self.bound_retained(arena / UP_TO_DATE_PART, up_to_date, stores, now_ns, out);
         self.scrub(stores, now_ns, out);
         self.tick_groups(stores, now_ns, out);
+        self.leftovers
+            .retain(|_, leftover| !leftover.on_tick(&mut Call { core: &mut self.core, stores, now_ns, out }));
         self.bound_learned(arena / LATE_PART, now_ns, out);
     }
 
@@ -539,7 +578,9 @@ impl Replication {
 
     /// A group that has something to do at the next tick or call.
     pub fn busy_group(&self) -> Option<GroupId> {
-        self.core.ticking.iter().chain(&self.core.deferred).next().copied()
+        let emptied = self.leftovers.values().filter(|leftover| leftover.is_emptied);
+        let emptied = emptied.map(|leftover| leftover.replica.group);
+        self.core.ticking.iter().chain(&self.core.deferred).copied().chain(emptied).next()
     }
 
     pub fn status(&self) -> ReplicationStatus {
@@ -588,6 +629,27 @@ impl Replication {
         {
             self.with(id, stores, now_ns, out, |group, call| group.go_on_pushing(call));
         }
+    }
+
+    /// The replica of a group that `store` has.
+    fn with_replica(
+        &mut self,
+        store: StoreId,
+        id: GroupId,
+        stores: &dyn Stores,
+        now_ns: u64,
+        out: &mut Vec<Action>,
+        act: impl FnOnce(&mut Replica, &mut Call<'_>),
+    ) {
+        let here = self.groups.get_mut(&id).map(|group| &mut group.replica);
+        let replica = match here.filter(|replica| replica.store == store) {
+            Some(replica) => replica,
+            None => match self.leftovers.get_mut(&(store, id)) {
+                Some(leftover) => &mut leftover.replica,
+                None => return,
+            },
+        };
+        act(replica, &mut Call { core: &mut self.core, stores, now_ns, out });
     }
 
     fn with(

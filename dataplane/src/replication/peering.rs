@@ -128,7 +128,8 @@ impl Group {
             !Mutation::SettledAtOnce.is_on() && !group.former.iter().all(|former| group.acts(former));
         primary.settling_ns = None;
         primary.successor = None;
-        primary.scrub.iter_mut().for_each(|scrub| scrub.step_back());
+        let acts = |node| group.acting().any(|member| member.node == node);
+        primary.scrub.iter_mut().for_each(|scrub| scrub.on_acting(acts));
         for waiting in &mut primary.waiting {
             waiting.request.epoch = group.epoch;
         }

@@ -1,24 +1,26 @@
 //! Reclaim: space of what is not needed any more.
 //!
 //! Blocks of deleted volumes are zeroed by the primary of their group, as writes of the group's order. The replica of a
-//! group that has moved to other nodes is emptied by the node that it has left, on its own.
+//! group that has moved to another node or store is a leftover, and emptied by the node that it has left, on its own.
 //!
 //! Invariants
 //! - A lineage is deleted when the map has given it out and no volume has it: one that a newer map gives out is not.
-//! - A replica is emptied only while its group is whole without it: a node that comes back keeps what it has, to be
+//! - A leftover is emptied only while its group is whole without it: a node that comes back keeps what it has, to be
 //!   brought up to date by difference.
+//! - A leftover that is being emptied has no journal: it is never taken for a replica that has one.
 //!
 //! Used by `Replication` (what to reclaim) and `group` (at ticks).
 
 use std::collections::BTreeSet;
 
-use xsan_protocol::ids::{BlockKey, GroupId, Lineage, NodeId, StoreId, Version};
+use xsan_protocol::ids::{BlockKey, GroupId, Lineage, NodeId, Seq, StoreId, Version};
 use xsan_protocol::map::{self, ClusterMap};
 use xsan_protocol::units::{PAGES_PER_BLOCK, PageRange, UNITS_PER_BLOCK};
 
 use super::action::Action;
 use super::call::Call;
-use super::group::{Group, Role};
+use super::group::Group;
+use super::replica::Replica;
 use crate::store::Record;
 
 /// Blocks looked at in one tick of a group.
@@ -58,6 +60,54 @@ pub(super) fn is_needed(map: &ClusterMap, group: GroupId, node: NodeId, store: S
     let here = |member: &map::Member| member.node == node && member.store == store;
     let whole = group.acting().count() >= usize::from(pool.replica_count);
     !whole || !group.is_settled() || group.members.iter().any(here)
+}
+
+/// What a store holds of a group that the map does not have there.
+#[derive(Debug)]
+pub(super) struct Leftover {
+    pub replica: Replica,
+    /// It is of no use any more, by the newest map.
+    pub is_emptied: bool,
+}
+
+impl Leftover {
+    /// Empties it, a few blocks at a time; `true` when nothing is left.
+    pub fn on_tick(&mut self, call: &mut Call<'_>) -> bool {
+        let Self { replica, is_emptied } = self;
+        replica.retry_refused(call);
+        replica.trim(call.core.turn, Seq(u64::MAX));
+        if !*is_emptied || !replica.is_settled() || !replica.is_view_fresh(call.core.turn) {
+            return false;
+        }
+        if replica.last != Version::ZERO {
+            // What was never acknowledged would hold its place in the journal for ever; and what was is worth nothing
+            // without the blocks.
+            replica.reset(call, Version::ZERO);
+            return false;
+        }
+        let view = call.stores.view(replica.store);
+        let blocks = view.blocks_after(replica.group, None, BLOCKS_ZEROED);
+        let mut empty = Vec::new();
+        for (key, _) in &blocks {
+            let versions = view.unit_versions(replica.group, *key);
+            let held = (0..UNITS_PER_BLOCK).filter(|unit| versions[*unit] != Version::ZERO);
+            empty.extend(held.map(|unit| (*key, unit as u8)));
+        }
+        replica.touch(call.core.turn);
+        for (key, unit) in empty {
+            let record = Record::Push {
+                token: call.core.fresh_token(),
+                group: replica.group,
+                key,
+                unit,
+                version: Version::ZERO,
+                as_of: replica.applied,
+                data: None,
+            };
+            call.out.push(Action::Append { store: replica.store, record });
+        }
+        blocks.is_empty()
+    }
 }
 
 /// Where a primary is in its search for blocks of deleted volumes.
@@ -103,49 +153,6 @@ impl Group {
     fn set_search(&mut self, search: Search) {
         if let Some(primary) = &mut self.primary {
             primary.search = search;
-        }
-    }
-
-    /// Is the replica to be emptied, by the newest map? One on a store that has failed is not.
-    pub(super) fn set_forgetting(&mut self, call: &mut Call<'_>, forgetting: bool) {
-        let can = self.role == Role::None && !call.core.has_failed(self.replica.store);
-        self.forgetting = forgetting && can;
-        if self.forgetting {
-            call.core.ticking.insert(self.id);
-        }
-    }
-
-    /// Empties the replica, a few blocks at a time.
-    pub(super) fn go_on_forgetting(&mut self, call: &mut Call<'_>) {
-        let ready = self.replica.is_settled() && self.replica.is_view_fresh(call.core.turn);
-        if !self.forgetting || !ready {
-            return;
-        }
-        if self.replica.applied < self.replica.last.seq {
-            // What was never acknowledged would hold its place in the journal for ever.
-            return self.replica.reset(call, self.replica.last);
-        }
-        let view = call.stores.view(self.replica.store);
-        let blocks = view.blocks_after(self.id, None, BLOCKS_ZEROED);
-        let mut empty = Vec::new();
-        for (key, _) in &blocks {
-            let versions = view.unit_versions(self.id, *key);
-            let held = (0..UNITS_PER_BLOCK).filter(|unit| versions[*unit] != Version::ZERO);
-            empty.extend(held.map(|unit| (*key, unit as u8)));
-        }
-        self.forgetting = !blocks.is_empty();
-        self.replica.touch(call.core.turn);
-        for (key, unit) in empty {
-            let record = Record::Push {
-                token: call.core.fresh_token(),
-                group: self.id,
-                key,
-                unit,
-                version: Version::ZERO,
-                as_of: self.replica.applied,
-                data: None,
-            };
-            call.out.push(Action::Append { store: self.replica.store, record });
         }
     }
 

@@ -176,9 +176,10 @@ impl Replica {
         }
     }
 
-    /// Everything up to `acked` is acknowledged: the store may apply it.
+    /// Everything up to `acked` is acknowledged: the store may apply it. What did not come yet is told again by what comes: this
+    /// node may lead before, or follow one that gives those seqs to other entries.
     pub fn on_acked(&mut self, call: &mut Call<'_>, acked: Seq) {
-        self.acked = self.acked.max(acked);
+        self.acked = self.acked.max(acked.min(self.last.seq));
         self.maybe_apply(call);
     }
 

@@ -211,6 +211,12 @@ impl Scrub {
         }
     }
 
+    /// Others act than before. Who left has been made anew when it comes back.
+    pub fn on_acting(&mut self, acts: impl Fn(NodeId) -> bool) {
+        self.differences.retain(|node, _| acts(*node));
+        self.step_back();
+    }
+
     /// What was asked will not be answered: it is asked again.
     pub fn step_back(&mut self) {
         match self.step {

@@ -343,7 +343,9 @@ impl<'a> Recovery<'a> {
         // As at runtime: the resets of all the groups that are known end it.
         let relearned = !self.resets.is_empty() && self.groups.values().all(|group| !group.damaged);
         let damaged = self.damaged || self.checkpoint.damaged && !relearned;
-        for (group, state) in &self.groups {
+        for (group, state) in &mut self.groups {
+            // Entries may say more, of others that never came: their seqs may be given to others.
+            state.acknowledged = state.acknowledged.min(state.last.seq);
             recovered.push(RecoveredGroup {
                 group: *group,
                 tail: GroupTail { last: state.last, acked: state.applied.seq },

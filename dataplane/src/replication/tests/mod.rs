@@ -1,8 +1,9 @@
 //! Tests of replication: scripted transcripts, and small clusters under random faults.
 //!
-//! Both run the state machine over [`model::ModelStore`], a store that keeps everything in memory.
+//! Both run the state machine over [`model::ModelStore`], a store that keeps everything in memory; `leftovers` runs real stores.
 
 mod cluster;
+mod leftovers;
 mod model;
 mod script;
 

@@ -252,6 +252,39 @@ fn an_entry_that_is_applied_after_a_later_push_to_its_block_holds_the_journal() 
     }
 }
 
+/// An entry that is sent again tells what is acknowledged by now, of entries behind it too. When those never came and the
+/// store was opened anew, the entries that got their seqs were applied before they were acknowledged. Found by reading.
+#[test]
+fn what_never_came_is_not_acknowledged() {
+    let mut rig = Rig::new(24, false);
+    let page = PageRange::new(0, 1);
+    let entry = |seq, acked, content| {
+        let (previous_first, previous_last) = (Version::ZERO, Version::ZERO);
+        let (version, data) = (version(1, seq), Some(data(content, 1)));
+        let (key, acked) = (key(1), Seq(acked));
+        Record::Entry(Entry {
+            group: GROUP,
+            version,
+            acked,
+            key,
+            pages: page,
+            data,
+            previous_first,
+            previous_last,
+        })
+    };
+    rig.store.append(entry(1, 0, 10)).unwrap();
+    rig.store.append(entry(2, 4, 20)).unwrap();
+    rig.settle();
+    let mut rig = rig.crash(false);
+    assert_eq!(rig.recovered.groups[0].tail.acked, Seq(2));
+    rig.store.append(entry(3, 2, 30)).unwrap();
+    rig.settle();
+    rig.expect(GROUP, key(1), page, |_| 20);
+    rig.store.apply(GROUP, Seq(3));
+    rig.expect(GROUP, key(1), page, |_| 30);
+}
+
 #[test]
 fn a_reset_drops_what_is_not_applied() {
     let mut rig = Rig::new(4, false);
