@@ -207,9 +207,11 @@ impl Frame {
         if shape.pages > 0 {
             let entry = |entry: &[u8]| u32::from_le_bytes(entry.try_into().expect("chunks of four bytes"));
             let table: Arc<[u32]> = table.chunks_exact(4).map(entry).collect();
-            let wrong =
-                bytes.chunks_exact(PAGE_SIZE).zip(table.iter()).position(|(page, crc)| crc32c(page) != *crc);
-            if let Some(page) = wrong {
+            let lost = if let Meta::Push(push) = meta { push.lost } else { 0 };
+            let is_lost = |page: usize| page < u16::BITS as usize && lost >> page & 1 == 1;
+            let mut pages = bytes.chunks_exact(PAGE_SIZE).zip(table.iter()).enumerate();
+            let wrong = pages.find(|(page, (bytes, crc))| !is_lost(*page) && crc32c(bytes) != **crc);
+            if let Some((page, _)) = wrong {
                 return Err(PayloadError::Page { page });
             }
             checksums = Some(table);

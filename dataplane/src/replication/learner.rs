@@ -182,7 +182,8 @@ impl Group {
         };
         let had_data = frame.data.is_some();
         let data = frames::page_data(&mut frame, pages);
-        if had_data != data.is_some() || (data.is_none() && meta.version != Version::ZERO) {
+        let is_blank = meta.version == Version::ZERO && meta.lost == 0;
+        if had_data != data.is_some() || (data.is_none() && !is_blank) {
             return refuse(call, from, &header, Code::FrameInvalid);
         }
         if meta.as_of > self.replica.last.seq {
@@ -200,6 +201,7 @@ impl Group {
             version: meta.version,
             as_of: meta.as_of,
             data,
+            lost: meta.lost,
         };
         call.out.push(Action::Append { store, record });
     }

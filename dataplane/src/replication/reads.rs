@@ -5,7 +5,8 @@
 //!
 //! Invariants
 //! - What a client gets was read under a lease that holds when it is answered, in one reign of this primary.
-//! - No page is returned, merged or pushed that does not match its checksum.
+//! - No page is returned or merged that does not match its checksum. One that nobody has is pushed as lost, under the
+//!   checksum that it should have.
 
 use std::sync::Arc;
 
@@ -15,6 +16,7 @@ use xsan_protocol::ids::{BlockKey, NodeId, Seq, Version};
 use xsan_protocol::limits::FRAME_DATA_MAX;
 use xsan_protocol::units::{PAGE_SIZE, PageRange};
 use xsan_protocol::wire::header::{Header, Opcode};
+use xsan_protocol::wire::replication::PushMeta;
 
 use super::action::{Action, Operation, Reply, Request, RequestId};
 use super::call::{Call, MendJob, Merge, ReadJob, ReadPurpose, Token};
@@ -180,7 +182,8 @@ impl Group {
             }
             ReadPurpose::Push { learner, attempt, unit, version, as_of } => {
                 let data = PageData { bytes: read.buffer.freeze(), checksums: read.checksums };
-                self.send_push(call, (learner, attempt), (key, unit), (version, as_of), Some(data));
+                let meta = PushMeta { version, as_of, lost: 0 };
+                self.send_push(call, (learner, attempt), (key, unit), meta, Some(data));
                 self.on_progress(call);
             }
             ReadPurpose::Scrub { check, damaged } => {
@@ -319,7 +322,7 @@ impl Group {
     }
 
     fn give_up_mending(&mut self, call: &mut Call<'_>, mend: MendJob) {
-        let MendJob { mut read, buffer, damaged, .. } = mend;
+        let MendJob { mut read, mut buffer, damaged, expected, .. } = mend;
         if read.attempt < READ_ATTEMPTS_MAX && !matches!(read.purpose, ReadPurpose::Dropped) {
             // The others may hold newer content of these pages, which this store has by now.
             read.attempt += 1;
@@ -327,8 +330,21 @@ impl Group {
         }
         tracing::error!(group = %self.id, block = %read.key, pages = ?damaged, "no replica has undamaged pages");
         call.core.counters.reads_lost += u64::from(!matches!(read.purpose, ReadPurpose::Mend { .. }));
-        if let ReadPurpose::Scrub { damaged: told, .. } = &mut read.purpose {
-            *told = damaged;
+        match &mut read.purpose {
+            ReadPurpose::Scrub { damaged: told, .. } => *told = damaged,
+            // The learner gets all the rest, and meets the loss as this replica does: else nobody would ever be made of it.
+            ReadPurpose::Push { learner, attempt, unit, version, as_of } => {
+                let mut lost = 0;
+                for page in damaged.iter().map(|page| usize::from(page - read.pages.first)) {
+                    buffer[page * PAGE_SIZE..(page + 1) * PAGE_SIZE].fill(0);
+                    lost |= 1 << page;
+                }
+                let data = PageData { bytes: buffer.freeze(), checksums: expected };
+                let meta = PushMeta { version: *version, as_of: *as_of, lost };
+                self.send_push(call, (*learner, *attempt), (read.key, *unit), meta, Some(data));
+                return self.on_progress(call);
+            }
+            _ => {}
         }
         self.fail_read(call, read, Code::ChecksumMismatch);
     }

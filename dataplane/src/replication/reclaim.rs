@@ -103,6 +103,7 @@ impl Leftover {
                 version: Version::ZERO,
                 as_of: replica.applied,
                 data: None,
+                lost: 0,
             };
             call.out.push(Action::Append { store: replica.store, record });
         }

@@ -494,7 +494,8 @@ impl Group {
             let Some(learner) = self.learner(node) else { continue };
             let attempt = learner.attempt;
             if version == Version::ZERO {
-                self.send_push(call, (node, attempt), (key, unit), (version, as_of), None);
+                let meta = PushMeta { version, as_of, lost: 0 };
+                self.send_push(call, (node, attempt), (key, unit), meta, None);
                 self.run_waiting(call);
                 continue;
             }
@@ -515,7 +516,7 @@ impl Group {
         call: &mut Call<'_>,
         (node, attempt): (NodeId, u32),
         (key, unit): (BlockKey, u8),
-        (version, as_of): (Version, Seq),
+        meta: PushMeta,
         data: Option<PageData>,
     ) {
         if !self.is_pushing((node, attempt), (key, unit)) {
@@ -523,7 +524,7 @@ impl Group {
         }
         self.unlock((node, attempt), (key, unit));
         call.core.counters.resync_bytes_moved += if data.is_some() { UNIT_SIZE as u64 } else { 0 };
-        let mut frame = frames::push(self.id, self.epoch, key, unit, PushMeta { version, as_of }, data);
+        let mut frame = frames::push(self.id, self.epoch, key, unit, meta, data);
         frame.header.request_id = u64::from(attempt);
         call.send(node, frame);
     }

@@ -512,7 +512,7 @@ fn place(
             }
             Placed::Entry { group: entry.group, seq: entry.version.seq, life }
         }
-        Item::Record(Record::Push { token, group, key, unit, version, as_of, data }) => Placed::Push {
+        Item::Record(Record::Push { token, group, key, unit, version, as_of, data, .. }) => Placed::Push {
             token: *token,
             position,
             group: *group,

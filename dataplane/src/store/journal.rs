@@ -136,6 +136,7 @@ impl Queued {
             previous_last: Version::ZERO,
             data_page: if has_data { data_page } else { 0 },
             start: 0,
+            lost: 0,
         };
         match &self.item {
             Item::Record(Record::Entry(entry)) => {
@@ -146,12 +147,13 @@ impl Queued {
                 let kind = if has_data { Kind::Carry } else { Kind::CarryZero };
                 Descriptor { kind, ..of_entry(entry, none) }
             }
-            Item::Record(Record::Push { key, unit, version, as_of, .. }) => Descriptor {
+            Item::Record(Record::Push { key, unit, version, as_of, lost, .. }) => Descriptor {
                 kind: if has_data { Kind::Push } else { Kind::PushZero },
                 version: *version,
                 acked: *as_of,
                 key: *key,
                 pages: PageRange::of_unit(*unit),
+                lost: if has_data { *lost } else { 0 },
                 ..none
             },
             Item::Record(Record::Reset { last, .. }) => {

@@ -47,6 +47,8 @@ pub enum Record {
         version: Version,
         as_of: Seq,
         data: Option<PageData>,
+        /// Pages of the unit, by bit, that no replica has: they read as damaged.
+        lost: u16,
     },
     /// Drops every entry of the group that is not applied; the next entry must follow `last`. Ends with
     /// `StoreEvent::Reset`.

@@ -11,7 +11,6 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 use super::{
     DiskFormatError, FORMAT_VERSION, RawKey, check, check_counters, check_seal, check_version, seal,
 };
-use crate::checksum::crc32c;
 use crate::ids::{BlockKey, GroupId, Seq, StoreId, Version};
 use crate::limits::PAGES_PER_WRITE_MAX;
 use crate::units::{PAGE_SIZE, PAGES_PER_BLOCK, PAGES_PER_UNIT, PageRange};
@@ -72,6 +71,9 @@ pub struct Descriptor {
     pub data_page: u32,
     /// For a Carried: position of its first record; 0 for all others.
     pub start: u64,
+    /// For a Push: pages of the unit, by bit, that no replica has. What is there in their place does not match their
+    /// checksums, which are those of what is lost.
+    pub lost: u16,
 }
 
 /// The header of a batch.
@@ -120,7 +122,8 @@ struct RawDescriptor {
     page_count: U16,            // 70
     data_page: U32,             // 72
     start: U64,                 // 76
-    padding: [u8; 12],          // 84
+    lost: U16,                  // 84
+    padding: [u8; 10],          // 86
 }
 
 const _: () = assert!(size_of::<RawHeader>() == HEADER_SIZE);
@@ -209,7 +212,8 @@ impl<'a> HeadWriter<'a> {
             page_count: descriptor.pages.count.into(),
             data_page: descriptor.data_page.into(),
             start: descriptor.start.into(),
-            padding: [0; 12],
+            lost: descriptor.lost.into(),
+            padding: [0; 10],
         };
         let at = HEADER_SIZE + self.descriptors * DESCRIPTOR_SIZE;
         self.out[at..at + DESCRIPTOR_SIZE].copy_from_slice(raw.as_bytes());
@@ -293,17 +297,6 @@ pub fn decode(head: &[u8]) -> Result<BatchHead, DiskFormatError> {
     Ok(BatchHead { header, descriptors, checksums })
 }
 
-impl BatchHead {
-    /// Does the data of the batch match its checksums?
-    pub fn data_is_whole(&self, data: &[u8]) -> bool {
-        data.len() == self.checksums.len() * PAGE_SIZE
-            && data
-                .chunks_exact(PAGE_SIZE)
-                .zip(&self.checksums)
-                .all(|(page, checksum)| crc32c(page) == *checksum)
-    }
-}
-
 impl RawDescriptor {
     /// `data_page`: where the data of this descriptor must start.
     fn decode(&self, data_page: u32) -> Result<Descriptor, DiskFormatError> {
@@ -318,7 +311,7 @@ impl RawDescriptor {
             8 => Kind::Carried,
             _ => return Err(DiskFormatError::Field { field: "kind" }),
         };
-        check(self.reserved == [0; 3] && self.padding == [0; 12], "descriptor reserved")?;
+        check(self.reserved == [0; 3] && self.padding == [0; 10], "descriptor reserved")?;
         let (first, count) = (self.first_page.get(), self.page_count.get());
         let end = usize::from(first) + usize::from(count);
         check(count > 0 && end <= PAGES_PER_BLOCK, "pages")?;
@@ -330,6 +323,7 @@ impl RawDescriptor {
         check(self.data_page.get() == if kind.has_data() { data_page } else { 0 }, "data_page")?;
         check(kind == Kind::Carried || self.start.get() == 0, "start")?;
         check_counters(&[self.start], "start")?;
+        check(kind == Kind::Push || self.lost.get() == 0, "lost")?;
         Ok(Descriptor {
             kind,
             group: GroupId(self.group.get()),
@@ -341,6 +335,7 @@ impl RawDescriptor {
             previous_last: self.previous_last.into(),
             data_page: self.data_page.get(),
             start: self.start.get(),
+            lost: self.lost.get(),
         })
     }
 }

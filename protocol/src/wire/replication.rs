@@ -202,13 +202,16 @@ pub struct PushMeta {
     pub version: Version,
     /// The content holds every entry up to this one; all of them are acknowledged.
     pub as_of: Seq,
+    /// Pages of the unit, by bit, that no replica has: their bytes mean nothing, their checksums are those of what is lost.
+    pub lost: u16,
 }
 
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 struct RawPushMeta {
     version: RawVersion, // 0
-    reserved: U32,       // 12
+    lost: U16,           // 12
+    reserved: U16,       // 14
     as_of: U64,          // 16
 }
 
@@ -216,8 +219,12 @@ impl PushMeta {
     pub const SIZE: usize = 24;
 
     pub fn encode(&self) -> [u8; Self::SIZE] {
-        let raw =
-            RawPushMeta { version: self.version.into(), reserved: 0.into(), as_of: self.as_of.0.into() };
+        let raw = RawPushMeta {
+            version: self.version.into(),
+            lost: self.lost.into(),
+            reserved: 0.into(),
+            as_of: self.as_of.0.into(),
+        };
         zerocopy::transmute!(raw)
     }
 
@@ -228,7 +235,7 @@ impl PushMeta {
         if raw.reserved.get() != 0 {
             return Err(MetaError::Field { field: "reserved" });
         }
-        Ok(Self { version: raw.version.into(), as_of: Seq(raw.as_of.get()) })
+        Ok(Self { version: raw.version.into(), as_of: Seq(raw.as_of.get()), lost: raw.lost.get() })
     }
 }
 

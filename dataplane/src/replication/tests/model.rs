@@ -133,6 +133,11 @@ impl ModelStore {
         let group = self.groups.entry(group_of(&record)).or_default();
         let applied = group.tail.acked;
         group.take(&record);
+        if let Record::Push { group, key, unit, lost, .. } = &record {
+            let first = PageRange::of_unit(*unit).first;
+            let lost = (0..16).filter(|page| lost >> page & 1 == 1);
+            self.damaged.extend(lost.map(|page| (*group, *key, first + page)));
+        }
         self.log.push((record, applied));
         Ok(())
     }

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use words::{Words, content, filled, pages_of, place, show_entry, show_frame};
+use words::{Words, content, filled, lost_pages, pages_of, place, show_entry, show_frame};
 use xsan_protocol::ids::{
     BootId, Epoch, GroupId, Incarnation, MapVersion, NodeId, PoolId, ShardIndex, StoreId,
 };
@@ -104,8 +104,12 @@ impl Script {
             Action::Append { record, .. } => {
                 let line = match &record {
                     Record::Entry(entry) => format!("journal {}", show_entry(entry)),
-                    Record::Push { key, unit, version, as_of, .. } => {
-                        format!("journal unit {unit} of b{}, version {version}, as of {as_of}", key.index)
+                    Record::Push { key, unit, version, as_of, lost, .. } => {
+                        let lost = lost_pages(*lost);
+                        format!(
+                            "journal unit {unit} of b{}, version {version}, as of {as_of}{lost}",
+                            key.index
+                        )
                     }
                     Record::Reset { last, .. } => format!("journal reset to {last}"),
                 };

@@ -184,7 +184,8 @@ impl Recovery<'_> {
             let offset =
                 self.layout.journal_offset(data) + u64::from(descriptor.data_page) * PAGE_SIZE as u64;
             read_again(device, offset, &mut buffer).ok()?;
-            let torn = !mismatches(&buffer, checksums(batch, descriptor)).is_empty();
+            let bad = mismatches(&buffer, checksums(batch, descriptor));
+            let torn = bad.iter().any(|page| descriptor.lost.unbounded_shr(u32::from(*page)) & 1 == 0);
             if torn && !Mutation::TornBatchReplayed.is_on() {
                 return None;
             }

@@ -72,6 +72,7 @@ fn what_no_batch_has_is_taken_back() {
         version: version(1, 2),
         as_of: Seq(2),
         data: Some(data(300, 16)),
+        lost: 0,
     };
     rig.store.append(push).unwrap();
     assert_ne!(holds(&rig), before);
@@ -188,6 +189,7 @@ fn a_partial_write_keeps_the_chain_only_over_what_it_knew() {
         version: pushed,
         as_of: Seq(4),
         data: Some(data(5000, 16)),
+        lost: 0,
     };
     rig.store.append(push).unwrap();
     rig.settle();
@@ -228,6 +230,7 @@ fn an_entry_that_is_applied_after_a_later_push_to_its_block_holds_the_journal() 
             version: version(9, 9),
             as_of,
             data: Some(data(900, 16)),
+            lost: 0,
         };
         rig.store.append(push).unwrap();
         settle(&mut rig, &|rig| {
@@ -376,6 +379,7 @@ fn a_failed_store_lets_go_of_what_is_on_its_way() {
         version: version(1, 1),
         as_of: Seq(1),
         data: Some(queued),
+        lost: 0,
     };
     rig.store.flush(50);
     rig.fail_next_flush = true;

@@ -9,7 +9,7 @@ use xsan_protocol::units::{PAGE_SIZE, PageRange};
 
 use super::rig::{JOURNAL_BYTES, Rig, data, key, page_bytes, pool, version};
 use crate::io::Device;
-use crate::store::{Options, ReadError, Record, Store, StoreEvent, StoreView};
+use crate::store::{Options, PageData, ReadError, Record, Store, StoreEvent, StoreView};
 use crate::testing::Random;
 
 const GROUP: GroupId = GroupId(3);
@@ -390,6 +390,7 @@ fn damage_below_the_flushed_mark_is_told_until_the_group_is_relearned() {
             version: pushed,
             as_of: Seq(20),
             data: Some(unit),
+            lost: 0,
         };
         rig.store.append(push).unwrap();
         rig.settle();
@@ -404,6 +405,61 @@ fn damage_below_the_flushed_mark_is_told_until_the_group_is_relearned() {
         rig = rig.crash(true);
         assert!(!rig.recovered.damaged);
     }
+}
+
+/// A unit comes from a replica that could not read two of its pages, when nobody else has them. They are lost here too,
+/// and only they: in the journal, over a restart, and in their place; and mended by who has them after all.
+#[test]
+fn lost_pages_of_a_pushed_unit_read_as_damaged() {
+    let unit = PageRange::of_unit(0);
+    let whole = data(100, 16);
+    let mut bytes = pool().alloc(unit.bytes()).unwrap();
+    bytes.copy_from_slice(&whole.bytes);
+    for page in [3, 15] {
+        bytes[page * PAGE_SIZE..(page + 1) * PAGE_SIZE].fill(0);
+    }
+    let with_holes = PageData { bytes: bytes.freeze(), checksums: whole.checksums.clone() };
+    let mut rig = Rig::new(27, false);
+    let check = |rig: &mut Rig, journalled: u8| {
+        let at = rig.store.locate(GROUP, key(1))[0].journalled_pages;
+        assert_eq!(at, journalled);
+        match rig.read(GROUP, key(1), unit) {
+            Err(ReadError::Damaged { damaged, expected, buffer }) => {
+                assert_eq!(damaged, [3, 15]);
+                assert_eq!(expected[..], whole.checksums[..]);
+                assert!(buffer[4 * PAGE_SIZE..15 * PAGE_SIZE] == whole.bytes[4 * PAGE_SIZE..15 * PAGE_SIZE]);
+            }
+            other => panic!("not lost: {other:?}"),
+        }
+    };
+    rig.store.append(Record::Reset { group: GROUP, last: version(1, 7) }).unwrap();
+    let token = rig.token();
+    let push = Record::Push {
+        token,
+        group: GROUP,
+        key: key(1),
+        unit: 0,
+        version: version(1, 5),
+        as_of: Seq(7),
+        data: Some(with_holes),
+        lost: 1 << 3 | 1 << 15,
+    };
+    rig.store.append(push).unwrap();
+    rig.settle();
+    check(&mut rig, 16);
+    rig.flush();
+    rig = rig.crash(true);
+    assert!(!rig.recovered.damaged, "the batch is whole but for what was lost before");
+    check(&mut rig, 16);
+    // As damaged pages they stay in the journal for some cycles.
+    (0..10).for_each(|_| rig.idle());
+    check(&mut rig, 0);
+    rig = rig.crash(false);
+    check(&mut rig, 0);
+    let token = rig.token();
+    rig.store.repair(token, GROUP, key(1), unit, whole.clone());
+    rig.settle();
+    rig.expect(GROUP, key(1), unit, |page| 100 + u64::from(page));
 }
 
 #[test]

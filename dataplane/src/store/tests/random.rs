@@ -126,7 +126,7 @@ impl Run {
         let version = if content == 0 { Version::ZERO } else { Version::new(Epoch(9), Seq(self.content)) };
         let token = self.rig.token();
         let data = (content != 0).then(|| data(content, 16));
-        let record = Record::Push { token, group, key: block, unit, version, as_of, data };
+        let record = Record::Push { token, group, key: block, unit, version, as_of, data, lost: 0 };
         self.append(group, record, Event::Push { token, key: block, unit, version, as_of, content });
     }
 

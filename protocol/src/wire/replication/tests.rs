@@ -21,7 +21,7 @@ proptest! {
     fn the_other_metas_round_trip(version in any_version(), a in any::<u64>(), b in any::<u64>()) {
         let info = PeerInfo { last: version, durable: Seq(a), acked: Seq(b) };
         prop_assert_eq!(PeerInfo::decode(&info.encode()), Ok(info));
-        let push = PushMeta { version, as_of: Seq(a) };
+        let push = PushMeta { version, as_of: Seq(a), lost: b as u16 };
         prop_assert_eq!(PushMeta::decode(&push.encode()), Ok(push));
         let fetch = FetchMeta { from: Seq(a.min(b)), to: Seq(a.max(b)) };
         prop_assert_eq!(FetchMeta::decode(&fetch.encode()), Ok(fetch));

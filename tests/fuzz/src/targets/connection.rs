@@ -111,7 +111,7 @@ fn frames() -> Vec<Frame> {
                 }
                 Opcode::Fetch => meta(Meta::Fetch(FetchMeta { from: Seq(4), to: Seq(900) })),
                 Opcode::Push => {
-                    with_pages(meta(Meta::Push(PushMeta { version: VERSION, as_of: Seq(10) })), 16)
+                    with_pages(meta(Meta::Push(PushMeta { version: VERSION, as_of: Seq(10), lost: 4 })), 16)
                 }
                 Opcode::Write | Opcode::ReadReply | Opcode::FetchPagesReply | Opcode::Mend => {
                     with_pages(frame, 1)

@@ -182,6 +182,7 @@ fn descriptor(kind: Kind, pages: PageRange, data_page: u32) -> Descriptor {
         previous_last: VERSION,
         data_page,
         start: if kind == Kind::Carried { 4 << 20 } else { 0 },
+        lost: if kind == Kind::Push { 4 } else { 0 },
     }
 }
 

@@ -147,6 +147,7 @@ impl Rig {
             version: Version::new(Epoch(2), as_of),
             as_of,
             data: Some(data(content, 16)),
+            lost: 0,
         };
         self.store.append(push).expect("a new store has room");
         self.settle().expect("a new store comes to rest");

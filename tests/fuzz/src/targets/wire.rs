@@ -54,7 +54,7 @@ pub const TARGETS: &[Target] = &[
     },
     Target {
         what: "meta of Push",
-        seeds: || vec![PushMeta { version: VERSION, as_of: Seq(10) }.encode().to_vec()],
+        seeds: || vec![PushMeta { version: VERSION, as_of: Seq(10), lost: 4 }.encode().to_vec()],
         check: check_push,
         ..fixed("push-meta", 64)
     },

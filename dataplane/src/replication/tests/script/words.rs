@@ -106,8 +106,12 @@ impl<'a> Words<'a> {
                 frame
             }
             "push" => {
-                let meta =
-                    PushMeta { version: self.version("version"), as_of: Seq(self.number("as-of").unwrap()) };
+                let lost = self.number("lost").map_or(0, |page| 1 << page);
+                let meta = PushMeta {
+                    version: self.version("version"),
+                    as_of: Seq(self.number("as-of").unwrap()),
+                    lost,
+                };
                 let unit = self.number("unit").unwrap() as u8;
                 let data = self.named("fill").map(|letter| pages_of(letter, PageRange::of_unit(unit)));
                 frames::push(group_id(), epoch, self.key(), unit, meta, data)
@@ -307,6 +311,12 @@ pub fn show_entry(entry: &Entry) -> String {
     text
 }
 
+/// Which pages of a unit are lost, if any.
+pub fn lost_pages(lost: u16) -> String {
+    let pages: Vec<u32> = (0..u16::BITS).filter(|page| lost >> page & 1 == 1).collect();
+    if pages.is_empty() { String::new() } else { format!(", lost {pages:?}") }
+}
+
 pub fn show_frame(frame: &Frame) -> String {
     let header = &frame.header;
     let mut text = format!("{:?} e{}", header.opcode, header.epoch);
@@ -333,7 +343,7 @@ pub fn show_frame(frame: &Frame) -> String {
             let data = frame.data.clone().zip(frame.checksums.clone());
             let shown = data
                 .map_or("zeroes".to_owned(), |(bytes, checksums)| content(&PageData { bytes, checksums }));
-            write!(text, " {shown}").unwrap();
+            write!(text, " {shown}{}", lost_pages(meta.lost)).unwrap();
         }
         (Opcode::AppendOk | Opcode::Commit, _) => {
             let full = if header.flags & flags::STORE_FULL != 0 { ", no room" } else { "" };
