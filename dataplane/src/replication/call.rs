@@ -111,6 +111,8 @@ pub(super) struct MendJob {
     pub expected: Arc<[u32]>,
     pub asked: NodeId,
     pub tried: Vec<NodeId>,
+    /// Somebody may have them who did not say so: it refused, or lags.
+    pub is_unsure: bool,
 }
 
 #[derive(Debug)]

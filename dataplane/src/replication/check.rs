@@ -50,13 +50,13 @@ pub(super) struct Check {
 #[derive(Debug)]
 enum Own {
     Reading,
-    /// Verified, after these pages were mended.
+    /// Verified, after some pages were mended, but for those that are lost: no replica has what they should be.
     Read {
         data: PageData,
         mended: Vec<u16>,
+        /// Counted from the range's first, as members tell theirs.
+        lost: Vec<u16>,
     },
-    /// These pages are damaged, and no replica has what they should be.
-    Lost(Vec<u16>),
 }
 
 impl Group {
@@ -104,24 +104,17 @@ impl Group {
         }
     }
 
-    /// This node has read its part; `mended` pages were damaged.
+    /// This node has read its part; `mended` pages were damaged, those `lost` have no good copy.
     pub(super) fn on_check_read(
         &mut self,
         call: &mut Call<'_>,
         number: u64,
         data: PageData,
         mended: Vec<u16>,
+        lost: Vec<u16>,
     ) {
         if let Some(check) = self.check(number) {
-            check.own = Own::Read { data, mended };
-            self.maybe_conclude(call);
-        }
-    }
-
-    /// This node could not read its part: `damaged` pages have no good copy.
-    pub(super) fn on_check_lost(&mut self, call: &mut Call<'_>, number: u64, damaged: Vec<u16>) {
-        if let Some(check) = self.check(number) {
-            check.own = Own::Lost(damaged);
+            check.own = Own::Read { data, mended, lost };
             self.maybe_conclude(call);
         }
     }
@@ -143,7 +136,7 @@ impl Group {
         self.maybe_conclude(call);
     }
 
-    fn look_again(&mut self, call: &Call<'_>) {
+    pub(super) fn look_again(&mut self, call: &Call<'_>) {
         if let Some(scrub) = self.primary.as_mut().and_then(|primary| primary.scrub.as_mut()) {
             scrub.step_back();
             scrub.resume_ns = call.now_ns + LOOK_AGAIN_NS;
@@ -177,11 +170,12 @@ impl Group {
 
     /// The primary's pages for those that are damaged at members, where they have the checksum that the member expects.
     fn mends(&self, check: &Check) -> Vec<(NodeId, Frame)> {
-        let Own::Read { data, .. } = &check.own else { return Vec::new() };
+        let Own::Read { data, lost, .. } = &check.own else { return Vec::new() };
         let mut frames = Vec::new();
         for (node, units) in &check.members {
             let expected = expected(units);
-            let mendable = |index: &u16| data.checksums[usize::from(*index)] == expected[usize::from(*index)];
+            let same = |index: usize| data.checksums[index] == expected[index];
+            let mendable = |index: &u16| same(usize::from(*index)) && !lost.contains(index);
             let pages: Vec<u16> = damaged(units).filter(mendable).collect();
             for run in pages.chunk_by(|a, b| *a + 1 == *b) {
                 let (first, end) = (usize::from(run[0]), usize::from(run[0]) + run.len());
@@ -269,15 +263,11 @@ impl Scrub {
         for (node, units) in &check.members {
             damage.extend(damaged(units).map(|page| (*node, page)));
         }
-        match &check.own {
-            Own::Lost(pages) => damage.extend(pages.iter().map(|page| (own, *page))),
-            Own::Read { mended, .. } => {
-                let news = mended.iter().filter(|page| self.mended.insert(**page)).count() as u64;
-                self.findings.damaged_pages += news;
-                self.findings.mended_pages += news;
-            }
-            Own::Reading => {}
-        }
+        let Own::Read { mended, lost, .. } = &check.own else { return false };
+        damage.extend(lost.iter().map(|page| (own, *page)));
+        let news = mended.iter().filter(|page| self.mended.insert(**page)).count() as u64;
+        self.findings.damaged_pages += news;
+        self.findings.mended_pages += news;
         self.findings.damaged_pages += damage.difference(&self.damaged).count() as u64;
         self.findings.mended_pages += self.damaged.difference(&damage).count() as u64;
         self.damaged = damage;
@@ -296,9 +286,9 @@ impl Scrub {
                 }
             }
         }
-        let hopeful = matches!(check.own, Own::Read { .. });
-        let damaged = hopeful && !self.damaged.is_empty() && self.looks < LOOKS_DAMAGED_MAX;
-        let moving = hopeful && written > 0 && self.looks < LOOKS_WRITTEN_MAX;
+        let hopeful = self.damaged.iter().any(|(_, page)| !lost.contains(page));
+        let damaged = hopeful && self.looks < LOOKS_DAMAGED_MAX;
+        let moving = written > 0 && self.looks < LOOKS_WRITTEN_MAX;
         if damaged || moving {
             return false;
         }
@@ -311,8 +301,7 @@ impl Scrub {
 }
 
 impl Check {
-    /// Members that have other content of the unit than the primary; `None`: it was written meanwhile, or this node
-    /// could not read it.
+    /// Members that have, or should have, other content of the unit than the primary; `None`: it was written meanwhile.
     fn differing(&self, index: usize, unchanged: bool) -> Option<Vec<NodeId>> {
         let Own::Read { data, .. } = &self.own else { return None };
         let (own, version) = (&data.checksums.as_chunks::<PAGES_PER_UNIT>().0[index], self.versions[index]);

@@ -448,7 +448,7 @@ pub(super) fn answer_push(call: &mut Call<'_>, token: u64, code: Option<Code>) {
 
 /// What was read, with zeroes for the damaged pages: the others may be all that is asked for. The primary takes no page that has
 /// another checksum than it expects.
-fn without(mut buffer: BufferMut, damaged: &[u16], expected: &[u32]) -> ReadPages {
+pub(super) fn without(mut buffer: BufferMut, damaged: &[u16], expected: &[u32]) -> ReadPages {
     let mut checksums = expected.to_vec();
     for index in damaged.iter().map(|index| usize::from(*index)) {
         let page = &mut buffer[index * PAGE_SIZE..(index + 1) * PAGE_SIZE];

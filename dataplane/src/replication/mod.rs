@@ -136,7 +136,7 @@ impl Replication {
             // Their answers are of an older epoch: they would not be taken.
             let of_group = |mend: &MendJob| mend.read.group == group.id;
             for mend in self.core.take_mends(of_group) {
-                self.with(group.id, stores, now_ns, out, |own, call| own.go_on_mending(call, mend));
+                self.with(group.id, stores, now_ns, out, |own, call| own.on_unanswered_mend(call, mend));
             }
         }
         let settled: Vec<GroupId> =
@@ -179,9 +179,9 @@ impl Replication {
             return;
         }
         let is_needed = |store, id| is_needed(map, id, node, store);
+        let core = &self.core;
         let recovered = self.recovered.extract_if(.., |(store, id), _| !is_needed(*store, *id));
         let recovered = recovered.map(|((store, _), group)| group.into_replica(store));
-        let core = &self.core;
         let left = self.groups.extract_if(.., |id, group| {
             let store = group.replica.store;
             group.role == Role::None && !is_needed(store, *id) && !core.has_failed(store)
@@ -316,6 +316,7 @@ impl Replication {
             StoreEvent::Failed => {
                 tracing::error!(%store, "the store has failed: its groups go on without it");
                 self.core.stores.insert(store, true);
+                self.recovered.retain(|(of, _), _| *of != store);
                 self.leftovers.retain(|(of, _), _| *of != store);
                 for group in self.groups.values_mut() {
                     group.give_up_failed(&self.core);
@@ -341,10 +342,10 @@ impl Replication {
         for waiter in released {
             match waiter {
                 FlushWaiter::Replica { group, ticket } => {
-                    self.with(group, stores, now_ns, out, |group, call| {
-                        group.replica.on_stable(call, ticket);
-                        group.on_vouched(call);
+                    self.with_replica(store, group, stores, now_ns, out, |replica, call| {
+                        replica.on_stable(call, ticket);
                     });
+                    self.with(group, stores, now_ns, out, |group, call| group.on_vouched(call));
                 }
                 FlushWaiter::Member { group, epoch, to, request_id } => {
                     let frame = frames::numbered(Opcode::MemberFlushReply, group, epoch, request_id);
@@ -408,7 +409,9 @@ impl Replication {
             group.on_peer_lost(&mut call, node);
         }
         for mend in self.core.take_mends(|mend| mend.asked == node) {
-            self.with(mend.read.group, stores, now_ns, out, |group, call| group.go_on_mending(call, mend));
+            self.with(mend.read.group, stores, now_ns, out, |group, call| {
+                group.on_unanswered_mend(call, mend)
+            });
         }
     }
 

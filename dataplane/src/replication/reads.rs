@@ -21,7 +21,7 @@ use xsan_protocol::wire::replication::PushMeta;
 use super::action::{Action, Operation, Reply, Request, RequestId};
 use super::call::{Call, MendJob, Merge, ReadJob, ReadPurpose, Token};
 use super::frames;
-use super::group::{Group, Role};
+use super::group::{Group, Role, without};
 use super::pace::Work;
 use super::primary::{MergeLock, Waiting};
 use super::status::Stage;
@@ -188,7 +188,7 @@ impl Group {
             }
             ReadPurpose::Scrub { check, damaged } => {
                 let data = PageData { bytes: read.buffer.freeze(), checksums: read.checksums };
-                self.on_check_read(call, check, data, damaged);
+                self.on_check_read(call, check, data, damaged, Vec::new());
             }
             ReadPurpose::Mend { at } if at != call.node() => {
                 let mut frame = frames::about(Opcode::Mend, self.id, self.epoch, key, pages);
@@ -221,7 +221,7 @@ impl Group {
             ReadPurpose::Push { learner, attempt, unit, .. } if current => {
                 self.drop_push(call, (learner, attempt), (job.key, unit));
             }
-            ReadPurpose::Scrub { check, damaged } if current => self.on_check_lost(call, check, damaged),
+            ReadPurpose::Scrub { .. } if current => self.look_again(call),
             ReadPurpose::Push { .. }
             | ReadPurpose::Scrub { .. }
             | ReadPurpose::Mend { .. }
@@ -287,12 +287,18 @@ impl Group {
             group = %self.id, block = %job.key, pages = ?damaged,
             "stored pages do not match their checksums, asking another replica"
         );
-        let mend = MendJob { read: job, buffer, damaged, expected, asked: NodeId(0), tried: Vec::new() };
+        let (asked, tried, is_unsure) = (NodeId(0), Vec::new(), false);
+        let mend = MendJob { read: job, buffer, damaged, expected, asked, tried, is_unsure };
         self.go_on_mending(call, mend);
     }
 
+    /// Who was asked will not answer, or not in this epoch.
+    pub(super) fn on_unanswered_mend(&mut self, call: &mut Call<'_>, mend: MendJob) {
+        self.go_on_mending(call, MendJob { is_unsure: true, ..mend });
+    }
+
     /// Asks the next member for the damaged pages, once the last one answered or is gone; or gives up.
-    pub(super) fn go_on_mending(&mut self, call: &mut Call<'_>, mut mend: MendJob) {
+    fn go_on_mending(&mut self, call: &mut Call<'_>, mut mend: MendJob) {
         if mend.read.reign != self.reign_now() {
             return self.fail_read(call, mend.read, Code::NotPrimary);
         }
@@ -310,6 +316,9 @@ impl Group {
             return self.give_up_mending(call, mend);
         };
         let epoch = primary.epoch;
+        let needed = if let ReadPurpose::Push { as_of, .. } = mend.read.purpose { as_of } else { Seq(0) };
+        mend.is_unsure |=
+            primary.learners.iter().any(|learner| learner.node == next && learner.durable < needed);
         mend.asked = next;
         mend.tried.push(next);
         let (key, pages) = (mend.read.key, mend.read.pages);
@@ -322,31 +331,46 @@ impl Group {
     }
 
     fn give_up_mending(&mut self, call: &mut Call<'_>, mend: MendJob) {
-        let MendJob { mut read, mut buffer, damaged, expected, .. } = mend;
+        let MendJob { mut read, mut buffer, damaged, expected, is_unsure, .. } = mend;
         if read.attempt < READ_ATTEMPTS_MAX && !matches!(read.purpose, ReadPurpose::Dropped) {
             // The others may hold newer content of these pages, which this store has by now.
             read.attempt += 1;
             return call.read_into(self.replica.store, read, buffer);
         }
+        let own = call.node();
+        let all_asked = self
+            .primary
+            .as_ref()
+            .is_some_and(|primary| primary.members.iter().all(|member| member.node == own || member.synced));
+        if matches!(read.purpose, ReadPurpose::Push { .. }) && (is_unsure || !all_asked) {
+            // What is pushed as lost would overwrite the page where it is.
+            return self.fail_read(call, read, Code::Busy);
+        }
         tracing::error!(group = %self.id, block = %read.key, pages = ?damaged, "no replica has undamaged pages");
         call.core.counters.reads_lost += u64::from(!matches!(read.purpose, ReadPurpose::Mend { .. }));
-        match &mut read.purpose {
-            ReadPurpose::Scrub { damaged: told, .. } => *told = damaged,
+        let lost: Vec<u16> = damaged.iter().map(|page| page - read.pages.first).collect();
+        match read.purpose {
             // The learner gets all the rest, and meets the loss as this replica does: else nobody would ever be made of it.
             ReadPurpose::Push { learner, attempt, unit, version, as_of } => {
-                let mut lost = 0;
-                for page in damaged.iter().map(|page| usize::from(page - read.pages.first)) {
+                let mut mask = 0;
+                for page in lost.into_iter().map(usize::from) {
                     buffer[page * PAGE_SIZE..(page + 1) * PAGE_SIZE].fill(0);
-                    lost |= 1 << page;
+                    mask |= 1 << page;
                 }
                 let data = PageData { bytes: buffer.freeze(), checksums: expected };
-                let meta = PushMeta { version: *version, as_of: *as_of, lost };
-                self.send_push(call, (*learner, *attempt), (read.key, *unit), meta, Some(data));
-                return self.on_progress(call);
+                let meta = PushMeta { version, as_of, lost: mask };
+                self.send_push(call, (learner, attempt), (read.key, unit), meta, Some(data));
+                self.on_progress(call);
             }
-            _ => {}
+            // The others of these pages are sound: they can be compared, and mend those of members.
+            ReadPurpose::Scrub { check, damaged: mut told } => {
+                told.retain(|page| !damaged.contains(page));
+                let data = PageData { bytes: buffer.freeze(), checksums: expected };
+                self.on_check_read(call, check, data, told, lost);
+            }
+            ReadPurpose::Mend { .. } => self.finish_read(call, read, without(buffer, &lost, &expected)),
+            _ => self.fail_read(call, read, Code::ChecksumMismatch),
         }
-        self.fail_read(call, read, Code::ChecksumMismatch);
     }
 
     /// A member's pages, or its refusal.
@@ -357,10 +381,9 @@ impl Group {
             Some(other) => return call.core.put_back(number, other),
             None => return,
         };
-        if frame.header.status.is_none()
-            && let Some(data) = frames::page_data(&mut frame, mend.read.pages)
-        {
-            self.mend(call, from, &mut mend, &data);
+        match frames::page_data(&mut frame, mend.read.pages) {
+            Some(data) if frame.header.status.is_none() => self.mend(call, from, &mut mend, &data),
+            _ => mend.is_unsure = true,
         }
         self.go_on_mending(call, mend);
     }

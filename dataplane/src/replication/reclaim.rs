@@ -74,9 +74,9 @@ impl Leftover {
     /// Empties it, a few blocks at a time; `true` when nothing is left.
     pub fn on_tick(&mut self, call: &mut Call<'_>) -> bool {
         let Self { replica, is_emptied } = self;
-        replica.retry_refused(call);
-        replica.trim(call.core.turn, Seq(u64::MAX));
         if !*is_emptied || !replica.is_settled() || !replica.is_view_fresh(call.core.turn) {
+            replica.retry_refused(call);
+            replica.trim(call.core.turn, Seq(u64::MAX));
             return false;
         }
         if replica.last != Version::ZERO {

@@ -52,7 +52,7 @@ const MARK_STEP: u32 = CYCLE_BLOCKS_MAX as u32;
 /// Bytes of the buffer of zeroes that slots are zeroed from.
 const ZERO_BYTES: usize = 64 * 1024;
 /// A block with a damaged page is left alone for so long, or until something of it is mended.
-const SKIP_NS: u64 = 1_000_000_000;
+pub(super) const SKIP_NS: u64 = 1_000_000_000;
 /// After so many cycles that met damage in a block, its pages go to their place as they are: what could be mended in the journal can be
 /// mended there, nothing else waits for them any more, and opening the store does not stop at them.
 const AS_IT_IS_AFTER: u8 = 8;
@@ -227,7 +227,8 @@ impl Store {
     }
 
     fn take_snapshots(&mut self, chosen: &[u32]) {
-        let as_it_is_after = if self.eighths_taken() >= AS_IT_IS_EIGHTHS { 1 } else { AS_IT_IS_AFTER };
+        let urgent = self.eighths_taken() >= AS_IT_IS_EIGHTHS || self.destage.drain;
+        let as_it_is_after = if urgent { 1 } else { AS_IT_IS_AFTER };
         for id in chosen {
             let slot = match self.index.block(*id).slot {
                 NO_SLOT => self.slots.allocate().expect("`choose_blocks` counted them"),

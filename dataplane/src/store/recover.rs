@@ -24,7 +24,7 @@ use xsan_protocol::error::Code;
 use xsan_protocol::ids::{GroupId, Seq};
 
 use super::allocator::{Slots, Units};
-use super::destage::Destage;
+use super::destage::{Destage, SKIP_NS};
 use super::engine::{Options, Store};
 use super::format::{self, FormatError};
 use super::group::{Group, Reserved};
@@ -32,7 +32,7 @@ use super::index::Index;
 use super::journal::{Journal, Start};
 use super::layout::Layout;
 use super::status::Counters;
-use super::{Entry, GroupTail, StoreEvent};
+use super::{Entry, GroupTail};
 use crate::disk::buffers::{BufferMut, BufferPool};
 use crate::io::{Device, DeviceRole, DiskAction, DiskCompletion, DiskOk};
 use replay::Carried;
@@ -438,23 +438,26 @@ impl Store {
         Ok(())
     }
 
-    /// Destages everything, blocking.
+    /// Destages everything, blocking. What is damaged, as pages that were lost before they came, goes to its place as it is.
     fn settle(&mut self, devices: &Devices<'_>) -> Result<(), OpenError> {
         self.destage.drain = true;
-        let (mut actions, mut events) = (Vec::new(), Vec::new());
-        loop {
-            self.end_turn(&mut actions);
-            if actions.is_empty() {
-                break;
+        let mut actions = Vec::new();
+        for _ in 0..2 {
+            loop {
+                self.end_turn(&mut actions);
+                if actions.is_empty() {
+                    break;
+                }
+                for action in actions.drain(..) {
+                    self.on_disk(carry_out(devices, action)?);
+                }
             }
-            for action in actions.drain(..) {
-                self.on_disk(carry_out(devices, action)?);
-            }
+            // What was met damaged is met again.
+            self.tick(self.now_ns + SKIP_NS);
         }
         self.destage.drain = false;
-        self.take_events(&mut events);
-        let damaged = events.iter().any(|event| matches!(event, StoreEvent::Damaged { .. }));
-        if damaged || self.index.oldest_dirty().is_some() {
+        self.take_events(&mut Vec::new());
+        if self.index.oldest_dirty().is_some() {
             return Err(OpenError::Beyond);
         }
         Ok(())

@@ -15,7 +15,10 @@ use xsan_protocol::map::{ClusterMap, Durability, Pool, Volume};
 use xsan_protocol::units::BLOCK_SIZE;
 
 use super::calls::{Answer, Call, Calls, Destination};
-use super::request::{BlockReply, BlockRequest, Client, Export, Operation as Wanted, Segment, Volumes};
+use super::request::{
+    BlockReply, BlockRequest, Client, Export, Operation as Wanted, Segment, Volumes, ZEROES_BYTES,
+    ZEROES_PARTS_MAX,
+};
 use super::split::{self, Address, ZeroPart};
 use crate::disk::buffers::{Buffer, BufferPool};
 use crate::replication::{Operation, Reply};
@@ -32,8 +35,6 @@ const BACKOFF_MAX: Duration = Duration::from_millis(50);
 /// Parts of one request that are under way at once: a write-zeroes of a whole volume has thousands.
 const PARTS_MAX: usize = 32;
 
-/// Zeroes that are written as data go in parts of this size, which share one buffer.
-const ZEROES_BYTES: usize = 128 * 1024;
 const _: () = assert!(ZEROES_BYTES <= FRAME_DATA_MAX);
 
 /// What `volume` asks of the shard it lives on.
@@ -176,7 +177,7 @@ impl VolumeClient {
         Err(Code::Timeout)
     }
 
-    /// All of `operations`, some at once; their replies in order, or the error that came first.
+    /// All of `operations`, up to `parts_max` at once; their replies in order, or the error that came first.
     ///
     /// Ends when the last part that was sent has, also after an error: what the client writes next must not be
     /// overtaken by a part of this request (docs/decisions/0010). Each part has the time limit of a request.
@@ -184,13 +185,14 @@ impl VolumeClient {
         &self,
         context: &Context,
         operations: impl IntoIterator<Item = Operation>,
+        parts_max: usize,
     ) -> Result<Vec<Reply>, Code> {
         let failed = Rc::new(Cell::new(None));
         let mut replies = Vec::new();
         let mut under_way = VecDeque::with_capacity(2);
         let mut operations = operations.into_iter();
         loop {
-            while under_way.len() < PARTS_MAX
+            while under_way.len() < parts_max
                 && failed.get().is_none()
                 && let Some(operation) = operations.next()
             {
@@ -221,7 +223,7 @@ impl VolumeClient {
             [part] => {
                 vec![self.carry_out_one(context, Operation::Read { key: part.key, pages: part.pages }).await?]
             }
-            _ => self.carry_out_all(context, operations).await?,
+            _ => self.carry_out_all(context, operations, PARTS_MAX).await?,
         };
         let mut segments = Vec::with_capacity(parts.len());
         for (part, reply) in parts.iter().zip(replies) {
@@ -248,7 +250,7 @@ impl VolumeClient {
         if parts.len() == 1 {
             self.carry_out_one(context, parts.remove(0)).await?;
         } else {
-            self.carry_out_all(context, parts).await?;
+            self.carry_out_all(context, parts, PARTS_MAX).await?;
         }
         Ok(BlockReply::Done)
     }
@@ -260,7 +262,10 @@ impl VolumeClient {
         zeroing: Zeroing,
         fua: bool,
     ) -> Result<BlockReply, Code> {
-        let span_max = if zeroing == Zeroing::Provisioned { ZEROES_BYTES } else { BLOCK_SIZE };
+        let (span_max, parts_max) = match zeroing {
+            Zeroing::Provisioned => (ZEROES_BYTES, ZEROES_PARTS_MAX),
+            Zeroing::Hole | Zeroing::Trim => (BLOCK_SIZE, PARTS_MAX),
+        };
         let parts = split::zero(context.address, offset, length, span_max as u64);
         let operations = parts.filter_map(|part| match part {
             ZeroPart::Pages { key, pages } if zeroing == Zeroing::Provisioned => {
@@ -275,7 +280,7 @@ impl VolumeClient {
                 Some(Operation::WriteSectors { key, offset, bytes, fua })
             }
         });
-        self.carry_out_all(context, operations).await?;
+        self.carry_out_all(context, operations, parts_max).await?;
         Ok(BlockReply::Done)
     }
 
@@ -288,7 +293,7 @@ impl VolumeClient {
     ) -> Result<BlockReply, Code> {
         let parts = split::cover(context.address, offset, length);
         let operations = parts.iter().map(|part| Operation::BlockStatus { key: part.key, pages: part.pages });
-        let replies = self.carry_out_all(context, operations).await?;
+        let replies = self.carry_out_all(context, operations, PARTS_MAX).await?;
         let mut extents: Vec<(u64, bool)> = Vec::new();
         for (part, reply) in parts.iter().zip(replies) {
             let Reply::Status(held) = reply else { return Err(Code::FrameInvalid) };

@@ -9,6 +9,11 @@ use xsan_protocol::ids::VolumeId;
 
 use crate::disk::buffers::Buffer;
 
+/// A write-zeroes that keeps its space is written, from one buffer that needs no room; but so many bytes of it, in so many parts,
+/// are on their way at once, and in the buffers of others.
+pub const ZEROES_BYTES: usize = 128 * 1024;
+pub const ZEROES_PARTS_MAX: usize = 4;
+
 /// A request of one volume: at most `FRAME_DATA_MAX` bytes for reads and writes, any length for the others.
 #[derive(Clone, Debug)]
 pub struct BlockRequest {

@@ -32,7 +32,9 @@ use super::wire::{self, Errno, Request, command};
 use super::{Attachment, Closed, Counters, Gateway};
 use crate::disk::buffers::{Buffer, BufferMut, BufferPool, Claim};
 use crate::net::receive::Receiver;
-use crate::volume::request::{BlockReply, BlockRequest, Client, Operation, Segment, Volumes};
+use crate::volume::request::{
+    BlockReply, BlockRequest, Client, Operation, Segment, Volumes, ZEROES_BYTES, ZEROES_PARTS_MAX,
+};
 
 /// Longest range that one block status request looks at; the answer covers that much and the client asks on.
 const BLOCK_STATUS_BYTES_MAX: u64 = 256 << 20;
@@ -206,17 +208,19 @@ impl<R: AsyncReadRent, V: Volumes> Session<R, V> {
                 context.outbox.push([permit], |out| out.push_head(&wire::simple_reply(request.cookie, None)));
                 Ok(())
             }
-            Ok(Command::Flush) => self.start(&request, Operation::Flush).await,
-            Ok(Command::Trim { fua }) => self.start(&request, Operation::Trim { fua }).await,
+            Ok(Command::Flush) => self.start(&request, Operation::Flush, Slots::NONE).await,
+            Ok(Command::Trim { fua }) => self.start(&request, Operation::Trim { fua }, Slots::NONE).await,
             Ok(Command::WriteZeroes { fua, no_hole }) => {
-                self.start(&request, Operation::WriteZeroes { fua, no_hole }).await
+                // Counted as if it took buffers: it takes those of the nodes that it goes to.
+                let slots = if no_hole { Slots::new(ZEROES_PARTS_MAX, ZEROES_BYTES) } else { Slots::NONE };
+                self.start(&request, Operation::WriteZeroes { fua, no_hole }, slots).await
             }
         }
     }
 
     /// Starts a request without payload and without data in its answer.
-    async fn start(&mut self, request: &Request, operation: Operation) -> Result<(), Closed> {
-        let permit = self.context.budget.admit(Slots::NONE).await;
+    async fn start(&mut self, request: &Request, operation: Operation, slots: Slots) -> Result<(), Closed> {
+        let permit = self.context.budget.admit(slots).await;
         let (offset, length) = (request.offset, u64::from(request.length));
         let progress = Progress::new(1);
         monoio::spawn(Rc::clone(&self.context).change(

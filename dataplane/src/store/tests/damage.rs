@@ -407,18 +407,58 @@ fn damage_below_the_flushed_mark_is_told_until_the_group_is_relearned() {
     }
 }
 
+/// Pushes unit 0 of block 1 without its pages 3 and 15, which nobody has.
+fn push_with_losses(rig: &mut Rig, whole: &PageData) {
+    let mut bytes = pool().alloc(whole.bytes.len()).unwrap();
+    bytes.copy_from_slice(&whole.bytes);
+    for page in [3, 15] {
+        bytes[page * PAGE_SIZE..(page + 1) * PAGE_SIZE].fill(0);
+    }
+    rig.store.append(Record::Reset { group: GROUP, last: version(1, 7) }).unwrap();
+    let token = rig.token();
+    let push = Record::Push {
+        token,
+        group: GROUP,
+        key: key(1),
+        unit: 0,
+        version: version(1, 5),
+        as_of: Seq(7),
+        data: Some(PageData { bytes: bytes.freeze(), checksums: whole.checksums.clone() }),
+        lost: 1 << 3 | 1 << 15,
+    };
+    rig.store.append(push).unwrap();
+    rig.settle();
+}
+
+/// They go to their place as they are when the store is opened: that waits for nobody.
+#[test]
+fn a_damaged_store_with_lost_pages_in_its_journal_opens() {
+    let mut rig = Rig::new(28, false);
+    let unit = PageRange::of_unit(0);
+    push_with_losses(&mut rig, &data(100, 16));
+    rig.write_through(GROUP, key(2), PAGES, 300);
+    rig.flush();
+    rig.write_through(GROUP, key(2), PAGES, 400);
+    // The head of the last batch but one: flushed, as the last one says. Reset, push and write are a batch each.
+    let heads = [1, 1 + 16, 1 + PAGES.count].map(|pages| u64::from(pages) * PAGE_SIZE as u64);
+    rig.capacity.flip_bit(journal_start(&rig) + heads[0] + heads[1], 99);
+    for _ in 0..2 {
+        rig = rig.crash(false);
+        assert!(rig.recovered.damaged);
+        assert_eq!(rig.store.locate(GROUP, key(1))[0].journalled_pages, 0);
+        match rig.read(GROUP, key(1), unit) {
+            Err(ReadError::Damaged { damaged, .. }) => assert_eq!(damaged, [3, 15]),
+            other => panic!("not lost: {other:?}"),
+        }
+    }
+}
+
 /// A unit comes from a replica that could not read two of its pages, when nobody else has them. They are lost here too,
 /// and only they: in the journal, over a restart, and in their place; and mended by who has them after all.
 #[test]
 fn lost_pages_of_a_pushed_unit_read_as_damaged() {
     let unit = PageRange::of_unit(0);
     let whole = data(100, 16);
-    let mut bytes = pool().alloc(unit.bytes()).unwrap();
-    bytes.copy_from_slice(&whole.bytes);
-    for page in [3, 15] {
-        bytes[page * PAGE_SIZE..(page + 1) * PAGE_SIZE].fill(0);
-    }
-    let with_holes = PageData { bytes: bytes.freeze(), checksums: whole.checksums.clone() };
     let mut rig = Rig::new(27, false);
     let check = |rig: &mut Rig, journalled: u8| {
         let at = rig.store.locate(GROUP, key(1))[0].journalled_pages;
@@ -432,20 +472,7 @@ fn lost_pages_of_a_pushed_unit_read_as_damaged() {
             other => panic!("not lost: {other:?}"),
         }
     };
-    rig.store.append(Record::Reset { group: GROUP, last: version(1, 7) }).unwrap();
-    let token = rig.token();
-    let push = Record::Push {
-        token,
-        group: GROUP,
-        key: key(1),
-        unit: 0,
-        version: version(1, 5),
-        as_of: Seq(7),
-        data: Some(with_holes),
-        lost: 1 << 3 | 1 << 15,
-    };
-    rig.store.append(push).unwrap();
-    rig.settle();
+    push_with_losses(&mut rig, &whole);
     check(&mut rig, 16);
     rig.flush();
     rig = rig.crash(true);
