@@ -316,9 +316,15 @@ impl Group {
             return self.give_up_mending(call, mend);
         };
         let epoch = primary.epoch;
-        let needed = if let ReadPurpose::Push { as_of, .. } = mend.read.purpose { as_of } else { Seq(0) };
-        mend.is_unsure |=
-            primary.learners.iter().any(|learner| learner.node == next && learner.durable < needed);
+        // The newest entry of a unit that is pushed: who has that, shows the unit as it is, since nobody writes it meanwhile.
+        let needed = match mend.read.purpose {
+            ReadPurpose::Push { version, as_of, .. } if version == Version::UNKNOWN => as_of,
+            ReadPurpose::Push { version, .. } => version.seq,
+            _ => Seq(0),
+        };
+        let learner = primary.learners.iter().find(|learner| learner.node == next);
+        let member = primary.quorum.as_ref().and_then(|quorum| quorum.durable(next));
+        mend.is_unsure |= learner.map(|learner| learner.durable).or(member).is_some_and(|has| has < needed);
         mend.asked = next;
         mend.tried.push(next);
         let (key, pages) = (mend.read.key, mend.read.pages);

@@ -22,6 +22,7 @@ use xsan_protocol::disk::checkpoint::{self, Checkpoint};
 use xsan_protocol::disk::superblock::Superblock;
 use xsan_protocol::error::Code;
 use xsan_protocol::ids::{GroupId, Seq};
+use xsan_protocol::units::PAGE_SIZE;
 
 use super::allocator::{Slots, Units};
 use super::destage::{Destage, SKIP_NS};
@@ -178,10 +179,9 @@ fn read_checkpoint(
     let mut slot = devices.buffer(checkpoint::SLOT_SIZE)?;
     let (mut newest, mut unread) = (None::<Checkpoint>, None);
     for number in 0..2 {
-        if let Err(error) = read_again(devices.capacity, layout.checkpoint_offset(number), &mut slot) {
-            unread = Some(error);
-            continue;
-        }
+        // A slot is larger than most checkpoints: what can not be read in the rest of it does not matter.
+        let failed = read_around(devices.capacity, layout.checkpoint_offset(number), &mut slot);
+        unread = failed.err().or(unread);
         let found = Checkpoint::decode(&slot).ok().filter(|found| found.store == superblock.store);
         newest = newest.into_iter().chain(found).max_by_key(|found| found.number);
     }
@@ -424,6 +424,24 @@ impl<'a> Recovery<'a> {
 /// A read that fails is tried once more: what can not be read passes for what is not there.
 fn read_again(device: &dyn Device, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
     device.read_at(offset, buffer).or_else(|_| device.read_at(offset, buffer))
+}
+
+/// Reads what can be read of a range; pages that can not are filled with zeroes.
+///
+/// # Errors
+/// Of the last of those.
+fn read_around(device: &dyn Device, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+    if read_again(device, offset, buffer).is_ok() {
+        return Ok(());
+    }
+    let mut result = Ok(());
+    for (page, at) in buffer.chunks_exact_mut(PAGE_SIZE).zip((offset..).step_by(PAGE_SIZE)) {
+        if let Err(error) = read_again(device, at, page) {
+            page.fill(0);
+            result = Err(error);
+        }
+    }
+    result
 }
 
 impl Store {

@@ -231,11 +231,15 @@ pub struct Content {
 
 pub type Contents = BTreeMap<GroupId, BTreeMap<BlockKey, Content>>;
 
-/// Opens a host's store, and reads all of it. Also tells how many bytes it has given away.
-pub fn contents(host: &Host) -> Result<(Contents, u64), String> {
+/// Opens a host's store, and reads all of it. Also tells how many bytes it has given away. `None`: it says that it is
+/// damaged, where that may be.
+pub fn contents(host: &Host) -> Result<Option<(Contents, u64)>, String> {
     let cache = host.cache.as_ref().map(|device| device as &dyn Device);
     let opened = Store::open(&host.capacity, cache, host.pool, Options::default());
     let (mut store, recovered) = opened.map_err(|error| format!("node {}: {error}", host.node))?;
+    if recovered.damaged && host.damage_allowed {
+        return Ok(None);
+    }
     for group in &recovered.groups {
         store.apply(group.group, group.tail.last.seq);
     }
@@ -253,7 +257,7 @@ pub fn contents(host: &Host) -> Result<(Contents, u64), String> {
             }
         }
     }
-    Ok((contents, used_bytes))
+    Ok(Some((contents, used_bytes)))
 }
 
 fn content(store: &mut Store, host: &Host, group: GroupId, key: BlockKey) -> Result<Content, String> {
@@ -294,7 +298,7 @@ pub fn compare(map: &ClusterMap, contents: &BTreeMap<NodeId, Contents>) -> Resul
     let nothing = BTreeMap::new();
     for group in map.groups.values() {
         let of = |node: NodeId| contents[&node].get(&group.id).unwrap_or(&nothing);
-        let mut members = group.acting().map(|member| member.node);
+        let mut members = group.acting().map(|member| member.node).filter(|node| contents.contains_key(node));
         let Some(first) = members.next() else { continue };
         for other in members {
             let (a, b) = (of(first), of(other));

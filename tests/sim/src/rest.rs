@@ -184,7 +184,10 @@ impl World {
             let given_away: u64 = stores.map(|store| store.status().used_bytes).sum();
             self.kill_data(host);
             let node = self.hosts[host].node;
-            let (content, used_bytes) = crate::check::contents(&self.hosts[host])?;
+            let Some((content, used_bytes)) = crate::check::contents(&self.hosts[host])? else {
+                self.count("store found damaged");
+                continue;
+            };
             if used_bytes != given_away {
                 return Err(format!(
                     "node {node} has given away {given_away} bytes, its blocks hold {used_bytes}"

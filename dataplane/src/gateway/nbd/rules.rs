@@ -7,6 +7,7 @@ use xsan_protocol::limits::FRAME_DATA_MAX;
 use xsan_protocol::units::{BLOCK_SIZE, PAGE_SIZE, SECTOR_SIZE};
 
 use super::wire::{Errno, Request, command, flag};
+use crate::volume::request::{ZEROES_BYTES, ZEROES_PARTS_MAX};
 
 /// Most bytes that one read or write carries; told to clients in the handshake.
 pub const REQUEST_BYTES_MAX: u32 = 32 * 1024 * 1024;
@@ -124,6 +125,15 @@ pub fn pieces(offset: u64, length: u32) -> impl Iterator<Item = Piece> + Clone {
     })
 }
 
+/// Cuts a write-zeroes that is written into ranges of what goes at once, in order.
+pub(super) fn zero_pieces(offset: u64, length: u32) -> impl Iterator<Item = (u64, u64)> + Clone {
+    const SPAN: u64 = (ZEROES_PARTS_MAX * ZEROES_BYTES) as u64;
+    let end = offset + u64::from(length);
+    let starts =
+        std::iter::once(offset).chain((offset / SPAN + 1..end.div_ceil(SPAN)).map(|span| span * SPAN));
+    starts.map(move |start| (start, end.min((start / SPAN + 1) * SPAN) - start))
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -182,6 +192,16 @@ mod tests {
         assert_eq!(zeroes(flag::FAST_ZERO | flag::NO_HOLE), Err(Errno::NotSup));
         assert_eq!(zeroes(flag::FAST_ZERO), Ok(Command::WriteZeroes { fua: false, no_hole: false }));
         assert_eq!(zeroes(flag::NO_HOLE), Ok(Command::WriteZeroes { fua: false, no_hole: true }));
+    }
+
+    #[test]
+    fn written_zeroes_are_cut_into_what_goes_at_once() {
+        const SPAN: u64 = 512 * 1024;
+        let cut = |offset, length| zero_pieces(offset, length).collect::<Vec<_>>();
+        assert_eq!(cut(512, 512), [(512, 512)]);
+        assert_eq!(cut(0, SPAN as u32), [(0, SPAN)]);
+        assert_eq!(cut(SPAN - 512, SPAN as u32 + 1024), [(SPAN - 512, 512), (SPAN, SPAN), (2 * SPAN, 512)]);
+        assert_eq!(cut(0, u32::MAX / 512 * 512).len(), 8192);
     }
 
     proptest! {

@@ -208,19 +208,18 @@ impl<R: AsyncReadRent, V: Volumes> Session<R, V> {
                 context.outbox.push([permit], |out| out.push_head(&wire::simple_reply(request.cookie, None)));
                 Ok(())
             }
-            Ok(Command::Flush) => self.start(&request, Operation::Flush, Slots::NONE).await,
-            Ok(Command::Trim { fua }) => self.start(&request, Operation::Trim { fua }, Slots::NONE).await,
-            Ok(Command::WriteZeroes { fua, no_hole }) => {
-                // Counted as if it took buffers: it takes those of the nodes that it goes to.
-                let slots = if no_hole { Slots::new(ZEROES_PARTS_MAX, ZEROES_BYTES) } else { Slots::NONE };
-                self.start(&request, Operation::WriteZeroes { fua, no_hole }, slots).await
+            Ok(Command::Flush) => self.start(&request, Operation::Flush).await,
+            Ok(Command::Trim { fua }) => self.start(&request, Operation::Trim { fua }).await,
+            Ok(Command::WriteZeroes { fua, no_hole: true }) => self.on_write_zeroes(&request, fua).await,
+            Ok(Command::WriteZeroes { fua, no_hole: false }) => {
+                self.start(&request, Operation::WriteZeroes { fua, no_hole: false }).await
             }
         }
     }
 
     /// Starts a request without payload and without data in its answer.
-    async fn start(&mut self, request: &Request, operation: Operation, slots: Slots) -> Result<(), Closed> {
-        let permit = self.context.budget.admit(slots).await;
+    async fn start(&mut self, request: &Request, operation: Operation) -> Result<(), Closed> {
+        let permit = self.context.budget.admit(Slots::NONE).await;
         let (offset, length) = (request.offset, u64::from(request.length));
         let progress = Progress::new(1);
         monoio::spawn(Rc::clone(&self.context).change(
@@ -230,6 +229,20 @@ impl<R: AsyncReadRent, V: Volumes> Session<R, V> {
             permit,
             progress,
         ));
+        Ok(())
+    }
+
+    /// Zeroes that are written. Counted piece by piece as if they took buffers: they take those of the nodes they go to.
+    async fn on_write_zeroes(&mut self, request: &Request, fua: bool) -> Result<(), Closed> {
+        let pieces = rules::zero_pieces(request.offset, request.length);
+        let progress = Progress::new(pieces.clone().count());
+        for range in pieces {
+            let permit = self.context.budget.admit(Slots::new(ZEROES_PARTS_MAX, ZEROES_BYTES)).await;
+            let operation = Operation::WriteZeroes { fua, no_hole: true };
+            let progress = Rc::clone(&progress);
+            let context = Rc::clone(&self.context);
+            monoio::spawn(context.change(request.cookie, range, operation, permit, progress));
+        }
         Ok(())
     }
 

@@ -19,7 +19,7 @@ use xsan_protocol::ids::{GroupId, Seq, Version};
 use xsan_protocol::mutation::Mutation;
 use xsan_protocol::units::PAGE_SIZE;
 
-use super::{OpenError, READ_BYTES, Recovery, read_again};
+use super::{OpenError, READ_BYTES, Recovery, read_again, read_around};
 use crate::disk::buffers::{Buffer, BufferMut, BufferPool};
 use crate::store::carry::carried_pages;
 use crate::store::engine::mismatches;
@@ -353,16 +353,8 @@ impl Recovery<'_> {
         while position < limit {
             let lap_left = ring - position % ring;
             let bytes = (limit - position).min(lap_left).min(READ_BYTES as u64) as usize;
-            if device.read_at(self.layout.journal_offset(position), &mut buffer[..bytes]).is_err() {
-                // One unreadable sector must not hide what is behind it; its page is filled with what is no batch.
-                for (page, at) in
-                    buffer[..bytes].chunks_exact_mut(PAGE_SIZE).zip((position..).step_by(PAGE_SIZE))
-                {
-                    if device.read_at(self.layout.journal_offset(at), page).is_err() {
-                        page.fill(0);
-                    }
-                }
-            }
+            // One unreadable sector must not hide what is behind it; zeroes are no batch.
+            let _ = read_around(device, self.layout.journal_offset(position), &mut buffer[..bytes]);
             for (page, at) in buffer[..bytes].chunks_exact(PAGE_SIZE).zip((position..).step_by(PAGE_SIZE)) {
                 let candidate = BatchHeader::peek(page).is_ok_and(|header| header.position == at);
                 if candidate && let Some(batch) = self.read_head(at, &mut head) {

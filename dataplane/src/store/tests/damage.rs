@@ -147,6 +147,24 @@ fn what_is_there_twice_may_be_unreadable_once() {
     }
 }
 
+/// A sector behind a checkpoint's end could not be read: its slot was of no use any more, though every second checkpoint
+/// was written there. Found by the simulator, seed 70999.
+#[test]
+fn what_a_checkpoint_does_not_use_of_its_slot_may_be_unreadable() {
+    let mut rig = Rig::new(29, false);
+    let checkpoints = superblock(&rig).checkpoints.offset;
+    for slot in 0..2 {
+        rig.capacity
+            .make_unreadable(checkpoints + (slot + 1) * checkpoint::SLOT_SIZE as u64 - PAGE_SIZE as u64);
+    }
+    for content in [100, 200, 300] {
+        rig = rig.crash(false);
+        assert!(!rig.recovered.damaged);
+        rig.write_through(GROUP, key(1), PAGES, content);
+        rig.flush();
+    }
+}
+
 /// The batches of a session whose first checkpoint could not be read were taken for remainders: what had been flushed
 /// was gone, and nobody was told. Found by reading.
 #[test]
