@@ -210,7 +210,7 @@ impl Frame {
             let lost = if let Meta::Push(push) = meta { push.lost } else { 0 };
             let is_lost = |page: usize| page < u16::BITS as usize && lost >> page & 1 == 1;
             let mut pages = bytes.chunks_exact(PAGE_SIZE).zip(table.iter()).enumerate();
-            let wrong = pages.find(|(page, (bytes, crc))| !is_lost(*page) && crc32c(bytes) != **crc);
+            let wrong = pages.find(|(page, (bytes, crc))| crc32c(bytes) != **crc && !is_lost(*page));
             if let Some((page, _)) = wrong {
                 return Err(PayloadError::Page { page });
             }

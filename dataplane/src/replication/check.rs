@@ -265,7 +265,11 @@ impl Scrub {
         }
         let Own::Read { mended, lost, .. } = &check.own else { return false };
         damage.extend(lost.iter().map(|page| (own, *page)));
-        let news = mended.iter().filter(|page| self.mended.insert(**page)).count() as u64;
+        // One that was told as damaged at an earlier look is counted below.
+        let is_new = |page: &&u16| {
+            self.mended.insert(**page) && !self.damaged.contains(&(own, **page - check.pages.first))
+        };
+        let news = mended.iter().filter(is_new).count() as u64;
         self.findings.damaged_pages += news;
         self.findings.mended_pages += news;
         self.findings.damaged_pages += damage.difference(&self.damaged).count() as u64;
@@ -286,7 +290,8 @@ impl Scrub {
                 }
             }
         }
-        let hopeful = self.damaged.iter().any(|(_, page)| !lost.contains(page));
+        // Lost is what no replica has. One that has it may have been too busy to give it.
+        let hopeful = self.damaged.iter().any(|(_, page)| !lost.contains(page) || check.has_at_member(*page));
         let damaged = hopeful && self.looks < LOOKS_DAMAGED_MAX;
         let moving = written > 0 && self.looks < LOOKS_WRITTEN_MAX;
         if damaged || moving {
@@ -301,6 +306,16 @@ impl Scrub {
 }
 
 impl Check {
+    /// Has a member a page, counted from the range's first, as this node should have it?
+    fn has_at_member(&self, page: u16) -> bool {
+        let Own::Read { data, .. } = &self.own else { return false };
+        let has = |units| {
+            let wanted = data.checksums.get(usize::from(page));
+            expected(units).get(usize::from(page)) == wanted && !damaged(units).any(|own| own == page)
+        };
+        self.members.iter().any(|(_, units)| has(units))
+    }
+
     /// Members that have, or should have, other content of the unit than the primary; `None`: it was written meanwhile.
     fn differing(&self, index: usize, unchanged: bool) -> Option<Vec<NodeId>> {
         let Own::Read { data, .. } = &self.own else { return None };

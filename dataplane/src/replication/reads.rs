@@ -281,7 +281,9 @@ impl Group {
     ) {
         let damaged: Vec<u16> = damaged.into_iter().map(|index| job.pages.first + index).collect();
         if let ReadPurpose::Scrub { damaged: told, .. } = &mut job.purpose {
-            told.clone_from(&damaged);
+            // Of every attempt: what was mended in one is sound in the next.
+            let news: Vec<u16> = damaged.iter().copied().filter(|page| !told.contains(page)).collect();
+            told.extend(news);
         }
         tracing::warn!(
             group = %self.id, block = %job.key, pages = ?damaged,

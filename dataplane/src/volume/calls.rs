@@ -191,10 +191,11 @@ impl<D, A> Drop for Call<D, A> {
 mod tests {
     use std::task::Waker;
 
-    use xsan_protocol::ids::{BootId, Epoch};
-    use xsan_protocol::map::{DataProcess, Group, Node};
+    use xsan_protocol::ids::Epoch;
+    use xsan_protocol::map::Group;
 
     use super::*;
+    use crate::testing::node_of_map;
 
     const DESTINATION: Destination =
         Destination { node: NodeId(1), incarnation: Incarnation(7), group: Some(GroupId(3)) };
@@ -228,22 +229,7 @@ mod tests {
     }
 
     fn map(primary: NodeId) -> ClusterMap {
-        let data = DataProcess {
-            incarnation: Incarnation(7),
-            boot_id: BootId(1),
-            shard_ports: vec![9100],
-            nbd_port: 10809,
-            stores: Vec::new(),
-        };
-        let node = Node {
-            id: NodeId(1),
-            name: "node-001".to_owned(),
-            address: std::net::IpAddr::from([127, 0, 0, 1]),
-            control_port: 8080,
-            failure_domain: String::new(),
-            voter: true,
-            data: Some(data),
-        };
+        let node = node_of_map(NodeId(1), Incarnation(7), Vec::new());
         let id = GroupId(3);
         let (members, former, dropped) = (Vec::new(), Vec::new(), Vec::new());
         let group = Group { id, epoch: Epoch(1), primary: Some(primary), members, former, dropped };

@@ -185,7 +185,7 @@ impl World {
             self.kill_data(host);
             let node = self.hosts[host].node;
             let Some((content, used_bytes)) = crate::check::contents(&self.hosts[host])? else {
-                self.count("store found damaged");
+                self.count("store found damaged at the end");
                 continue;
             };
             if used_bytes != given_away {

@@ -264,8 +264,8 @@ pub enum VolumeCommand {
         /// New size, as 200GB or 200GiB
         #[arg(long, value_parser = volume_size, allow_hyphen_values = true)]
         size: Size,
-        /// Accept that what lies behind a smaller new end is LOST. Its space stays taken until the volume is deleted, or
-        /// grows again and is trimmed there; grown again, it reads as it was or as zeroes
+        /// Accept that what lies behind a smaller new end is LOST. Its space is freed when the volume is deleted; a
+        /// volume that grows again may show it again
         #[arg(long)]
         allow_shrink: bool,
     },

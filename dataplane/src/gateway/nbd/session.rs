@@ -46,7 +46,7 @@ const BLOCK_STATUS_HELD_BYTES: usize = BLOCK_STATUS_BYTES_MAX as usize / PAGE_SI
 const _: () = assert!(EXTENTS_MAX * 8 < BLOCK_STATUS_HELD_BYTES);
 /// How often a client is looked at while its time to do something passes.
 const STALL_LOOKS: u32 = 4;
-/// What a client must take or send in that time, while there is so much.
+/// A client that has something to take or to send, and moves less than this in that time, stands still.
 const STALL_BYTES_MIN: u64 = 64 * 1024;
 /// How soon an exhausted pool is asked again.
 const POOL_RETRY: Duration = Duration::from_millis(1);

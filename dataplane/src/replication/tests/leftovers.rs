@@ -7,14 +7,14 @@ use xsan_protocol::ids::{
     BlockIndex, BlockKey, BootId, Epoch, GroupId, Incarnation, Layer, Lineage, MapVersion, NodeId, PoolId,
     Seq, ShardIndex, StoreId,
 };
-use xsan_protocol::map::{ClusterMap, DataProcess, Durability, Group, Member, Node, Pool};
+use xsan_protocol::map::{ClusterMap, Durability, Group, Member, Pool};
 use xsan_protocol::units::PageRange;
 
 use super::pool;
 use crate::io::DiskAction;
 use crate::replication::{Driver, Operation, Origin, Output, Replication, Request, RequestId};
 use crate::store::{FormatParameters, Options, PageData, Store};
-use crate::testing::SimDevice;
+use crate::testing::{SimDevice, node_of_map};
 
 const OWN: NodeId = NodeId(1);
 const GROUP: GroupId = GroupId::new(PoolId(1), 0);
@@ -92,18 +92,7 @@ impl Shard {
     /// The only replica of the group is on `store`, by a map that knows this life of the process, or an earlier one.
     fn map(&mut self, epoch: u32, store: StoreId, incarnation: Incarnation) {
         self.version += 1;
-        let boot_id = BootId(1);
-        let data =
-            DataProcess { incarnation, boot_id, shard_ports: vec![1], nbd_port: 1, stores: Vec::new() };
-        let node = Node {
-            id: OWN,
-            name: "node-001".to_owned(),
-            address: std::net::IpAddr::from([127, 0, 0, 1]),
-            control_port: 1,
-            failure_domain: String::new(),
-            voter: true,
-            data: Some(data),
-        };
+        let (boot_id, node) = (BootId(1), node_of_map(OWN, incarnation, Vec::new()));
         let member = Member { node: OWN, store, incarnation, boot_id, learner: false, damaged: false };
         let group = Group {
             id: GROUP,

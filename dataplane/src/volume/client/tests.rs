@@ -1,10 +1,11 @@
 use std::cell::RefCell;
 
 use xsan_protocol::ids::{BootId, Incarnation, Layer, Lineage, StoreId};
-use xsan_protocol::map::{DataProcess, Group, Member, Node, Store};
+use xsan_protocol::map::{Group, Member, Store};
 use xsan_protocol::units::BLOCK_SIZE;
 
 use super::*;
+use crate::testing::node_of_map;
 
 const NODE: NodeId = NodeId(1);
 const STORE: StoreId = StoreId(1);
@@ -26,17 +27,7 @@ fn map() -> ClusterMap {
         failed: false,
         failed_before: false,
     };
-    let data =
-        DataProcess { incarnation, boot_id, shard_ports: vec![9100], nbd_port: 10809, stores: vec![store] };
-    let node = Node {
-        id: NODE,
-        name: "node-001".to_owned(),
-        address: std::net::IpAddr::from([127, 0, 0, 1]),
-        control_port: 8080,
-        failure_domain: String::new(),
-        voter: true,
-        data: Some(data),
-    };
+    let node = node_of_map(NODE, incarnation, vec![store]);
     let member = Member { node: NODE, store: STORE, incarnation, boot_id, learner: false, damaged: false };
     let group = Group {
         id: GroupId::new(POOL, 0),
