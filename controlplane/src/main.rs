@@ -7,7 +7,7 @@ use clap::Parser;
 use tokio::signal::unix::{SignalKind, signal};
 use xsan_controlplane::node::{ControlNode, NodeError, Settings};
 use xsan_nodekit::config::NodeConfig;
-use xsan_nodekit::{exit, logging};
+use xsan_nodekit::{exit, logging, open_files};
 use xsan_protocol::error::Code;
 
 /// The control plane of one XSAN node.
@@ -53,6 +53,7 @@ fn main() -> ExitCode {
         Ok(guard) => guard,
         Err(error) => return exit::daemon_fails(error.code(), &error),
     };
+    open_files::raise_limit();
     match run(Settings::new(config)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => exit::daemon_fails(failure.code(), &failure),

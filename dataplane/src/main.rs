@@ -7,7 +7,7 @@ use clap::Parser;
 use xsan_dataplane::disk::os;
 use xsan_dataplane::shard::boot::Process;
 use xsan_nodekit::config::NodeConfig;
-use xsan_nodekit::{exit, logging};
+use xsan_nodekit::{exit, logging, open_files};
 
 /// The data plane of one XSAN node.
 #[derive(Debug, Parser)]
@@ -28,11 +28,10 @@ fn main() -> ExitCode {
         Ok(guard) => guard,
         Err(error) => return exit::daemon_fails(error.code(), &error),
     };
+    open_files::raise_limit();
     // A broken invariant ends the process, in whichever profile it was built: the other replicas go on.
     let report = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
-        tracing::error!("{panic}");
-        logging::flush();
         report(panic);
         std::process::abort();
     }));

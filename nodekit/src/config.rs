@@ -54,6 +54,8 @@ pub struct NodeConfig {
     pub force_format: Vec<PathBuf>,
     /// The configuration file that later starts read again.
     pub config_file: Option<PathBuf>,
+    /// Fields in which options won over `config_file` when it was named: what it says there is not the node's, and need not be.
+    pub overridden: Vec<String>,
     /// Has the node ever served? Until then the same --init-cluster or --join-cluster may be repeated.
     pub established: bool,
 }
@@ -199,6 +201,7 @@ impl Default for NodeConfig {
             instance: 0,
             force_format: Vec::new(),
             config_file: None,
+            overridden: Vec::new(),
             established: false,
         }
     }
@@ -277,8 +280,16 @@ impl NodeConfig {
     /// # Errors
     /// The file can not be read, is no JSON, or has an unknown or malformed field.
     pub fn read_file(file: &Path) -> Result<Self, ConfigError> {
+        Self::read_file_over(file, Self::default().cluster)
+    }
+
+    /// As [`NodeConfig::read_file`], but what the file does not say of the cluster is as in `cluster`.
+    ///
+    /// # Errors
+    /// As [`NodeConfig::read_file`].
+    pub fn read_file_over(file: &Path, cluster: Cluster) -> Result<Self, ConfigError> {
         let text = fs::read(file).map_err(|source| ConfigError::Read { file: file.into(), source })?;
-        Self::decode_file(file, &text)
+        Self::decode_over(file, &text, cluster)
     }
 
     /// As [`NodeConfig::read_file`], of what was read.
@@ -286,10 +297,14 @@ impl NodeConfig {
     /// # Errors
     /// `text` is no JSON, or has an unknown or malformed field.
     pub fn decode_file(file: &Path, text: &[u8]) -> Result<Self, ConfigError> {
+        Self::decode_over(file, text, Self::default().cluster)
+    }
+
+    fn decode_over(file: &Path, text: &[u8], cluster: Cluster) -> Result<Self, ConfigError> {
         let value = serde_json::from_slice(text)
             .map_err(|source| ConfigError::Syntax { file: file.into(), source })?;
-        let mut config =
-            decode::config_file(value).map_err(|source| ConfigError::Field { file: file.into(), source })?;
+        let mut config = decode::config_file(value, cluster)
+            .map_err(|source| ConfigError::Field { file: file.into(), source })?;
         config.config_file = Some(file.into());
         Ok(config)
     }
@@ -372,6 +387,14 @@ impl NodeConfig {
     /// A field is not valid.
     pub fn validate(&self) -> Result<(), FieldError> {
         validate::config(self)
+    }
+
+    /// Checks again what depends on the number of shards: of `auto` only the data plane knows how many cores it is.
+    ///
+    /// # Errors
+    /// The memory or the ports are too few for `shards`, or ports meet.
+    pub fn validate_shards(&self, shards: usize) -> Result<(), FieldError> {
+        validate::shards(self, shards)
     }
 }
 

@@ -5,6 +5,7 @@
 //!
 //! Invariant: each process writes a file of its own, so no rotation races with another process's.
 
+use std::ffi::OsStr;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -47,6 +48,10 @@ pub enum LoggingError {
     File { file: PathBuf, source: io::Error },
     #[error("the log's writer thread: {0}")]
     Thread(io::Error),
+    #[error(
+        "environment variable {FILTER_VARIABLE}: {text:?} is not a filter, as debug, or info,MODULE=trace"
+    )]
+    Filter { text: String },
     #[error("logging was set up before in this process")]
     Twice,
 }
@@ -54,7 +59,7 @@ pub enum LoggingError {
 impl LoggingError {
     pub const fn code(&self) -> Code {
         match self {
-            Self::File { .. } => Code::ConfigInvalid,
+            Self::File { .. } | Self::Filter { .. } => Code::ConfigInvalid,
             Self::Thread(_) => Code::MemoryShort,
             Self::Twice => Code::Internal,
         }
@@ -74,8 +79,9 @@ impl Drop for Guard {
 /// Starts logging for the whole process, and has panics logged too.
 ///
 /// # Errors
-/// The file can not be opened for writing, or logging runs already.
+/// The file can not be opened for writing, `XSAN_LOG` is no filter, or logging runs already.
 pub fn init(logging: &Logging, process: Process) -> Result<Guard, LoggingError> {
+    let filter = filter(logging.level, std::env::var_os(FILTER_VARIABLE).as_deref())?;
     let file = logging.file.as_deref().map(|file| file_of(file, process));
     let sink: Box<dyn io::Write + Send> = match &file {
         None => Box::new(io::stderr()),
@@ -88,7 +94,7 @@ pub fn init(logging: &Logging, process: Process) -> Result<Guard, LoggingError> 
     QUEUE.set(queue).map_err(|_| LoggingError::Twice)?;
     TO_FILE.store(file.is_some(), Ordering::Relaxed);
     let builder = tracing_subscriber::fmt()
-        .with_env_filter(filter(logging.level))
+        .with_env_filter(filter)
         .with_ansi(false)
         .with_writer(|| QUEUE.get().expect("set just above, never taken away"));
     let started = if logging.json { builder.json().try_init() } else { builder.try_init() };
@@ -125,9 +131,10 @@ pub fn file_of(file: &Path, process: Process) -> PathBuf {
     file.with_file_name(name)
 }
 
-fn filter(level: Level) -> EnvFilter {
-    let from_environment = std::env::var(FILTER_VARIABLE).ok().and_then(|text| text.parse().ok());
-    from_environment.unwrap_or_else(|| EnvFilter::new(directives(level)))
+fn filter(level: Level, from_environment: Option<&OsStr>) -> Result<EnvFilter, LoggingError> {
+    let Some(text) = from_environment else { return Ok(EnvFilter::new(directives(level))) };
+    let text = text.to_string_lossy();
+    text.parse().map_err(|_| LoggingError::Filter { text: text.into() })
 }
 
 /// Our own crates at `level`; the libraries below them one step quieter than they like to be. openraft warns of each message that
@@ -162,6 +169,18 @@ mod tests {
         assert_eq!(file_of(file, Process::Control), Path::new("/var/log/xsan/node-control.log"));
         assert_eq!(file_of(file, Process::Data), Path::new("/var/log/xsan/node-data.log"));
         assert_eq!(file_of(Path::new("/log/xsan"), Process::Data), Path::new("/log/xsan-data"));
+    }
+
+    #[test]
+    fn a_filter_of_the_environment_wins_and_must_be_one() {
+        let level = |text| filter(Level::Info, Some(OsStr::new(text))).map(|filter| filter.max_level_hint());
+        assert_eq!(level("warn,xsan_dataplane::store=trace").ok().flatten(), Some(LevelFilter::TRACE));
+        let error = level("info,xsan=loud").expect_err("loud is no level");
+        assert_eq!(error.code(), Code::ConfigInvalid);
+        assert!(
+            error.to_string().starts_with("environment variable XSAN_LOG: \"info,xsan=loud\" is not"),
+            "{error}"
+        );
     }
 
     #[test]

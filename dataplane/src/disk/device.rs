@@ -40,7 +40,7 @@ pub enum DeviceError {
     NotDirect { path: PathBuf },
     #[error("{path} needs I/O aligned to {needed} bytes, more than a page")]
     Alignment { path: PathBuf, needed: u32 },
-    #[error("{path} is in use: another process still holds it after {waited:?}")]
+    #[error("{path} is in use: it is mounted, or another process still holds it after {waited:?}")]
     Locked { path: PathBuf, waited: Duration },
     #[error("{path}: a file of {bytes} bytes can not be allocated: {source}")]
     Allocate { path: PathBuf, bytes: u64, source: io::Error },

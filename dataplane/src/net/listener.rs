@@ -38,6 +38,11 @@ pub fn bind(address: SocketAddr, shared: bool) -> Result<TcpListener, BindError>
     TcpListener::bind_with_config(address, &options).map_err(|source| BindError { address, source })
 }
 
+/// Has the process, or the host, no file descriptor left?
+pub fn is_exhausted(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE))
+}
+
 /// The next connection; a failed accept is logged and waited out.
 pub async fn accept(listener: &TcpListener) -> TcpStream {
     loop {
@@ -48,5 +53,17 @@ pub async fn accept(listener: &TcpListener) -> TcpStream {
                 monoio::time::sleep(EXHAUSTED_WAIT).await;
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn too_many_open_files_is_no_fault_of_the_peer() {
+        assert!(is_exhausted(&io::Error::from_raw_os_error(libc::EMFILE)));
+        assert!(is_exhausted(&io::Error::from_raw_os_error(libc::ENFILE)));
+        assert!(!is_exhausted(&io::Error::from_raw_os_error(libc::ECONNREFUSED)));
     }
 }

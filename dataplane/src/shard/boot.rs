@@ -14,7 +14,7 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use monoio::net::{TcpListener, UnixListener};
-use xsan_nodekit::config::{ConfigError, NodeConfig};
+use xsan_nodekit::config::{ConfigError, FieldError, NodeConfig};
 use xsan_protocol::error::Code;
 use xsan_protocol::ids::{BootId, Incarnation, ShardIndex, StoreId};
 use xsan_protocol::map;
@@ -26,7 +26,7 @@ use super::incarnation;
 use super::link::{self, LinkSender};
 use super::mailbox::{Inbox, MeshEnd, mesh};
 use super::port::ShardPort;
-use super::stores::{self, OpenStore, Opened, StorePlan, media_name, wall_clock_ns};
+use super::stores::{self, OpenStore, Opened, Owner, StorePlan, media_name, wall_clock_ns};
 use super::tasks::{self, Connections};
 use super::topology::{self, Core, TopologyError};
 use super::{Control, Devices, Event, Handle, Identity, Message, Opens, Peers, Scratch, Shard};
@@ -73,6 +73,8 @@ pub enum BootError {
     Path { path: PathBuf, source: std::io::Error },
     #[error(transparent)]
     Config(#[from] ConfigError),
+    #[error(transparent)]
+    Field(#[from] FieldError),
     #[error("{what}: {source}")]
     System { what: &'static str, source: std::io::Error },
 }
@@ -89,6 +91,7 @@ impl BootError {
             Self::Bind(error) => error.code(),
             Self::Path { .. } => Code::DataDirUnusable,
             Self::Config(error) => error.code(),
+            Self::Field(_) => Code::ConfigInvalid,
             Self::System { .. } => Code::Internal,
         }
     }
@@ -106,6 +109,8 @@ struct Ready {
     shard: ShardIndex,
     stores: Vec<map::Store>,
     damaged_stores: Vec<map::DamagedStore>,
+    /// What was wrong with a device that is gone.
+    dead: Option<BootError>,
 }
 
 /// What every shard learns when all are ready.
@@ -144,10 +149,11 @@ impl Process {
     /// Starts every shard; returns when all of them serve.
     ///
     /// # Errors
-    /// A device, port, core or memory that can not be had.
+    /// A device, port, core or memory that can not be had. Shards may still run then, until the process ends.
     pub fn start(config: NodeConfig) -> Result<Self, BootError> {
         let config = Arc::new(config);
         let cores = topology::cores(&config.dataplane.cores)?;
+        config.validate_shards(cores.len())?;
         let shard_count = cores.len() as u16;
         let lease_until_ns = Arc::new(AtomicU64::new(0));
         let counters = Arc::new(nbd::Counters::default());
@@ -189,12 +195,19 @@ impl Process {
             spawned.map_err(|source| BootError::System { what: "starting a thread", source })?;
         }
         let mut stores = Vec::new();
-        let mut damaged_stores = Vec::new();
+        let (mut damaged_stores, mut dead) = (Vec::new(), None);
         for _ in 0..shard_count {
             let shard = from_shards.recv().expect("every shard answers before it ends")?;
             tracing::debug!(shard = %shard.shard, stores = shard.stores.len(), "shard ready");
             stores.extend(shard.stores);
             damaged_stores.extend(shard.damaged_stores);
+            dead = dead.or(shard.dead);
+        }
+        // Without any store it has nothing to serve; the supervisor starts it again, and a device may be back by then.
+        if stores.is_empty()
+            && let Some(error) = dead
+        {
+            return Err(error);
         }
         forget_forced(&config)?;
         let port = config.dataplane.port;
@@ -256,8 +269,8 @@ fn forget_forced(config: &NodeConfig) -> Result<(), ConfigError> {
 fn run(plan: ShardPlan) {
     let ready = plan.ready.clone();
     if let Err(error) = serve(plan) {
-        // The main thread ends the process.
-        ready.send(Err(error)).expect("the main thread waits for every shard");
+        // The main thread ends the process. If another shard has failed before, it does so already, and nobody listens.
+        let _ = ready.send(Err(error));
     }
 }
 
@@ -273,14 +286,18 @@ fn serve(plan: ShardPlan) -> Result<(), BootError> {
     topology::pin(&plan.core);
     let memory = config.dataplane.memory_bytes(usize::from(plan.shard_count)) / u64::from(plan.shard_count);
     let pool = topology::memory(&plan.core, memory as usize, config.dataplane.numa)?;
-    let opened = stores::open(&plan.stores, &config.cluster.cluster_id, pool)?;
+    let owner = Owner { cluster_id: &config.cluster.cluster_id, node: config.numeric_id };
+    let mut opened = stores::open(&plan.stores, owner, pool)?;
     let ready = Ready {
         shard: plan.shard,
         stores: opened.for_map(plan.shard, &plan.failed_before),
         damaged_stores: opened.damaged(),
+        dead: opened.dead.take(),
     };
-    plan.ready.send(Ok(ready)).expect("the main thread waits for every shard");
-    // The main thread gives up when another shard fails; there is nobody left to tell.
+    // The main thread gives up when another shard fails; there is nobody left to tell, here and below.
+    if plan.ready.send(Ok(ready)).is_err() {
+        return Ok(());
+    }
     let Ok(go) = plan.go.recv() else { return Ok(()) };
     let driver = monoio::RuntimeBuilder::<monoio::IoUringDriver>::new().enable_timer().build();
     let mut runtime = driver.map_err(|source| BootError::System { what: "the io_uring runtime", source })?;
@@ -288,10 +305,10 @@ fn serve(plan: ShardPlan) -> Result<(), BootError> {
         let sockets = bind(&config, plan.shard)?;
         let (index, ready) = (plan.shard, plan.ready.clone());
         let shard = assemble(plan, pool, opened, &go, sockets)?;
-        ready
-            .send(Ok(Ready { shard: index, stores: Vec::new(), damaged_stores: Vec::new() }))
-            .expect("the main thread waits for every shard");
-        shard.run().await;
+        let serves = Ready { shard: index, stores: Vec::new(), damaged_stores: Vec::new(), dead: None };
+        if ready.send(Ok(serves)).is_ok() {
+            shard.run().await;
+        }
         Ok(())
     })
 }
@@ -349,6 +366,7 @@ fn assemble(
         counters: Rc::default(),
         open: Rc::default(),
         open_max: config.network.max_connections,
+        files: Rc::default(),
         sessions: Rc::new(Cell::new(plan.incarnation.0)),
     };
     let replication = Replication::new(identity.node, identity.incarnation, identity.shard, pool);

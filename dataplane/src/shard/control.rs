@@ -249,11 +249,8 @@ fn put_together(reports: Vec<Report>) -> Option<Body> {
                 Some(all) => add_status(all, one),
                 None => status = Some(one),
             },
-            Report::Block(one) => {
-                block = block
-                    .or(Some(one.unwrap_or_default()))
-                    .filter(|b: &proto::BlockReplica| !b.units.is_empty())
-            }
+            // Of the one shard that has the replica's store.
+            Report::Block(one) => block = block.or(one),
         }
     }
     if let Some(stats) = stats {

@@ -5,25 +5,30 @@
 //! Invariants
 //! - Nothing is written to a device that is neither empty nor itself named with `--force-format`.
 //! - Of the devices of a store all are formatted, or none.
-//! - A store whose own records are damaged is told as failed: the node's other stores serve.
+//! - A store whose records are damaged, or whose device is gone or can not be read, is told as failed: the others serve.
+//! - A store is opened on the node that it was made on. On another one all that it holds would count as left behind.
 
 use std::collections::BTreeSet;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use xsan_nodekit::config::{Media, NodeConfig, Role};
 use xsan_protocol::error::Code;
-use xsan_protocol::ids::{ShardIndex, StoreId};
+use xsan_protocol::ids::{NodeId, ShardIndex, StoreId};
 use xsan_protocol::{map, proto};
 
 use super::boot::BootError;
 use crate::disk::buffers::BufferPool;
-use crate::disk::device::{DeviceOptions, FileDevice};
+use crate::disk::device::{DeviceError, DeviceOptions, FileDevice};
 use crate::disk::os;
-use crate::store::{Content, FormatError, FormatParameters, Options, Recovered, Store};
+use crate::store::{Content, FormatError, FormatParameters, OpenError, Options, Recovered, Store};
 
 /// Smallest store worth formatting.
 const STORE_BYTES_MIN: u64 = 128 << 20;
+/// How long a device that is not there is waited for.
+const DEVICE_WAIT: Duration = Duration::from_secs(5);
+const DEVICE_RETRY: Duration = Duration::from_millis(100);
 
 /// A device of a store to open, as the configuration has it.
 #[derive(Clone, Debug)]
@@ -75,10 +80,11 @@ pub struct OpenStore {
     pub media: Media,
 }
 
-/// A store of this cluster whose records are damaged.
+/// A store of this node that can not be opened: its records are damaged, or its device is not there.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BrokenStore {
-    pub id: StoreId,
+    /// `None`: not even that could be read.
+    id: Option<StoreId>,
     device: String,
     media: Media,
     problem: String,
@@ -89,6 +95,8 @@ pub struct BrokenStore {
 pub struct Opened {
     pub stores: Vec<OpenStore>,
     pub broken: Vec<BrokenStore>,
+    /// What was wrong with the first device that is gone: the process ends with it when nothing is left.
+    pub dead: Option<BootError>,
 }
 
 impl Opened {
@@ -104,14 +112,16 @@ impl Opened {
             failed_before: failed_before.contains(&open.store.id()),
         });
         // It has a place in the map, so that the cluster knows that what it held has to be made elsewhere.
-        let broken = self.broken.iter().map(|broken| map::Store {
-            id: broken.id,
+        // One that nobody can name is missing there, which says the same.
+        let named = self.broken.iter().filter_map(|broken| broken.id.map(|id| (id, broken)));
+        let broken = named.map(|(id, broken)| map::Store {
+            id,
             capacity_bytes: 0,
             shard,
             device: broken.device.clone(),
             media: media_name(broken.media).to_owned(),
             failed: true,
-            failed_before: failed_before.contains(&broken.id),
+            failed_before: failed_before.contains(&id),
         });
         open.chain(broken).collect()
     }
@@ -131,7 +141,7 @@ impl Opened {
 impl BrokenStore {
     pub fn message(&self) -> proto::StoreStatus {
         proto::StoreStatus {
-            id: self.id.0,
+            id: self.id.map_or(0, |id| id.0),
             device: self.device.clone(),
             media: media_name(self.media).to_owned(),
             failed: true,
@@ -148,40 +158,83 @@ pub const fn media_name(media: Media) -> &'static str {
     }
 }
 
+/// Whose stores are opened.
+#[derive(Clone, Copy, Debug)]
+pub struct Owner<'a> {
+    pub cluster_id: &'a str,
+    pub node: NodeId,
+}
+
 /// Opens the planned stores of a shard; those on empty or named devices are formatted first.
 ///
 /// # Errors
-/// A device that can not be used, or that holds something that nobody said may be lost.
-pub fn open(plans: &[StorePlan], cluster_id: &str, pool: &'static BufferPool) -> Result<Opened, BootError> {
+/// A device that can not be used though it is there, or that holds something that nobody said may be lost.
+pub fn open(plans: &[StorePlan], owner: Owner<'_>, pool: &'static BufferPool) -> Result<Opened, BootError> {
     let mut opened = Opened::default();
     for plan in plans {
-        match open_store(plan, cluster_id, pool)? {
-            Ok(open) => opened.stores.push(open),
-            Err(broken) => opened.broken.push(broken),
+        match open_store(plan, owner, pool) {
+            Ok(Ok(open)) => opened.stores.push(open),
+            Ok(Err(broken)) => opened.broken.push(broken),
+            Err(error) if is_dead(&error) => {
+                let device = plan.capacity.options.path.display().to_string();
+                let code = error.code();
+                tracing::error!(code = code.number(), %device, "the store can not be opened: {error}; {}", code.remedy());
+                let problem = format!("can not be opened: {error}");
+                opened.broken.push(BrokenStore { id: None, device, media: plan.media, problem });
+                opened.dead.get_or_insert(error);
+            }
+            Err(error) => return Err(error),
         }
     }
     Ok(opened)
 }
 
+/// Is a device gone, or does it fail? What else is wrong with one is wrong with the configuration.
+fn is_dead(error: &BootError) -> bool {
+    let source = match error {
+        BootError::Device(DeviceError::Open { source, .. })
+        | BootError::Format { source: FormatError::Device(source), .. }
+        | BootError::Open { source: OpenError::Device(FormatError::Device(source)), .. } => source,
+        _ => return false,
+    };
+    matches!(source.raw_os_error(), Some(libc::ENOENT | libc::ENXIO | libc::ENODEV | libc::EIO))
+}
+
+/// Opens a device; one that is not there is waited for, as the system may be starting too.
+fn open_device(options: &DeviceOptions) -> Result<FileDevice, DeviceError> {
+    let deadline = Instant::now() + DEVICE_WAIT;
+    loop {
+        match FileDevice::open(options) {
+            Err(DeviceError::Open { source, .. })
+                if source.kind() == ErrorKind::NotFound && Instant::now() < deadline =>
+            {
+                std::thread::sleep(DEVICE_RETRY);
+            }
+            opened => return opened,
+        }
+    }
+}
+
 fn open_store(
     plan: &StorePlan,
-    cluster_id: &str,
+    owner: Owner<'_>,
     pool: &'static BufferPool,
 ) -> Result<Result<OpenStore, BrokenStore>, BootError> {
-    let capacity = FileDevice::open(&plan.capacity.options)?;
-    let cache = plan.cache.as_ref().map(|cache| FileDevice::open(&cache.options)).transpose()?;
+    let capacity = open_device(&plan.capacity.options)?;
+    let cache = plan.cache.as_ref().map(|cache| open_device(&cache.options)).transpose()?;
     let path = capacity.path().to_owned();
     let format_error = |source| BootError::Format { path: path.clone(), source };
     let plans = std::iter::once(&plan.capacity).chain(&plan.cache);
     let devices = std::iter::once(&capacity).chain(&cache).zip(plans);
-    let kept = what_is_kept(devices, cluster_id, pool).map_err(|error| match error {
+    let kept = what_is_kept(devices, owner, pool).map_err(|error| match error {
         KeptError::Probe(source) => format_error(source),
         KeptError::Foreign { path, content } => BootError::Foreign { path, content },
     })?;
     let id = kept.unwrap_or_else(|| StoreId(draw()));
     if kept.is_none() {
         let parameters = FormatParameters {
-            cluster_id: cluster_id.to_owned(),
+            cluster_id: owner.cluster_id.to_owned(),
+            node: owner.node,
             store: id,
             created_ns: wall_clock_ns(),
             journal_bytes: None,
@@ -190,8 +243,8 @@ fn open_store(
         Store::format(&capacity, cache.as_ref().map(|device| device as _), &parameters, pool)
             .map_err(format_error)?;
     }
-    let options =
-        Options { now_ns: os::boottime_ns(), cluster_id: Some(cluster_id.to_owned()), ..Options::default() };
+    let cluster_id = Some(owner.cluster_id.to_owned());
+    let options = Options { now_ns: os::boottime_ns(), cluster_id, ..Options::default() };
     let opened = Store::open(&capacity, cache.as_ref().map(|device| device as _), pool, options);
     let (store, recovered) = match opened {
         Ok(opened) => opened,
@@ -202,7 +255,7 @@ fn open_store(
             // They stay locked, as those of every store of the node.
             std::mem::forget((capacity, cache));
             let device = path.display().to_string();
-            return Ok(Err(BrokenStore { id, device, media: plan.media, problem }));
+            return Ok(Err(BrokenStore { id: Some(id), device, media: plan.media, problem }));
         }
         Err(source) => return Err(BootError::Open { path, source }),
     };
@@ -220,7 +273,7 @@ enum KeptError {
 /// Looks at all of them before anything is written to one.
 fn what_is_kept<'a>(
     devices: impl Iterator<Item = (&'a FileDevice, &'a DevicePlan)>,
-    cluster_id: &str,
+    owner: Owner<'_>,
     pool: &'static BufferPool,
 ) -> Result<Option<StoreId>, KeptError> {
     let mut stores = Vec::new();
@@ -234,10 +287,14 @@ fn what_is_kept<'a>(
                 tracing::warn!(device = %path().display(), ?content, "--force-format names this device: what it holds is lost");
                 None
             }
-            Content::Ours { cluster_id: found, store, .. } if found == cluster_id => Some(store),
-            Content::Ours { cluster_id: found, .. } => {
-                return Err(foreign(format!("holds a store of cluster {found}")));
+            Content::Ours { cluster_id, .. } if cluster_id != owner.cluster_id => {
+                return Err(foreign(format!("holds a store of cluster {cluster_id}")));
             }
+            Content::Ours { node, .. } if node != owner.node => {
+                let (own, content) = (owner.node, "holds a store of another node of this cluster");
+                return Err(foreign(format!("{content}: it was made on node {node}, this is node {own}")));
+            }
+            Content::Ours { store, .. } => Some(store),
             Content::Foreign(kind) => return Err(foreign(format!("holds {}", kind.name()))),
         };
         stores.push((path(), store));

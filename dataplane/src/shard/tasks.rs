@@ -4,9 +4,10 @@ use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use monoio::net::TcpListener;
+use xsan_nodekit::open_files;
 use xsan_protocol::ids::{Incarnation, ShardIndex};
 use xsan_protocol::map::ClusterMap;
 use xsan_protocol::wire::session::Hello;
@@ -15,7 +16,7 @@ use super::mailbox::MeshEnd;
 use super::peers::PeerShard;
 use super::{Event, Handle, Identity, Message, Shard};
 use crate::disk::eventfd::EventFd;
-use crate::net::connection::{Connection, Counters, Memory, Outbox};
+use crate::net::connection::{Connection, ConnectionError, Counters, Memory, Outbox};
 use crate::net::listener;
 
 /// What drives commits of idle groups, retries and destage.
@@ -23,6 +24,10 @@ const TICK: Duration = Duration::from_millis(20);
 /// Waits between tries to connect to a peer that is down.
 const DIAL_WAIT_FIRST: Duration = Duration::from_millis(20);
 const DIAL_WAIT_MAX: Duration = Duration::from_millis(500);
+/// Between two warnings of a shard that it can not dial for want of file descriptors.
+const EXHAUSTED_WARN_INTERVAL: Duration = Duration::from_secs(10);
+/// What a shard has open beside its connections: devices, rings, eventfds, sockets that listen.
+const FILES_PER_SHARD: u64 = 32;
 
 impl Shard {
     /// Runs turns for ever.
@@ -75,6 +80,39 @@ pub(super) async fn status(handle: Handle, interval: Duration) {
     }
 }
 
+/// What a shard has said of files that the process lacks, so that it does not repeat itself.
+#[derive(Default)]
+pub(super) struct Files {
+    /// The most that were told to be needed.
+    needed: Cell<u64>,
+    exhausted: Cell<Option<Instant>>,
+}
+
+impl Files {
+    /// Is `needed` more than `limit`, and more than was told before?
+    fn are_short(&self, needed: u64, limit: u64) -> bool {
+        let short = needed > limit && needed > self.needed.get();
+        if short {
+            self.needed.set(needed);
+        }
+        short
+    }
+
+    fn warning_is_due(&self, now: Instant) -> bool {
+        let due = self.exhausted.get().is_none_or(|last| now - last >= EXHAUSTED_WARN_INTERVAL);
+        if due {
+            self.exhausted.set(Some(now));
+        }
+        due
+    }
+}
+
+/// Files that a process may have open at once: each shard dials every peer shard and is dialled by it, clients have up to
+/// `clients_max` connections.
+const fn files_needed(shards: u64, peer_shards: u64, clients_max: u64) -> u64 {
+    2 * shards * peer_shards + clients_max + shards * FILES_PER_SHARD
+}
+
 /// What the connections of a shard have in common.
 #[derive(Clone)]
 pub(super) struct Connections {
@@ -84,6 +122,7 @@ pub(super) struct Connections {
     pub counters: Rc<Counters>,
     pub open: Rc<Cell<u32>>,
     pub open_max: u32,
+    pub files: Rc<Files>,
     pub sessions: Rc<Cell<u64>>,
 }
 
@@ -164,6 +203,12 @@ impl Connections {
                 Ok(connection) => {
                     tracing::debug!(node = %peer.0, found = %connection.hello.incarnation, "another life of the peer answers; the map will name it");
                 }
+                Err(ConnectionError::Io(error)) if listener::is_exhausted(&error) => {
+                    if self.files.warning_is_due(Instant::now()) {
+                        let limit = open_files::limit();
+                        tracing::warn!(node = %peer.0, address = %to.address, limit, %error, "no file descriptor is left to dial a peer: raise LimitNOFILE of the service, or fs.file-max of the host");
+                    }
+                }
                 Err(error) => {
                     tracing::debug!(node = %peer.0, address = %to.address, %error, "the peer can not be reached")
                 }
@@ -188,6 +233,23 @@ pub(super) struct Dialling {
 }
 
 impl Shard {
+    /// Warns of a limit on open files that the connections of this map may exceed; the process has one limit, so one shard looks.
+    fn warn_of_short_files(&self, peer_shards: u64) {
+        let (shards, clients_max) =
+            (u64::from(self.identity.shard_count), u64::from(self.connections.open_max));
+        let (needed, limit) = (files_needed(shards, peer_shards, clients_max), open_files::limit());
+        if self.connections.files.are_short(needed, limit) {
+            tracing::warn!(
+                limit,
+                needed,
+                shards,
+                peer_shards,
+                max_connections = clients_max,
+                "the limit on open files is too low for all connections: raise LimitNOFILE of the service"
+            );
+        }
+    }
+
     /// Starts and ends dialling tasks, so that there is one for each peer shard of the map.
     pub(super) fn dial_peers(&mut self, map: &ClusterMap) {
         let own = self.identity.node;
@@ -199,6 +261,9 @@ impl Shard {
                 let peer = (node.id, ShardIndex(index as u16));
                 peers.push((peer, Peer { address, incarnation: data.incarnation }));
             }
+        }
+        if self.identity.shard == ShardIndex(0) {
+            self.warn_of_short_files(peers.len() as u64);
         }
         self.dialled.retain(|peer, dialling| {
             let kept = peers.contains(&(*peer, dialling.to));
@@ -213,5 +278,30 @@ impl Shard {
                 Dialling { to, wanted }
             });
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every shard dials all shards of every other node: three hosts of 16 cores did not connect with 1024 files.
+    #[test]
+    fn three_hosts_of_16_cores_need_more_than_1024_files() {
+        let needed = files_needed(16, 2 * 16, 1000);
+        assert_eq!(needed, 2 * 512 + 1000 + 512);
+        let files = Files::default();
+        assert!(files.are_short(needed, 1024));
+        assert!(!files.are_short(needed, 1024), "told already");
+        assert!(files.are_short(needed + 1, 1024), "it got worse");
+        assert!(!Files::default().are_short(needed, needed));
+    }
+
+    #[test]
+    fn want_of_descriptors_is_told_now_and_then() {
+        let (files, start) = (Files::default(), Instant::now());
+        assert!(files.warning_is_due(start));
+        assert!(!files.warning_is_due(start + EXHAUSTED_WARN_INTERVAL / 2));
+        assert!(files.warning_is_due(start + EXHAUSTED_WARN_INTERVAL));
     }
 }

@@ -12,7 +12,7 @@ use xsan_protocol::disk::block_record::SLOT_SIZE;
 use xsan_protocol::disk::checkpoint::{self, Checkpoint};
 use xsan_protocol::disk::superblock::{self, Extent, Role, Superblock};
 use xsan_protocol::error::Code;
-use xsan_protocol::ids::StoreId;
+use xsan_protocol::ids::{NodeId, StoreId};
 use xsan_protocol::units::PAGE_SIZE;
 
 use super::engine::Store;
@@ -29,6 +29,7 @@ const PROBE_BYTES: u64 = 1 << 20;
 #[derive(Clone, Debug)]
 pub struct FormatParameters {
     pub cluster_id: String,
+    pub node: NodeId,
     /// Random: no two stores, and no two formats of one device, have the same.
     pub store: StoreId,
     /// Wall clock.
@@ -41,7 +42,7 @@ pub struct FormatParameters {
 pub enum FormatError {
     #[error("the device has {found_bytes} bytes, a store needs {needed_bytes}")]
     TooSmall { found_bytes: u64, needed_bytes: u64 },
-    #[error("the device refused an operation")]
+    #[error("the device refused an operation: {0}")]
     Device(#[from] io::Error),
     #[error("no buffer of {bytes} bytes is free")]
     Memory { bytes: usize },
@@ -69,7 +70,7 @@ pub enum Content {
     /// Nothing that we can see: both ends are zero.
     Blank,
     /// A device of a store of ours.
-    Ours { cluster_id: String, store: StoreId, role: Role },
+    Ours { cluster_id: String, node: NodeId, store: StoreId, role: Role },
     /// Something else: it is not formatted without force.
     Foreign(Foreign),
 }
@@ -214,6 +215,7 @@ impl Store {
             role,
             store: parameters.store,
             cluster_id: parameters.cluster_id.clone(),
+            node: parameters.node,
             generation: 1,
             created_ns: parameters.created_ns,
             device_bytes: device.size_bytes(),
@@ -239,7 +241,9 @@ impl Store {
     /// 209 `DeviceUnusable`, 11 `MemoryShort`.
     pub fn probe(device: &dyn Device, pool: &'static BufferPool) -> Result<Content, FormatError> {
         let found = match read_superblock(device, pool)? {
-            Ok(Superblock { cluster_id, store, role, .. }) => Content::Ours { cluster_id, store, role },
+            Ok(Superblock { cluster_id, node, store, role, .. }) => {
+                Content::Ours { cluster_id, node, store, role }
+            }
             Err(DiskFormatError::Version { .. }) => Content::Foreign(Foreign::NewerStore),
             Err(DiskFormatError::Magic) => probe_foreign(device, pool)?,
             Err(_) => Content::Foreign(Foreign::DamagedStore),

@@ -68,7 +68,7 @@ pub struct RecoveredGroup {
 
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
-    #[error("the superblock is not usable")]
+    #[error("the superblock is not usable: {0}")]
     Superblock(#[source] DiskFormatError),
     #[error("the device is of cluster {found}")]
     OtherCluster { found: String },

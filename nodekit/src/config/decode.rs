@@ -10,17 +10,18 @@ use serde_json::{Map, Value};
 use xsan_protocol::limits::REPLICAS_MAX;
 
 use super::{
-    DataPlane, Device, FieldError, HEARTBEAT_INTERVAL_MS_MAX, Level, Logging, Media, Network, NodeConfig,
-    Numa, Role, Startup, Storage,
+    Cluster, DataPlane, Device, FieldError, HEARTBEAT_INTERVAL_MS_MAX, Level, Logging, Media, Network,
+    NodeConfig, Numa, Role, Startup, Storage,
 };
 use crate::size;
 
 /// Format of `node.json`; a newer one is not understood.
 pub(super) const NODE_FILE_FORMAT: u32 = 1;
 
-pub(super) fn config_file(value: Value) -> Result<NodeConfig, FieldError> {
+/// What the file does not say of the cluster is as in `cluster`.
+pub(super) fn config_file(value: Value, cluster: Cluster) -> Result<NodeConfig, FieldError> {
     let mut root = Fields::of(String::new(), value)?;
-    let config = sections(&mut root)?;
+    let config = sections(&mut root, NodeConfig { cluster, ..NodeConfig::default() })?;
     root.end()?;
     Ok(config)
 }
@@ -34,7 +35,7 @@ pub(super) fn node_file(value: Value) -> Result<NodeConfig, FieldError> {
             root.wrong("format", format!("{format} is not the format {NODE_FILE_FORMAT} of this release"))
         );
     }
-    let mut config = sections(&mut root)?;
+    let mut config = sections(&mut root, NodeConfig::default())?;
     root.integer("numeric_id", 0..=u32::MAX, &mut config.numeric_id.0)?;
     config.instance = match root.text("instance")? {
         Some(text) => u64::from_str_radix(&text, 16)
@@ -45,12 +46,8 @@ pub(super) fn node_file(value: Value) -> Result<NodeConfig, FieldError> {
     if let Some(path) = root.text("config_file")? {
         config.config_file = Some(PathBuf::from(path));
     }
-    for (index, entry) in root.list("force_format")?.into_iter().enumerate() {
-        let Value::String(path) = entry else {
-            return Err(FieldError::new(format!("force_format[{index}]"), "is not a string"));
-        };
-        config.force_format.push(PathBuf::from(path));
-    }
+    config.overridden = root.texts("overridden")?;
+    config.force_format = root.texts("force_format")?.into_iter().map(PathBuf::from).collect();
     let mut startup = root.section("startup")?;
     config.startup = match startup.choice("mode", &[("init", false), ("join", true)])? {
         None => return Err(startup.wrong("mode", "is missing")),
@@ -65,8 +62,7 @@ pub(super) fn node_file(value: Value) -> Result<NodeConfig, FieldError> {
     Ok(config)
 }
 
-fn sections(root: &mut Fields) -> Result<NodeConfig, FieldError> {
-    let mut config = NodeConfig::default();
+fn sections(root: &mut Fields, mut config: NodeConfig) -> Result<NodeConfig, FieldError> {
     cluster(root.section("cluster")?, &mut config)?;
     storage(root.section("storage")?, &mut config.storage)?;
     network(root.section("network")?, &mut config.network)?;
@@ -201,6 +197,14 @@ impl Fields {
             Some(Value::Array(entries)) => Ok(entries),
             Some(other) => Err(self.wrong(name, format!("{other} is not a list"))),
         }
+    }
+
+    fn texts(&mut self, name: &'static str) -> Result<Vec<String>, FieldError> {
+        let text_of = |(index, entry)| match entry {
+            Value::String(text) => Ok(text),
+            other => Err(FieldError::new(format!("{name}[{index}]"), format!("{other} is not a string"))),
+        };
+        self.list(name)?.into_iter().enumerate().map(text_of).collect()
     }
 
     fn text(&mut self, name: &'static str) -> Result<Option<String>, FieldError> {

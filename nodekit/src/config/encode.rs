@@ -29,6 +29,7 @@ pub(super) fn node_file(config: &NodeConfig) -> Value {
         },
         "force_format": config.force_format,
         "config_file": config.config_file,
+        "overridden": config.overridden,
         "cluster": {
             "cluster_id": cluster.cluster_id,
             "node_id": cluster.node_id,

@@ -3,7 +3,8 @@
 use super::*;
 
 fn parse(text: &str) -> Result<NodeConfig, FieldError> {
-    decode::config_file(serde_json::from_str(text).expect("the test's JSON is well formed"))
+    let value = serde_json::from_str(text).expect("the test's JSON is well formed");
+    decode::config_file(value, NodeConfig::default().cluster)
 }
 
 /// A valid node with the fields of `text`.
@@ -176,6 +177,46 @@ fn names_must_be_there_and_short() {
     );
 }
 
+/// A node was founded and its processes then ended for ever, as their sockets could not be bound.
+#[test]
+fn a_data_directory_has_room_for_the_paths_of_its_sockets() {
+    let mut config = node("{}").expect("valid");
+    config.cluster.data_dir = format!("/{}", "d".repeat(96)).into();
+    assert_eq!(config.validate(), Ok(()));
+    config.cluster.data_dir = format!("/{}", "d".repeat(97)).into();
+    let error = config.validate().expect_err("a byte too long").to_string();
+    assert!(error.starts_with("cluster.data_dir: has 98 bytes, more than 97: the sockets"), "{error}");
+}
+
+#[test]
+fn what_depends_on_the_number_of_shards_is_checked_for_that_number() {
+    let check = |text, shards| node(text).expect("valid for one shard").validate_shards(shards);
+    let memory = r#"{"dataplane": {"memory": "64MiB"}}"#;
+    assert_eq!(check(memory, 2), Ok(()));
+    let error = check(memory, 3).expect_err("32 MiB for each").to_string();
+    assert_eq!(error, "dataplane.memory: 64 MiB is too little for 3 shard(s); the least is 96 MiB");
+    let ports = r#"{"dataplane": {"port": 65530}}"#;
+    assert_eq!(check(ports, 6), Ok(()));
+    let error = check(ports, 7).expect_err("65535 is the last").to_string();
+    assert!(error.starts_with("dataplane.port: 65530 leaves no ports"), "{error}");
+    let error = check(r#"{"dataplane": {"port": 10800}}"#, 10).expect_err("they meet").to_string();
+    assert_eq!(error, "dataplane.nbd_port: 10809 is one of the shards' ports 10800 to 10809");
+}
+
+/// The same file, for a node that is somewhere else already.
+#[test]
+fn what_a_file_does_not_say_of_the_cluster_can_be_given() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let file = directory.path().join("node.conf");
+    fs::write(&file, r#"{"cluster": {"node_id": "other"}, "logging": {"level": "warn"}}"#)
+        .expect("it writes");
+    let node = full(directory.path());
+    let config = NodeConfig::read_file_over(&file, node.cluster.clone()).expect("a good file");
+    assert_eq!(config.cluster, Cluster { node_id: "other".into(), ..node.cluster });
+    assert_eq!(config.logging.level, Level::Warn);
+    assert_eq!(config.storage, NodeConfig::default().storage);
+}
+
 #[test]
 fn fatal_is_error_and_null_is_absent() {
     let config = node(r#"{"logging": {"level": "fatal", "file": null}, "network": null}"#).expect("valid");
@@ -220,6 +261,7 @@ fn full(data_dir: &Path) -> NodeConfig {
     config.instance = u64::MAX - 1;
     config.force_format = vec!["/dev/a".into()];
     config.config_file = Some("/etc/node.conf".into());
+    config.overridden = vec!["cluster.node_id".into()];
     config.established = true;
     config
 }
@@ -262,6 +304,7 @@ fn a_damaged_or_missing_node_file_is_told() {
         ("\"fffffffffffffffe\"", "\"x\"", "instance: \"x\" is not a hexadecimal number"),
         ("\"mode\": \"join\"", "\"mode\": \"leave\"", "startup.mode: \"leave\" is not one of init, join"),
         ("\"[::2]:8080\"", "\"nowhere\"", "startup.address: \"nowhere\" is not an address and port"),
+        ("\"cluster.node_id\"\n", "7\n", "overridden[0]: 7 is not a string"),
         ("\"established\": true", "\"other\": true", "other: unknown field"),
         ("{", "{,", "not valid JSON"),
     ] {

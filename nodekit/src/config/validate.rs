@@ -12,6 +12,8 @@ use crate::size::Size;
 /// Smallest file-backed store: a journal and room for some blocks.
 const FILE_SIZE_MIN: u64 = 256 << 20;
 const FILE_SIZE_MAX: u64 = 64 << 40;
+/// Longest path of a Unix socket: the kernel's 108 bytes end in NUL.
+const SOCKET_PATH_BYTES_MAX: usize = 107;
 /// A log file too small for a few messages would rotate for ever.
 const LOG_SIZE_MIN: u64 = 64 << 10;
 
@@ -20,7 +22,7 @@ pub(super) fn config(config: &NodeConfig) -> Result<(), FieldError> {
     storage(config)?;
     network(config)?;
     data_plane(config)?;
-    ports(config)?;
+    shards(config, config.dataplane.core_count().unwrap_or(1))?;
     logging(config)
 }
 
@@ -55,6 +57,15 @@ fn cluster(config: &NodeConfig) -> Result<(), FieldError> {
         name("cluster.failure_domain", &cluster.failure_domain)?;
     }
     absolute("cluster.data_dir", &cluster.data_dir)?;
+    for socket in [cluster.link_socket(), cluster.nbd_socket()] {
+        let (bytes, data_dir_bytes) = (socket.as_os_str().len(), cluster.data_dir.as_os_str().len());
+        if bytes > SOCKET_PATH_BYTES_MAX {
+            let most = SOCKET_PATH_BYTES_MAX - (bytes - data_dir_bytes);
+            let problem =
+                format!("has {data_dir_bytes} bytes, more than {most}: the sockets in it could not be bound");
+            return Err(FieldError::new("cluster.data_dir", problem));
+        }
+    }
     let ip = cluster.bind_ip;
     if ip.is_unspecified() || ip.is_multicast() {
         let problem =
@@ -115,16 +126,7 @@ fn network(config: &NodeConfig) -> Result<(), FieldError> {
 
 fn data_plane(config: &NodeConfig) -> Result<(), FieldError> {
     let dataplane = &config.dataplane;
-    let cores = core_list(&dataplane.cores).map_err(|problem| FieldError::new("dataplane.cores", problem))?;
-    if let Some(memory) = dataplane.memory {
-        let shards = cores.map_or(1, |cores| cores.len()) as u64;
-        let least = MEMORY_PER_SHARD_MIN * shards;
-        if memory < least {
-            let problem =
-                format!("{} is too little for {shards} shard(s); the least is {}", Size(memory), Size(least));
-            return Err(FieldError::new("dataplane.memory", problem));
-        }
-    }
+    core_list(&dataplane.cores).map_err(|problem| FieldError::new("dataplane.cores", problem))?;
     if !(FILE_SIZE_MIN..=FILE_SIZE_MAX).contains(&dataplane.file_size) {
         let problem = format!(
             "{} is not from {} to {}",
@@ -167,13 +169,26 @@ pub(super) fn core_list(text: &str) -> Result<Option<Vec<u16>>, String> {
     Ok(Some(cores))
 }
 
+/// What depends on the number of shards.
+pub(super) fn shards(config: &NodeConfig, shards: usize) -> Result<(), FieldError> {
+    let least = MEMORY_PER_SHARD_MIN * shards as u64;
+    if let Some(memory) = config.dataplane.memory
+        && memory < least
+    {
+        let problem =
+            format!("{} is too little for {shards} shard(s); the least is {}", Size(memory), Size(least));
+        return Err(FieldError::new("dataplane.memory", problem));
+    }
+    ports(config, shards)
+}
+
 /// All ports are on one address, so no two may meet.
-fn ports(config: &NodeConfig) -> Result<(), FieldError> {
+fn ports(config: &NodeConfig, shards: usize) -> Result<(), FieldError> {
     let dataplane = &config.dataplane;
     let control = u32::from(config.cluster.bind_port);
     let nbd = u32::from(dataplane.nbd_port);
     let first = u32::from(dataplane.port);
-    let last = first + dataplane.core_count().unwrap_or(1) as u32 - 1;
+    let last = first + shards as u32 - 1;
     if last > u32::from(u16::MAX) {
         let problem = format!("{first} leaves no ports for the shards after the first");
         return Err(FieldError::new("dataplane.port", problem));

@@ -4,7 +4,7 @@ use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::{DiskFormatError, FORMAT_VERSION, check, check_counters, check_seal, check_version, seal};
-use crate::ids::StoreId;
+use crate::ids::{NodeId, StoreId};
 use crate::limits::NAME_BYTES_MAX;
 use crate::units::{PAGE_SIZE, UNIT_SIZE};
 
@@ -40,6 +40,8 @@ pub struct Superblock {
     pub role: Role,
     pub store: StoreId,
     pub cluster_id: String,
+    /// Whose it is: in another node it would pass for a replica that nobody needs, and be emptied.
+    pub node: NodeId,
     /// Grows with every rewrite; the copy with the higher one counts.
     pub generation: u64,
     pub created_ns: u64,
@@ -82,7 +84,8 @@ struct RawSuperblock {
     page_bytes: U32,                  // 112
     unit_bytes: U32,                  // 116
     cluster_id_length: U16,           // 120
-    reserved: [u8; 6],                // 122
+    reserved: [u8; 2],                // 122
+    node: U32,                        // 124
     cluster_id: [u8; NAME_BYTES_MAX], // 128
     padding: [u8; PAGE_SIZE - 256],   // 256
 }
@@ -132,7 +135,8 @@ impl Superblock {
             page_bytes: (PAGE_SIZE as u32).into(),
             unit_bytes: (UNIT_SIZE as u32).into(),
             cluster_id_length: (self.cluster_id.len() as u16).into(),
-            reserved: [0; 6],
+            reserved: [0; 2],
+            node: self.node.0.into(),
             cluster_id,
             padding: [0; PAGE_SIZE - 256],
         };
@@ -156,7 +160,7 @@ impl Superblock {
         check(raw.cached <= 1, "cached")?;
         check(raw.page_bytes.get() as usize == PAGE_SIZE, "page_bytes")?;
         check(raw.unit_bytes.get() as usize == UNIT_SIZE, "unit_bytes")?;
-        check(raw.reserved == [0; 6], "reserved")?;
+        check(raw.reserved == [0; 2], "reserved")?;
         check(raw.padding.iter().all(|byte| *byte == 0), "padding")?;
         let id_length = usize::from(raw.cluster_id_length.get());
         check(id_length <= NAME_BYTES_MAX, "cluster_id_length")?;
@@ -168,6 +172,7 @@ impl Superblock {
             role,
             store: StoreId(raw.store.get()),
             cluster_id: cluster_id.map_err(|_| DiskFormatError::Field { field: "cluster_id" })?.to_owned(),
+            node: NodeId(raw.node.get()),
             generation: raw.generation.get(),
             created_ns: raw.created_ns.get(),
             device_bytes,

@@ -17,7 +17,7 @@ Examples:
     xsan-node --data-dir /var/lib/xsan
 
 Exit codes:
-  0   stopped cleanly, by SIGTERM or SIGINT
+  0   stopped cleanly, by SIGTERM, SIGINT or SIGHUP
   1   an error; its number and what to do are on stderr
   2   wrong usage
   3   nothing answers at the join address
@@ -58,7 +58,7 @@ pub struct Args {
     /// Where the node keeps its state [file: cluster.data_dir] [default: /var/lib/xsan]
     #[arg(long, value_name = "DIR")]
     pub data_dir: Option<PathBuf>,
-    /// Configuration file, in JSON [default: /etc/xsan/node.conf if it exists]
+    /// Configuration file, in JSON [default: the one that the node was started with; before that /etc/xsan/node.conf if it exists]
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
     /// Format this device at this start, whatever it holds, a store of this cluster too: that is LOST. Only empty devices are

@@ -2,6 +2,7 @@
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use xsan_nodekit::config::NodeConfig;
@@ -33,23 +34,7 @@ impl DataDir {
         fs::create_dir_all(&path).map_err(fails)?;
         let lock_path = path.join(LOCK_FILE);
         let lock_made = !lock_path.exists();
-        let opened = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&lock_path);
-        let mut lock = match opened {
-            Ok(lock) => lock,
-            Err(source) => {
-                remove_made(&path, made.as_deref());
-                return Err(fails(source));
-            }
-        };
-        match lock.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => {
-                let mut text = String::new();
-                let pid = lock.read_to_string(&mut text).ok().and_then(|_| text.trim().parse().ok());
-                return Err(NodeError::DataDirLocked { data_dir: path, pid });
-            }
-            Err(TryLockError::Error(source)) => return Err(fails(source)),
-        }
+        let lock = lock(&lock_path, &path).inspect_err(|_| remove_made(&path, made.as_deref()))?;
         let locked = Self { path: path.clone(), made, lock_made, _lock: lock };
         match locked.write_pid().map_err(fails).and_then(|()| locked.has_space(config)) {
             Ok(()) => Ok(locked),
@@ -95,6 +80,36 @@ impl DataDir {
             let _ = fs::remove_file(self.path.join(LOCK_FILE));
         }
         remove_made(&self.path, self.made.as_deref());
+    }
+}
+
+/// Opens and locks the lock file at `path`.
+fn lock(path: &Path, data_dir: &Path) -> Result<File, NodeError> {
+    let fails = |source| NodeError::DataDir { data_dir: data_dir.into(), source };
+    loop {
+        let opened = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path);
+        let mut lock = opened.map_err(fails)?;
+        match lock.try_lock() {
+            Ok(()) if is_at(&lock, path).map_err(fails)? => return Ok(lock),
+            // Who had it gave it back and removed it, after this one had opened it: the next one has another file.
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                let mut text = String::new();
+                let pid = lock.read_to_string(&mut text).ok().and_then(|_| text.trim().parse().ok());
+                return Err(NodeError::DataDirLocked { data_dir: data_dir.into(), pid });
+            }
+            Err(TryLockError::Error(source)) => return Err(fails(source)),
+        }
+    }
+}
+
+/// Is `file` still the one that `path` names?
+fn is_at(file: &File, path: &Path) -> io::Result<bool> {
+    let own = file.metadata()?;
+    match fs::metadata(path) {
+        Ok(named) => Ok((named.dev(), named.ino()) == (own.dev(), own.ino())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
     }
 }
 
@@ -144,6 +159,19 @@ mod tests {
         assert!(error.to_string().ends_with(&format!("(process {})", std::process::id())), "{error}");
         drop(first);
         DataDir::take(&config(root.path())).expect("it is free again");
+    }
+
+    /// Two nodes ran in one directory: each had locked a lock file, one of them a removed one.
+    #[test]
+    fn a_lock_on_a_removed_file_is_none() {
+        let root = tempfile::tempdir().expect("a directory");
+        let path = root.path().join(LOCK_FILE);
+        let file = File::create(&path).expect("it writes");
+        assert!(is_at(&file, &path).expect("readable"));
+        fs::remove_file(&path).expect("it is there");
+        assert!(!is_at(&file, &path).expect("readable"));
+        let _other = File::create(&path).expect("it writes");
+        assert!(!is_at(&file, &path).expect("readable"));
     }
 
     #[test]

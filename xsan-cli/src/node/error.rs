@@ -1,7 +1,7 @@
 //! Why a node does not start, or stops by itself; each with its number.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
 use xsan_client::ClientError;
@@ -26,6 +26,9 @@ pub enum NodeError {
     DataDirFull { data_dir: PathBuf, free: xsan_nodekit::size::Amount, needed: xsan_nodekit::size::Amount },
     #[error("{what} {address} is in use")]
     AddressInUse { what: &'static str, address: SocketAddr },
+    /// At a later start, when its interface may come up after the node does.
+    #[error("cluster.bind_ip: \"{ip}\" is not an address of this host; bring up the interface that has it")]
+    AddressMissing { ip: IpAddr },
     #[error("device {}: {source}", path.display())]
     Device { path: PathBuf, source: io::Error },
     #[error("join address {source}")]
@@ -53,12 +56,23 @@ impl NodeError {
                 Code::DataDirUnusable
             }
             Self::AddressInUse { .. } => Code::AddressInUse,
+            Self::AddressMissing { .. } => Code::InvalidArgument,
             Self::Device { .. } => Code::DeviceUnusable,
             Self::JoinDead { .. } => Code::JoinAddressDead,
             Self::Join { source, .. } => source.code(),
             Self::ProgramMissing { .. } => Code::NotFound,
             Self::Logging(error) => error.code(),
             Self::System(_) => Code::Internal,
+        }
+    }
+
+    /// The number to log: a refused child's own, if its last words had one.
+    pub fn number(&self) -> Option<u16> {
+        match self {
+            Self::ChildRefused { message, .. } => {
+                message.strip_prefix("error ")?.split(' ').next()?.parse().ok()
+            }
+            error => Some(error.code().number()),
         }
     }
 
@@ -87,11 +101,26 @@ fn flag_of(field: &str) -> &'static str {
     match field {
         "cluster.cluster_id" => " (option --cluster-id)",
         "cluster.node_id" => " (option --node-id)",
+        "cluster.data_dir" => " (option --data-dir)",
         "cluster.bind_ip" => " (option --bind-ip)",
         "cluster.bind_port" => " (option --bind-port)",
         "cluster.failure_domain" => " (option --failure-domain)",
         "startup.address" => " (option --join-address)",
         field if field.starts_with("force_format") => " (option --force-format)",
         _ => "",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refused_child_is_logged_with_its_own_number_if_it_told_one() {
+        let refused =
+            |message: &str| NodeError::ChildRefused { program: "xsan-data", message: message.into() };
+        assert_eq!(refused("error 201 DeviceInUse: /dev/sda: ext4").number(), Some(201));
+        assert_eq!(refused("it gave no reason; see its log").number(), None);
+        assert_eq!(NodeError::ProgramMissing { name: "xsan-data" }.number(), Some(3));
     }
 }

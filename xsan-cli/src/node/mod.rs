@@ -38,9 +38,8 @@ pub fn main(args: &Args) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            let code = error.code();
             if logging::is_to_file() {
-                tracing::error!(code = code.number(), "{error}");
+                tracing::error!(code = error.number(), "{error}");
             }
             logging::flush();
             // The refused child has put its own numbered error on our stderr, and that is the one to read.
@@ -48,7 +47,7 @@ pub fn main(args: &Args) -> ExitCode {
                 NodeError::ChildRefused { program, .. } => {
                     eprintln!("xsan-node stops: {program} can not run")
                 }
-                error => eprintln!("{}", Report { code, message: error }),
+                error => eprintln!("{}", Report { code: error.code(), message: error }),
             }
             ExitCode::from(error.exit_code())
         }
@@ -106,18 +105,31 @@ async fn announce(mut config: NodeConfig) -> std::convert::Infallible {
 struct Signals {
     terminate: Signal,
     interrupt: Signal,
+    /// The terminal has gone. `None`: the node was started to outlive it, as by nohup.
+    hangup: Option<Signal>,
 }
 
 impl Signals {
     fn new() -> std::io::Result<Self> {
-        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+            hangup: (!sys::hangup_is_ignored()).then(|| signal(SignalKind::hangup())).transpose()?,
+        })
     }
 
     /// Done when the node is asked to stop.
     async fn stop(&mut self) {
+        let hangup = async {
+            match &mut self.hangup {
+                Some(hangup) => hangup.recv().await,
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
             _ = self.terminate.recv() => {}
             _ = self.interrupt.recv() => {}
+            _ = hangup => {}
         }
     }
 }
@@ -136,5 +148,27 @@ impl Program {
     fn with(mut self, arguments: &[OsString]) -> Self {
         self.arguments = arguments.to_vec();
         self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The children died with the node, without a flush, when its terminal was closed.
+    #[tokio::test]
+    async fn a_hangup_stops_the_node_unless_it_is_ignored() {
+        let set = |action| {
+            // SAFETY: plain system call; no other test of this process has to do with the signal.
+            unsafe { libc::signal(libc::SIGHUP, action) };
+        };
+        set(libc::SIG_IGN);
+        assert!(Signals::new().expect("signals").hangup.is_none());
+        set(libc::SIG_DFL);
+        let mut signals = Signals::new().expect("signals");
+        // SAFETY: plain system call; the signal is handled.
+        unsafe { libc::raise(libc::SIGHUP) };
+        let stopped = tokio::time::timeout(std::time::Duration::from_secs(20), signals.stop()).await;
+        stopped.expect("it is asked to stop");
     }
 }

@@ -1,6 +1,7 @@
 //! From the command line and the file to a node that may start: everything is checked before anything is changed.
 //!
 //! Invariants
+//! - A file that names another node is not read for this one, unless options have won over it.
 //! - When a check fails, the data directory is as it was before, and the cluster has not heard of the node.
 //! - The node's instance is in its data directory before it asks to join, and stays there unless the cluster surely
 //!   refused: whatever is lost on the way, the next try is known for the same node.
@@ -9,9 +10,10 @@ use std::fs;
 use std::io::{self, Read};
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use xsan_client::{Address, ClientError, ControlClient, Options};
-use xsan_nodekit::config::{DEFAULT_FILE, NodeConfig, Startup};
+use xsan_nodekit::config::{Cluster, ConfigError, DEFAULT_FILE, FieldError, NodeConfig, Startup};
 use xsan_protocol::error::Code;
 use xsan_protocol::ids::NodeId;
 use xsan_protocol::proto::JoinRequest;
@@ -43,36 +45,41 @@ pub struct Plan {
 
 /// Decides what to start. Reads the disk, and changes nothing.
 pub fn plan(args: &Args, default_file: &Path) -> Result<Plan, NodeError> {
-    let named = match &args.config {
-        Some(file) => Some(file.as_path()),
-        None => Some(default_file).filter(|file| file.exists()),
-    };
-    let from_file =
-        named.map(|file| NodeConfig::read_file(&absolute(file)?).map_err(NodeError::from)).transpose()?;
-    let data_dir = match (&args.data_dir, &from_file) {
+    let named = args.config.as_deref().map(absolute).transpose()?;
+    // For a node that is not there yet, and to find one that is; what else a later start reads, `again` says.
+    let file = named.clone().or_else(|| Some(default_file.to_owned()).filter(|file| file.exists()));
+    let data_dir = match (&args.data_dir, &file) {
         (Some(data_dir), _) => absolute(data_dir)?,
-        (None, Some(config)) => config.cluster.data_dir.clone(),
+        (None, Some(file)) => NodeConfig::read_file(file)?.cluster.data_dir,
         (None, None) => NodeConfig::default().cluster.data_dir,
     };
     let exists = NodeConfig::exists(&data_dir)
         .map_err(|source| NodeError::DataDir { data_dir: data_dir.clone(), source })?;
     let founds_or_joins = args.init_cluster || args.join_cluster;
     let plan = if founds_or_joins && !exists {
-        let mut config = from_file.unwrap_or_default();
-        config.cluster.data_dir = data_dir;
-        apply(args, &mut config)?;
-        Plan { config, fresh: true, warnings: Vec::new() }
+        first(args, file.as_deref(), data_dir)?
     } else {
         let remembered = NodeConfig::load(&data_dir)?;
         if founds_or_joins {
-            must_be_unfinished(args, from_file.as_ref(), &remembered)?;
+            must_be_unfinished(args, named.as_deref(), &remembered)?;
         }
-        // The default file does not displace the one that the node was started with.
-        let named = from_file.filter(|_| args.config.is_some() || remembered.config_file.is_none());
-        again(args, named, remembered)?
+        again(args, named, default_file, remembered)?
     };
     plan.config.validate().map_err(|source| NodeError::Field { source })?;
     Ok(plan)
+}
+
+/// A first start.
+fn first(args: &Args, file: Option<&Path>, data_dir: PathBuf) -> Result<Plan, NodeError> {
+    let mut config = file.map(NodeConfig::read_file).transpose()?.unwrap_or_default();
+    config.cluster.data_dir = data_dir;
+    apply(args, &mut config)?;
+    if let Some(file) = file {
+        let read = NodeConfig::read_file_over(file, config.cluster.clone())?;
+        let overridden = differences(&read.cluster, &config.cluster);
+        config.overridden = overridden.into_iter().map(|difference| difference.field.into()).collect();
+    }
+    Ok(Plan { config, fresh: true, warnings: Vec::new() })
 }
 
 /// Lays the options over the file.
@@ -93,52 +100,47 @@ fn apply(args: &Args, config: &mut NodeConfig) -> Result<(), NodeError> {
 }
 
 /// The same command may be repeated while the node has never served, as after a refused device. Nothing else may.
-fn must_be_unfinished(
-    args: &Args,
-    from_file: Option<&NodeConfig>,
-    remembered: &NodeConfig,
-) -> Result<(), NodeError> {
-    let mut wanted = from_file.cloned().unwrap_or_default();
-    wanted.cluster.data_dir = remembered.cluster.data_dir.clone();
+fn must_be_unfinished(args: &Args, named: Option<&Path>, remembered: &NodeConfig) -> Result<(), NodeError> {
+    let cluster = &remembered.cluster;
+    let exists = NodeError::Exists {
+        data_dir: cluster.data_dir.clone(),
+        node: cluster.node_id.clone(),
+        cluster: cluster.cluster_id.clone(),
+    };
+    if remembered.established {
+        return Err(exists);
+    }
+    let file = named.or(remembered.config_file.as_deref().filter(|file| file.exists()));
+    let mut wanted = file.map(NodeConfig::read_file).transpose()?.unwrap_or_default();
+    wanted.cluster.data_dir = cluster.data_dir.clone();
     apply(args, &mut wanted)?;
-    let same = wanted.cluster == remembered.cluster
+    let same = wanted.cluster == *cluster
         && matches!(
             (&wanted.startup, &remembered.startup),
             (Startup::Init, Startup::Init) | (Startup::Join { .. }, Startup::Join { .. })
         );
-    if same && !remembered.established {
-        return Ok(());
-    }
-    let cluster = &remembered.cluster;
-    Err(NodeError::Exists {
-        data_dir: cluster.data_dir.clone(),
-        node: cluster.node_id.clone(),
-        cluster: cluster.cluster_id.clone(),
-    })
+    if same { Ok(()) } else { Err(exists) }
 }
 
 /// A later start: who the node is stays as it is remembered, how it runs is read from its file again.
-fn again(args: &Args, named: Option<NodeConfig>, remembered: NodeConfig) -> Result<Plan, NodeError> {
+fn again(
+    args: &Args,
+    named: Option<PathBuf>,
+    default_file: &Path,
+    remembered: NodeConfig,
+) -> Result<Plan, NodeError> {
     let mut warnings = Vec::new();
     let mut config = match (named, &remembered.config_file) {
-        (Some(config), _) => config,
-        (None, Some(file)) if file.exists() => NodeConfig::read_file(file)?,
+        (Some(file), _) => reread(args, &file, &remembered, &mut warnings)?,
+        (None, Some(file)) if file.exists() => reread(args, file, &remembered, &mut warnings)?,
         (None, Some(file)) => {
             warnings.push(format!("{} is gone; the node runs with what it remembers of it", file.display()));
             remembered.clone()
         }
+        (None, None) if default_file.exists() => adopt(args, default_file, &remembered, &mut warnings)?,
         (None, None) => remembered.clone(),
     };
     let cluster = &remembered.cluster;
-    for (field, in_file, kept) in [
-        ("cluster.cluster_id", &config.cluster.cluster_id, &cluster.cluster_id),
-        ("cluster.node_id", &config.cluster.node_id, &cluster.node_id),
-        ("cluster.failure_domain", &config.cluster.failure_domain, &cluster.failure_domain),
-    ] {
-        if !in_file.is_empty() && in_file != kept {
-            warnings.push(format!("{field} is {in_file:?} in the file; the node is, and stays, {kept:?}"));
-        }
-    }
     config.cluster = cluster.clone();
     config.startup = match args.join_address {
         // A join that was not answered may be repeated at another member.
@@ -151,28 +153,101 @@ fn again(args: &Args, named: Option<NodeConfig>, remembered: NodeConfig) -> Resu
     let mut wanted = config.clone();
     apply(args, &mut wanted)?;
     config.force_format = std::mem::take(&mut wanted.force_format);
-    if wanted.cluster != config.cluster {
-        return Err(contradiction(&wanted, &config));
+    match differences(&wanted.cluster, cluster).into_iter().next() {
+        None => Ok(Plan { config, fresh: false, warnings }),
+        Some(difference) => Err(NodeError::Field { source: difference.contradiction() }),
     }
-    Ok(Plan { config, fresh: false, warnings })
 }
 
-/// An option says that the node is another than its data directory does.
-fn contradiction(wanted: &NodeConfig, config: &NodeConfig) -> NodeError {
-    let (wanted, is) = (&wanted.cluster, &config.cluster);
-    let (field, wanted, is) = if wanted.cluster_id != is.cluster_id {
-        ("cluster.cluster_id", wanted.cluster_id.clone(), is.cluster_id.clone())
-    } else if wanted.node_id != is.node_id {
-        ("cluster.node_id", wanted.node_id.clone(), is.node_id.clone())
-    } else if wanted.bind_ip != is.bind_ip {
-        ("cluster.bind_ip", wanted.bind_ip.to_string(), is.bind_ip.to_string())
-    } else if wanted.bind_port != is.bind_port {
-        ("cluster.bind_port", wanted.bind_port.to_string(), is.bind_port.to_string())
-    } else {
-        ("cluster.failure_domain", wanted.failure_domain.clone(), is.failure_domain.clone())
+/// Reads the node's file again. It may say otherwise of the node only where options win over it, or won when the file was named.
+fn reread(
+    args: &Args,
+    file: &Path,
+    remembered: &NodeConfig,
+    warnings: &mut Vec<String>,
+) -> Result<NodeConfig, NodeError> {
+    let mut config = NodeConfig::read_file_over(file, remembered.cluster.clone())?;
+    let is_remembered = remembered.config_file.as_deref() == Some(file);
+    for difference in differences(&config.cluster, &remembered.cluster) {
+        let Difference { field, said, is } = &difference;
+        let was_overridden = is_remembered && remembered.overridden.iter().any(|other| other == field);
+        if was_overridden || sets(args, field) {
+            config.overridden.push((*field).into());
+        } else if IDENTITY.contains(field) {
+            return Err(ConfigError::Field { file: file.into(), source: difference.contradiction() }.into());
+        } else {
+            warnings.push(format!("{field} is {said:?} in the file; the node is, and stays, {is:?}"));
+        }
+    }
+    Ok(config)
+}
+
+/// Reads the default file for a node that was started without one, unless that was written for another node.
+fn adopt(
+    args: &Args,
+    default_file: &Path,
+    remembered: &NodeConfig,
+    warnings: &mut Vec<String>,
+) -> Result<NodeConfig, NodeError> {
+    let read = NodeConfig::read_file_over(default_file, remembered.cluster.clone())?;
+    let differences = differences(&read.cluster, &remembered.cluster);
+    let Some(other) = differences.iter().find(|difference| IDENTITY.contains(&difference.field)) else {
+        return reread(args, default_file, remembered, warnings);
     };
-    let problem = format!("{wanted:?} contradicts the data directory, whose node has {is:?}");
-    NodeError::Field { source: xsan_nodekit::config::FieldError { field: field.into(), problem } }
+    warnings.push(format!(
+        "{} is not read: its {} {:?} is another node's",
+        default_file.display(),
+        other.field,
+        other.said
+    ));
+    Ok(remembered.clone())
+}
+
+/// Which node a file is for.
+const IDENTITY: [&str; 3] = ["cluster.cluster_id", "cluster.node_id", "cluster.data_dir"];
+
+/// A field of the node that a file or an option says is otherwise.
+struct Difference {
+    field: &'static str,
+    said: String,
+    is: String,
+}
+
+impl Difference {
+    fn contradiction(&self) -> FieldError {
+        let Self { field, said, is } = self;
+        let problem = format!("{said:?} contradicts the data directory, whose node has {is:?}");
+        FieldError { field: (*field).into(), problem }
+    }
+}
+
+fn differences(said: &Cluster, is: &Cluster) -> Vec<Difference> {
+    // The same directory has many names.
+    let resolved = |path: &Path| fs::canonicalize(path).unwrap_or_else(|_| path.into()).display().to_string();
+    let fields = [
+        ("cluster.cluster_id", said.cluster_id.clone(), is.cluster_id.clone()),
+        ("cluster.node_id", said.node_id.clone(), is.node_id.clone()),
+        ("cluster.data_dir", resolved(&said.data_dir), resolved(&is.data_dir)),
+        ("cluster.bind_ip", said.bind_ip.to_string(), is.bind_ip.to_string()),
+        ("cluster.bind_port", said.bind_port.to_string(), is.bind_port.to_string()),
+        ("cluster.failure_domain", said.failure_domain.clone(), is.failure_domain.clone()),
+    ];
+    let differing = fields.into_iter().filter(|(_, said, is)| said != is);
+    differing.map(|(field, said, is)| Difference { field, said, is }).collect()
+}
+
+/// Does the command line set `field`, which wins over a file?
+fn sets(args: &Args, field: &str) -> bool {
+    match field {
+        "cluster.cluster_id" => args.cluster_id.is_some(),
+        "cluster.node_id" => args.node_id.is_some(),
+        // Alone it tells where the node is, and nothing of a file.
+        "cluster.data_dir" => args.data_dir.is_some() && args.config.is_some(),
+        "cluster.bind_ip" => args.bind_ip.is_some(),
+        "cluster.bind_port" => args.bind_port.is_some(),
+        "cluster.failure_domain" => args.failure_domain.is_some(),
+        _ => false,
+    }
 }
 
 /// Checks what `plan` needs of this host, takes the data directory, joins if that is wanted, and saves the node.
@@ -182,11 +257,13 @@ pub async fn carry_out(plan: Plan) -> Result<Prepared, NodeError> {
 
 async fn carry_out_with(plan: Plan, options: Options) -> Result<Prepared, NodeError> {
     let Plan { mut config, fresh, .. } = plan;
-    devices_exist(&config)?;
+    // Later one may be dead, and the others serve.
+    if fresh {
+        devices_exist(&config)?;
+    }
     // First of all: of two processes in one directory the second is to hear that, and not of the first one's ports.
     let data_dir = DataDir::take(&config)?;
-    // The ports of a node that is starting again may be held for a moment by the process before it.
-    let patience = if fresh { ports::Patience::None } else { ports::Patience::Predecessor };
+    let patience = if fresh { Duration::ZERO } else { ports::RESTART_WAIT };
     if let Err(error) = ports::check(&config, patience).await {
         if fresh {
             data_dir.give_back();

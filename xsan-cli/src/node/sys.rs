@@ -35,6 +35,16 @@ pub fn terminate(pid: u32) {
     unsafe { libc::kill(pid, libc::SIGTERM) };
 }
 
+/// Was this process started with SIGHUP ignored?
+pub fn hangup_is_ignored() -> bool {
+    let mut action = std::mem::MaybeUninit::<libc::sigaction>::uninit();
+    // SAFETY: nothing is set, and `action` is a valid place for the answer.
+    let result = unsafe { libc::sigaction(libc::SIGHUP, std::ptr::null(), action.as_mut_ptr()) };
+    assert!(result == 0, "SIGHUP is a signal");
+    // SAFETY: the call succeeded, so it has filled in every field.
+    unsafe { action.assume_init() }.sa_sigaction == libc::SIG_IGN
+}
+
 /// Bytes that may still be written to the file system of `path`.
 pub fn free_bytes(path: &Path) -> io::Result<u64> {
     let path = CString::new(path.as_os_str().as_bytes())?;

@@ -37,6 +37,7 @@ impl Shard {
             let device = SimDevice::new(64 << 20);
             let parameters = FormatParameters {
                 cluster_id: "test".to_owned(),
+                node: NodeId(1),
                 store,
                 created_ns: 1,
                 journal_bytes: Some(8 << 20),

@@ -39,16 +39,16 @@ impl Host {
         self.config.force_format = names.iter().map(|name| self.directory.path().join(name)).collect();
     }
 
-    fn open_for(&self, cluster_id: &str) -> Result<Opened, BootError> {
+    fn open_for(&self, cluster_id: &str, node: u32) -> Result<Opened, BootError> {
         thread_local! {
             static POOL: &'static BufferPool = BufferPool::anonymous(64 << 20);
         }
-        open(&plan(&self.config), cluster_id, POOL.with(|pool| *pool))
+        open(&plan(&self.config), Owner { cluster_id, node: NodeId(node) }, POOL.with(|pool| *pool))
     }
 
     /// The ids of the stores that open.
     fn ids(&self) -> Result<Vec<StoreId>, BootError> {
-        Ok(self.open_for(CLUSTER)?.stores.iter().map(|open| open.store.id()).collect())
+        Ok(self.open_for(CLUSTER, 1)?.stores.iter().map(|open| open.store.id()).collect())
     }
 
     /// Refused, with a message that names this device, and nothing is changed anywhere.
@@ -82,7 +82,36 @@ fn an_empty_device_is_formatted_and_a_store_is_kept() {
     let host = Host::new(&PAIR);
     let ids = host.ids().expect("empty devices");
     assert_eq!(host.ids().expect("its own store"), ids);
-    assert_eq!(host.open_for("other").err().expect("not its own").code(), Code::DeviceInUse);
+    assert_eq!(host.open_for("other", 1).err().expect("not its own").code(), Code::DeviceInUse);
+}
+
+/// Two nodes whose disks had changed places took them as their own, as replicas that nobody needs, and emptied both.
+#[test]
+fn a_store_of_another_node_is_refused() {
+    let host = Host::new(&PAIR);
+    let ids = host.ids().expect("empty devices");
+    let error = host.open_for(CLUSTER, 2).err().expect("it was made on node 1");
+    assert_eq!(error.code(), Code::DeviceInUse);
+    assert!(error.to_string().contains("it was made on node 1, this is node 2"), "{error}");
+    assert_eq!(host.ids().expect("its own store"), ids);
+}
+
+/// One dead disk kept the whole node down after its next restart.
+#[test]
+fn a_device_that_is_gone_is_told_and_the_others_serve() {
+    let host = Host::new(&[("one", Role::Capacity), ("two", Role::Capacity)]);
+    let ids = host.ids().expect("empty devices");
+    fs::rename(host.path("one"), host.path("elsewhere")).expect("it moves");
+    let opened = host.open_for(CLUSTER, 1).expect("the other one opens");
+    let told: Vec<_> = opened.for_map(ShardIndex(0), &BTreeSet::new()).iter().map(|store| store.id).collect();
+    assert_eq!(told, ids[1..]);
+    let status = opened.broken[0].message();
+    assert!(status.failed && status.id == 0 && status.device.ends_with("one"), "{status:?}");
+    assert!(status.problem.contains("No such file or directory"), "{status:?}");
+    assert_eq!(opened.dead.as_ref().map(BootError::code), Some(Code::DeviceUnusable));
+    drop(opened);
+    fs::rename(host.path("elsewhere"), host.path("one")).expect("it moves");
+    assert_eq!(host.ids().expect("it is back"), ids);
 }
 
 /// A device that nobody had named was formatted with the one beside it that somebody had.
@@ -159,7 +188,7 @@ fn a_store_that_can_not_be_opened_is_told_and_the_others_serve() {
     file.write_all_at(&vec![0xee; (CHECKPOINTS.end - CHECKPOINTS.start) as usize], CHECKPOINTS.start)
         .expect("it writes");
 
-    let opened = host.open_for(CLUSTER).expect("the other one opens");
+    let opened = host.open_for(CLUSTER, 1).expect("the other one opens");
     let working: Vec<StoreId> = opened.stores.iter().map(|open| open.store.id()).collect();
     assert_eq!(working, ids[1..]);
     let told: Vec<_> = opened

@@ -492,6 +492,7 @@ fn a_device_is_known_for_what_it_holds() {
     let small = SimDevice::new(8 << 20);
     let parameters = crate::store::FormatParameters {
         cluster_id: String::new(),
+        node: xsan_protocol::ids::NodeId(1),
         store: xsan_protocol::ids::StoreId(1),
         created_ns: 0,
         journal_bytes: None,

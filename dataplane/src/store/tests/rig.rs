@@ -1,7 +1,9 @@
 //! A store on simulated devices: carries out its actions one by one, in any order, and can crash between them.
 
 use xsan_protocol::checksum::page_checksums;
-use xsan_protocol::ids::{BlockIndex, BlockKey, Epoch, GroupId, Layer, Lineage, Seq, StoreId, Version};
+use xsan_protocol::ids::{
+    BlockIndex, BlockKey, Epoch, GroupId, Layer, Lineage, NodeId, Seq, StoreId, Version,
+};
 use xsan_protocol::units::{PAGE_SIZE, PageRange};
 
 use crate::disk::buffers::BufferPool;
@@ -81,6 +83,7 @@ pub fn format(capacity: &SimDevice, cache: Option<&SimDevice>) {
 fn format_with(capacity: &SimDevice, cache: Option<&SimDevice>, journal_bytes: u64) {
     let parameters = FormatParameters {
         cluster_id: "test".to_owned(),
+        node: NodeId(1),
         store: StoreId(0xabcd),
         created_ns: 1,
         journal_bytes: Some(journal_bytes),

@@ -9,6 +9,7 @@ fn example(name: &str) -> Superblock {
         role: Role::Capacity,
         store: StoreId(0x1122_3344_5566_7788),
         cluster_id: name.to_owned(),
+        node: NodeId(7),
         generation: 3,
         created_ns: 12,
         device_bytes: 256 << 20,

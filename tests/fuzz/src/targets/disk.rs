@@ -11,7 +11,7 @@ use xsan_protocol::disk::journal::{
     self, BatchHead, BatchHeader, Descriptor, HEAD_BYTES_MAX, HeadWriter, Kind,
 };
 use xsan_protocol::disk::superblock::{self, Extent, Role, Superblock};
-use xsan_protocol::ids::{GroupId, Seq, StoreId, Version};
+use xsan_protocol::ids::{GroupId, NodeId, Seq, StoreId, Version};
 use xsan_protocol::units::{PAGE_SIZE, PageRange, UNITS_PER_BLOCK};
 
 use super::wire::{VERSION, key};
@@ -90,6 +90,7 @@ fn superblock_seeds() -> Vec<Vec<u8>> {
         role: Role::Capacity,
         store: StoreId(0xabcd),
         cluster_id: "cluster-1".to_owned(),
+        node: NodeId(3),
         generation: 3,
         created_ns: 1,
         device_bytes: 64 * mib,

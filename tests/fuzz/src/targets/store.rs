@@ -23,7 +23,7 @@ use xsan_protocol::checksum::{crc32c, page_checksums};
 use xsan_protocol::disk::journal::BatchHeader;
 use xsan_protocol::disk::superblock::Superblock;
 use xsan_protocol::disk::{block_record, checkpoint, journal, superblock};
-use xsan_protocol::ids::{BlockKey, Epoch, GroupId, Seq, StoreId, Version};
+use xsan_protocol::ids::{BlockKey, Epoch, GroupId, NodeId, Seq, StoreId, Version};
 use xsan_protocol::units::{PAGE_SIZE, PageRange, UNIT_SIZE};
 
 use super::disk::seal;
@@ -269,6 +269,7 @@ impl Image {
         let device = SimDevice::new(DEVICE_BYTES);
         let parameters = FormatParameters {
             cluster_id: "fuzz".to_owned(),
+            node: NodeId(1),
             store: StoreId(0xabcd),
             created_ns: 1,
             journal_bytes: Some(JOURNAL_BYTES),

@@ -11,6 +11,7 @@ use tonic::body::Body;
 use tonic::codegen::{BoxFuture, Context, Poll, Service, http};
 use tonic::server::{NamedService, UnaryService};
 use tonic::{Request, Response, Status};
+use xsan_nodekit::config::Level;
 use xsan_protocol::proto::{ErrorDetail, JoinReply};
 
 use super::*;
@@ -151,16 +152,97 @@ fn a_later_start_remembers_and_reads_its_file_again() {
     assert!(!plan.fresh && plan.warnings.is_empty());
     assert_eq!(plan.config, first);
 
-    host.file("node.conf", r#"{"cluster": {"cluster_id": "other"}, "logging": {"level": "debug"}}"#);
+    host.file(
+        "node.conf",
+        r#"{"cluster": {"cluster_id": "c", "bind_port": 81}, "logging": {"level": "debug"}}"#,
+    );
     let plan = host.plan("").expect("a good plan");
-    assert_eq!(plan.config.logging.level, xsan_nodekit::config::Level::Debug);
+    assert_eq!(plan.config.logging.level, Level::Debug);
     assert_eq!(plan.config.cluster, first.cluster);
-    assert_eq!(plan.warnings, ["cluster.cluster_id is \"other\" in the file; the node is, and stays, \"c\""]);
+    assert_eq!(plan.warnings, ["cluster.bind_port is \"81\" in the file; the node is, and stays, \"8080\""]);
 
     fs::remove_file(&file).expect("it was there");
     let plan = host.plan("").expect("a good plan");
     assert_eq!(plan.config, first);
     assert_eq!(plan.warnings.len(), 1);
+}
+
+/// Which node a file is for is said by its ids and by its directory.
+fn identities(host: &Host) -> [(String, &'static str); 3] {
+    let elsewhere = host.root.path().join("elsewhere").display().to_string();
+    [
+        (r#"{"cluster": {"cluster_id": "other"}}"#.into(), "cluster.cluster_id"),
+        (r#"{"cluster": {"node_id": "other"}}"#.into(), "cluster.node_id"),
+        (format!(r#"{{"cluster": {{"data_dir": {elsewhere:?}}}}}"#), "cluster.data_dir"),
+    ]
+}
+
+/// The file of another node was read, its devices with it, and a warning was all.
+#[test]
+fn a_file_may_not_make_it_another_node() {
+    let host = Host::new();
+    let file = host.file("node.conf", "{}");
+    let named = format!("--config {}", file.display());
+    host.settle(&format!("{INIT} {named}"), true);
+    for (text, field) in identities(&host) {
+        host.file("node.conf", &text);
+        let error = host.plan("").err().expect(field);
+        assert_eq!(error.code(), Code::ConfigInvalid);
+        assert!(error.to_string().starts_with(&format!("{}: {field}: ", file.display())), "{error}");
+        assert!(error.to_string().contains("contradicts the data directory"), "{error}");
+    }
+    host.file("node.conf", r#"{"cluster": {"node_id": "other"}}"#);
+    host.plan(&named).err().expect("it is not for n1");
+    host.plan(&format!("{named} --node-id n1")).expect("options win");
+}
+
+/// One file for several nodes, each with options of its own: they start again as they started first.
+#[test]
+fn what_options_won_over_is_no_contradiction_later() {
+    let host = Host::new();
+    for (text, field) in identities(&host) {
+        let file = host.file("node.conf", &text);
+        let first = host.settle(&format!("{INIT} --config {}", file.display()), true);
+        assert_eq!(first.overridden, [field]);
+        let plan = host.plan("").expect("it has not changed");
+        assert_eq!((&plan.config, plan.warnings.len()), (&first, 0));
+        fs::remove_dir_all(host.data_dir()).expect("it is there");
+    }
+}
+
+#[test]
+fn a_data_directory_may_have_several_names() {
+    let host = Host::new();
+    let link = host.root.path().join("link");
+    std::os::unix::fs::symlink(host.data_dir(), &link).expect("a link");
+    let text = format!(r#"{{"cluster": {{"data_dir": {:?}}}}}"#, link.display().to_string());
+    let file = host.file("node.conf", "{}");
+    host.settle(&format!("{INIT} --config {}", file.display()), true);
+    host.file("node.conf", &text);
+    host.plan("").expect("it is the same directory");
+}
+
+/// What was started with options alone, or with another file, stopped when somebody wrote the default file for another node.
+#[test]
+fn the_default_file_is_for_those_who_have_no_other() {
+    let host = Host::new();
+    let first = host.settle(INIT, true);
+    for (text, field) in identities(&host) {
+        host.file("default.conf", &text.replacen('{', r#"{"logging": {"level": "debug"}, "#, 1));
+        let plan = host.plan("").expect("it is not its file");
+        assert_eq!(plan.config, first);
+        assert!(plan.warnings[0].contains(&format!("is not read: its {field} ")), "{:?}", plan.warnings);
+    }
+    host.file("default.conf", r#"{"cluster": {"node_id": "n1"}, "logging": {"level": "debug"}}"#);
+    let plan = host.plan("").expect("it is its file");
+    assert_eq!(plan.config.logging.level, Level::Debug);
+    assert_eq!(plan.config.config_file, Some(host.root.path().join("default.conf")));
+
+    let file = host.file("node.conf", "{}");
+    let first = host.plan(&format!("--config {}", file.display())).expect("a good plan").config;
+    first.save().expect("it saves");
+    host.file("default.conf", "not even JSON");
+    assert_eq!(host.plan("").expect("it is not read").config, first);
 }
 
 #[test]
