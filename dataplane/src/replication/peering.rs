@@ -67,8 +67,8 @@ pub(super) struct Member {
     pub silent_since_ns: u64,
     pub progress_ns: u64,
     proposed_ns: Option<u64>,
-    /// Its store had no room for new places when it last answered.
-    pub full: bool,
+    /// When it last said so: its store has no room for new places. `None`: it had, when it answered last.
+    full_ns: Option<u64>,
     /// Its journal is no prefix of the group's, or ends before what can still be sent.
     outcast: bool,
 }
@@ -84,7 +84,7 @@ impl Member {
             silent_since_ns: now_ns,
             progress_ns: now_ns,
             proposed_ns: None,
-            full: false,
+            full_ns: None,
             outcast: false,
         }
     }
@@ -154,18 +154,25 @@ impl Group {
         }
     }
 
-    /// Has a member's store no room for new places, as far as is known? It is asked again whether that is still so.
-    pub(super) fn is_member_full(&mut self, call: &mut Call<'_>) -> bool {
-        let Some(primary) = &mut self.primary else { return false };
-        let mut full = false;
-        for member in primary.members.iter_mut().filter(|member| member.full) {
-            full = true;
+    /// Have the members' stores room for new places? Who said a while ago that there is none is asked again.
+    ///
+    /// # Errors
+    /// `StorageFull`: one has just said that it has none. `Busy`: one has not answered yet.
+    pub(super) fn admit_at_members(&mut self, call: &mut Call<'_>) -> Result<(), Code> {
+        let Some(primary) = &mut self.primary else { return Ok(()) };
+        let mut admitted = Ok(());
+        for member in &mut primary.members {
+            let Some(full_ns) = member.full_ns else { continue };
+            if !is_due(Some(full_ns), ASK_AGAIN_NS, call.now_ns) {
+                return Err(Code::StorageFull);
+            }
+            admitted = Err(Code::Busy);
             if is_due(member.asked_ns, ASK_AGAIN_NS, call.now_ns) {
                 member.asked_ns = Some(call.now_ns);
                 call.send(member.node, frames::frame(Opcode::Peer, self.id, primary.epoch));
             }
         }
-        full
+        admitted
     }
 
     /// A frame of a member or learner to its primary.
@@ -178,7 +185,7 @@ impl Group {
             && let Some(primary) = &mut self.primary
             && let Some(member) = primary.members.iter_mut().find(|member| member.node == from)
         {
-            member.full = header.flags & flags::STORE_FULL != 0;
+            member.full_ns = (header.flags & flags::STORE_FULL != 0).then_some(call.now_ns);
         }
         match header.opcode {
             Opcode::AppendOk => self.on_append_answer(call, from, header.status, Seq(header.request_id)),

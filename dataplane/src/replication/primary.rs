@@ -358,8 +358,11 @@ impl Group {
         if let Err(error) = admitted {
             return call.complete(request, Err(error.code()));
         }
-        if data.is_some() && view.wants_room(self.id, key, pages) && self.is_member_full(call) {
-            return call.complete(request, Err(Code::StorageFull));
+        if data.is_some()
+            && view.wants_room(self.id, key, pages)
+            && let Err(code) = self.admit_at_members(call)
+        {
+            return call.complete(request, Err(code));
         }
         self.sequence(call, Some(request), key, pages, data, fua, durability);
     }
