@@ -32,6 +32,8 @@ struct Inner {
     /// Page writes that land so many pages further on.
     to_misdirect: u64,
     misdirected_by: u64,
+    /// Page writes that were lost, and that landed elsewhere.
+    wrong: (u64, u64),
     fails: bool,
     /// The next flush fails, and what it was to cover may be gone.
     flush_fails: bool,
@@ -58,11 +60,13 @@ impl SimDevice {
         let mut inner = self.inner.borrow_mut();
         if inner.to_lose > 0 {
             inner.to_lose -= 1;
+            inner.wrong.0 += 1;
             return;
         }
         let mut page = page;
         if inner.to_misdirect > 0 {
             inner.to_misdirect -= 1;
+            inner.wrong.1 += 1;
             page = (page + inner.misdirected_by) % (self.bytes / PAGE_SIZE as u64);
         }
         let bytes: Page = bytes.into();
@@ -159,6 +163,11 @@ impl SimDevice {
         inner.misdirected_by = by;
     }
 
+    /// Page writes that were lost and that landed elsewhere, since this was asked last.
+    pub fn take_wrong_writes(&self) -> (u64, u64) {
+        std::mem::take(&mut self.inner.borrow_mut().wrong)
+    }
+
     /// The next flush fails, and no later one: what it was to cover may be gone.
     pub fn fail_next_flush(&self) {
         self.inner.borrow_mut().flush_fails = true;
@@ -182,11 +191,19 @@ impl SimDevice {
         (inner.to_lose, inner.to_misdirect) = (0, 0);
     }
 
-    /// A page that was written, chosen at random; its offset.
+    /// A page that was written, with something else than zeroes, chosen at random; its offset.
     pub fn some_page(&self, random: &mut Random) -> Option<u64> {
         let inner = self.inner.borrow();
-        let nth = random.index(inner.current.len().max(1));
-        inner.current.keys().nth(nth).map(|page| page * PAGE_SIZE as u64)
+        let pages = inner.current.iter().filter(|(_, bytes)| bytes.iter().any(|byte| *byte != 0));
+        let pages: Vec<u64> = pages.map(|(page, _)| *page).collect();
+        random.pick(&pages).map(|page| page * PAGE_SIZE as u64)
+    }
+
+    /// Is the page there, and not zeroes?
+    pub fn holds_something(&self, offset: u64) -> bool {
+        let inner = self.inner.borrow();
+        let page = inner.current.get(&(offset / PAGE_SIZE as u64));
+        page.is_some_and(|bytes| bytes.iter().any(|byte| *byte != 0))
     }
 
     /// Carries out one operation; `mark` is what a flush covers.

@@ -30,6 +30,9 @@ pub struct Shared {
     pub released: AtomicBool,
     /// Requests of a stuck volume that were carried out.
     pub carried_out: AtomicUsize,
+    /// Bytes of changes that were to be on stable media before they were answered.
+    pub fua_bytes: AtomicU64,
+    pub flushes: AtomicUsize,
 }
 
 struct Volume {
@@ -131,6 +134,11 @@ impl MemoryVolumes {
             let writes = matches!(request.operation, Operation::Write { .. });
             return Err(if writes { Code::StorageFull } else { Code::Timeout });
         }
+        if let Operation::Write { fua, .. } | Operation::WriteZeroes { fua, .. } | Operation::Trim { fua } =
+            request.operation
+        {
+            volume.shared.fua_bytes.fetch_add(if fua { length } else { 0 }, Ordering::Relaxed);
+        }
         match &request.operation {
             Operation::Read => return Ok(BlockReply::Data(self.read(volume, offset, length).await)),
             Operation::Write { data, .. } => {
@@ -142,7 +150,10 @@ impl MemoryVolumes {
                 Self::write(volume, offset, &vec![0; length as usize]);
             }
             Operation::WriteZeroes { .. } | Operation::Trim { .. } => Self::zero(volume, offset, length),
-            Operation::Flush => assert_eq!((offset, length), (0, 0)),
+            Operation::Flush => {
+                assert_eq!((offset, length), (0, 0));
+                volume.shared.flushes.fetch_add(1, Ordering::Relaxed);
+            }
             Operation::BlockStatus { extents_max } => {
                 let units = volume.units.borrow();
                 let mut extents: Vec<(u64, bool)> = Vec::new();

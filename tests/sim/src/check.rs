@@ -34,6 +34,38 @@ impl SectorRange {
 
 type Sector = (u32, u16);
 
+/// The word at `index` of a sector that was written with `value`: the first tells the value, the others also the place.
+const fn word(value: u64, sector: Sector, index: usize) -> u64 {
+    if value == 0 || index == 0 {
+        return value;
+    }
+    let place = (sector.0 as u64) << 32 | (sector.1 as u64) << 16 | index as u64;
+    (value ^ place.rotate_left(23)).wrapping_mul(0x9e37_79b9_7f4a_7c15)
+}
+
+/// Fills sectors with what a write of `value` there leaves.
+pub fn fill(bytes: &mut [u8], range: SectorRange, value: u64) {
+    for (sector, bytes) in range.sectors().zip(bytes.chunks_exact_mut(SECTOR_SIZE as usize)) {
+        for (index, bytes) in bytes.chunks_exact_mut(size_of::<u64>()).enumerate() {
+            bytes.copy_from_slice(&word(value, sector, index).to_le_bytes());
+        }
+    }
+}
+
+/// The value that a sector was written with: every byte of it must be from that write, and from that place.
+fn value_of(bytes: &[u8], sector: Sector) -> Result<u64, String> {
+    let mut words = bytes.chunks_exact(size_of::<u64>());
+    let mut words = words.by_ref().map(|bytes| u64::from_le_bytes(bytes.try_into().expect("eight bytes")));
+    let value = words.next().expect("sectors are longer");
+    match words.zip(1..).find(|(found, index)| *found != word(value, sector, *index)) {
+        None => Ok(value),
+        Some((found, index)) => Err(format!(
+            "block {} sector {} begins as value {value} was written there, and its word {index} is {found:#x}",
+            sector.0, sector.1
+        )),
+    }
+}
+
 fn in_history(sector: Sector) -> xsan_dataplane::testing::Sector {
     (u64::from(sector.0), sector.1 / SECTORS_PER_PAGE, sector.1 % SECTORS_PER_PAGE)
 }
@@ -106,10 +138,11 @@ impl Ledger {
             Access::Read(range) => {
                 for (index, sector) in range.sectors().enumerate() {
                     let offset = index * SECTOR_SIZE as usize;
-                    let value = data.map_or(0, |data| {
-                        u64::from_le_bytes(data[offset..offset + 8].try_into().expect("eight bytes"))
-                    });
-                    self.saw(sector, value, span);
+                    let bytes = data.map(|data| &data[offset..offset + SECTOR_SIZE as usize]);
+                    match bytes.map_or(Ok(0), |bytes| value_of(bytes, sector)) {
+                        Ok(value) => self.saw(sector, value, span),
+                        Err(violation) => self.violation = Some(violation),
+                    }
                 }
             }
             Access::Write { sectors, value, durable } => {
@@ -212,6 +245,24 @@ impl Ledger {
         self.flushed.clear();
     }
 
+    /// Does a block on a device hold what its sectors were last read as? For when all was read, and nothing written since.
+    pub fn holds(&self, block: u32, pages: u16, content: Option<&Content>) -> Result<(), String> {
+        for sector in (0..pages * SECTORS_PER_PAGE).map(|sector| (block, sector)) {
+            let seen = self.history.last_seen(in_history(sector));
+            let Some((read, _)) = seen.into_iter().max_by_key(|(_, start)| *start) else {
+                return Err(format!("sector {sector:?} was not read"));
+            };
+            let offset = usize::from(sector.1 % SECTORS_PER_PAGE) * SECTOR_SIZE as usize;
+            let page = content.and_then(|content| content.pages.get(&(sector.1 / SECTORS_PER_PAGE)));
+            let bytes = page.map(|page| &page[offset..offset + SECTOR_SIZE as usize]);
+            let held = bytes.map_or(Ok(0), |bytes| value_of(bytes, sector))?;
+            if held != read {
+                return Err(format!("sector {sector:?} holds {held}, and was last read as {read}"));
+            }
+        }
+        Ok(())
+    }
+
     /// After everything was read: no sector may be left open.
     pub fn everything_was_read(&mut self) -> Result<(), String> {
         match self.possible.first_key_value() {
@@ -233,12 +284,16 @@ pub type Contents = BTreeMap<GroupId, BTreeMap<BlockKey, Content>>;
 
 /// Opens a host's store, and reads all of it. Also tells how many bytes it has given away. `None`: it says that it is
 /// damaged, where that may be.
+///
+/// # Errors
+/// It says so where it may not, or does not open.
 pub fn contents(host: &Host) -> Result<Option<(Contents, u64)>, String> {
     let cache = host.cache.as_ref().map(|device| device as &dyn Device);
     let opened = Store::open(&host.capacity, cache, host.pool, Options::default());
     let (mut store, recovered) = opened.map_err(|error| format!("node {}: {error}", host.node))?;
-    if recovered.damaged && host.damage_allowed {
-        return Ok(None);
+    if recovered.damaged {
+        let nobody_did = || format!("node {}: an undamaged store says that it is damaged", host.node);
+        return if host.damage_allowed { Ok(None) } else { Err(nobody_did()) };
     }
     for group in &recovered.groups {
         store.apply(group.group, group.tail.last.seq);
@@ -318,3 +373,6 @@ pub fn compare(map: &ClusterMap, contents: &BTreeMap<NodeId, Contents>) -> Resul
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

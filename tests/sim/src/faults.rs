@@ -7,11 +7,47 @@
 use xsan_dataplane::io::DeviceRole;
 use xsan_dataplane::testing::SimDevice;
 use xsan_protocol::ids::{NodeId, Seq};
-use xsan_protocol::map::Group;
-use xsan_protocol::units::PAGE_SIZE;
+use xsan_protocol::map::{Group, Pool};
+use xsan_protocol::units::{PAGE_SIZE, PAGES_PER_UNIT};
 
 use crate::plan::{MS, SECOND, US};
+use crate::workload::{POOL, key};
 use crate::world::{Event, World};
+
+/// Everything that goes wrong, as it is counted. A thousand seeds meet each of these.
+pub const FAULTS: [&str; 29] = [
+    "all hosts down at a checkpoint",
+    "all hosts down during destage",
+    "all hosts down right after a promise",
+    "all hosts down when the last one taken in acts alone",
+    "all hosts killed",
+    "bit flipped",
+    "both processes of a host killed",
+    "connection broken",
+    "control process killed",
+    "data process killed",
+    "device failed",
+    "device slow",
+    "flush failed, the next one did not",
+    "host back when others had begun to lead",
+    "host cut off one way, from one or all",
+    "host cut off, from one or all",
+    "host found slow",
+    "maps late",
+    "node joins",
+    "page unreadable",
+    "power of a host lost",
+    "power of a primary lost before a newcomer counts",
+    "power of all hosts lost",
+    "processes stopped for a while",
+    "scrub found damage",
+    "store failed",
+    "store found damaged",
+    "write lost by a device",
+    "write misdirected by a device",
+];
+/// And what not every thousand does.
+pub const FAULTS_RARE: [&str; 2] = ["store found damaged at the end", "store replaced"];
 
 /// A fault, of a host and perhaps another.
 type Kind = fn(&mut World, usize, usize);
@@ -207,10 +243,17 @@ impl World {
         }
     }
 
+    /// One host is not heard by another; by none; or hears none.
     fn fault_one_way(&mut self, host: usize, other: usize) {
-        self.log(|| format!("host {other} does not hear host {host}"));
-        self.count("host cut off one way");
-        self.block(host, other);
+        self.count("host cut off one way, from one or all");
+        let all = 0..self.hosts.len();
+        let (what, pairs): (&str, Vec<_>) = match self.random.below(4) {
+            0 => ("is heard by none", all.map(|other| (host, other)).collect()),
+            1 => ("hears none", all.map(|other| (other, host)).collect()),
+            _ => ("is not heard by one", vec![(host, other)]),
+        };
+        self.log(|| format!("host {host} {what}: {pairs:?}"));
+        pairs.into_iter().for_each(|(from, to)| self.block(from, to));
         self.maybe_let_be();
     }
 
@@ -361,6 +404,7 @@ impl World {
         let role = self.some_role(host);
         self.log(|| format!("host {host}: its device fails ({role:?})"));
         self.count("device failed");
+        self.hosts[host].failure_allowed = true;
         self.hosts[host].device(role).fail();
     }
 
@@ -394,7 +438,7 @@ impl World {
         let role = self.some_role(host);
         let device = self.hosts[host].device(role).clone();
         let Some(offset) = device.some_page(&mut self.random) else { return };
-        match self.random.below(5) {
+        match self.random.below(6) {
             0 => {
                 self.log(|| format!("host {host}: page at {offset} can not be read ({role:?})"));
                 self.count("page unreadable");
@@ -402,23 +446,44 @@ impl World {
             }
             1 => {
                 self.log(|| format!("host {host}: its device loses writes ({role:?})"));
-                self.count("device loses writes");
                 let pages = 1 + self.random.below(4);
                 device.lose_writes(pages);
             }
             2 => {
                 self.log(|| format!("host {host}: its device misdirects writes ({role:?})"));
-                self.count("device misdirects writes");
                 let pages = 1 + self.random.below(4);
                 device.misdirect_writes(pages, 1 + self.random.below(1000));
             }
-            _ => {
-                let bit = self.random.below(8 * PAGE_SIZE as u64);
-                self.log(|| format!("host {host}: a bit of the page at {offset} flips ({role:?})"));
-                self.count("bit flipped");
-                device.flip_bit(offset, bit);
-            }
+            3 => self.rot_in_place(host),
+            _ => self.flip_bit(host, role, offset),
         }
+    }
+
+    /// A page rots that holds what clients wrote, in its place.
+    pub fn rot_in_place(&mut self, host: usize) {
+        let Some(process) = &self.hosts[host].process else { return };
+        let device = &self.hosts[host].capacity;
+        let mut pages = Vec::new();
+        for block in 0..self.plan.blocks {
+            let key = key(block);
+            let group = Pool::group_in(POOL, self.plan.group_count, key.lineage, key.index);
+            let units = process.driver.stores().flat_map(|store| store.locate(group, key));
+            let offsets = units.filter_map(|unit| unit.device_offset);
+            let in_unit =
+                |offset: u64| (0..PAGES_PER_UNIT as u64).map(move |page| offset + page * PAGE_SIZE as u64);
+            pages.extend(offsets.flat_map(in_unit).filter(|offset| device.holds_something(*offset)));
+        }
+        if let Some(&offset) = self.random.pick(&pages) {
+            self.flip_bit(host, DeviceRole::Capacity, offset);
+        }
+    }
+
+    fn flip_bit(&mut self, host: usize, role: DeviceRole, offset: u64) {
+        let device = self.hosts[host].device(role).clone();
+        let bit = self.random.below(8 * PAGE_SIZE as u64);
+        self.log(|| format!("host {host}: a bit of the page at {offset} flips ({role:?})"));
+        self.count("bit flipped");
+        device.flip_bit(offset, bit);
     }
 
     fn fault_add_node(&mut self, _: usize, _: usize) {

@@ -33,6 +33,10 @@ pub struct Host {
     pub store: StoreId,
     /// Its store was damaged behind its back, in this run.
     pub damage_allowed: bool,
+    /// A device of it failed an operation, or was to, in this run.
+    pub failure_allowed: bool,
+    /// Damaged pages that earlier lives of its data process met.
+    pub checksum_errors: u64,
     /// Its store failed, in this life of its data process or in an earlier one of which the cluster does not know yet.
     pub failed: bool,
     pub failed_before: bool,
@@ -93,6 +97,8 @@ impl Host {
             failed_before: false,
             damaged_stores: Vec::new(),
             damage_allowed: false,
+            failure_allowed: false,
+            checksum_errors: 0,
             capacity: SimDevice::new(plan.device_bytes),
             cache: plan.cached.then(|| SimDevice::new(JOURNAL_BYTES + (1 << 20))),
             in_flight: BTreeMap::new(),
@@ -169,9 +175,14 @@ impl World {
             self.log(|| format!("host {host}: a flush fails ({role:?})"));
             self.count("flush failed, the next one did not");
             self.hosts[host].flush_to_fail = None;
+            self.hosts[host].failure_allowed = true;
             self.hosts[host].device(role).fail_next_flush();
         }
-        let completion = self.hosts[host].device(role).clone().carry_out(action, mark);
+        let device = self.hosts[host].device(role).clone();
+        let completion = device.carry_out(action, mark);
+        let (lost, misdirected) = device.take_wrong_writes();
+        (0..lost).for_each(|_| self.count("write lost by a device"));
+        (0..misdirected).for_each(|_| self.count("write misdirected by a device"));
         self.input(host, Input::Disk(completion));
     }
 
@@ -181,6 +192,7 @@ impl World {
         this.store = store;
         let parameters = FormatParameters {
             cluster_id: "sim".to_owned(),
+            node: this.node,
             store,
             created_ns: 1,
             journal_bytes: Some(JOURNAL_BYTES),
@@ -249,6 +261,7 @@ impl World {
         let Some(process) = self.hosts[host].process.take() else { return };
         let incarnation = process.incarnation;
         self.log(|| format!("host {host}: data process {incarnation} is killed"));
+        self.hosts[host].checksum_errors += process.checksum_errors();
         drop(process);
         let in_flight = std::mem::take(&mut self.hosts[host].in_flight);
         for InFlight { action, .. } in in_flight.into_values() {

@@ -22,6 +22,7 @@ mod world;
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+pub use faults::{FAULTS, FAULTS_RARE};
 pub use plan::Plan;
 
 /// What one seed did.

@@ -109,6 +109,11 @@ impl Process {
         }
     }
 
+    /// Damaged pages that this life has met.
+    pub fn checksum_errors(&self) -> u64 {
+        self.driver.stores().map(|store| store.status().counters.checksum_errors).sum()
+    }
+
     fn call(&mut self, purpose: Purpose, node: NodeId, group: Option<GroupId>) -> Option<u64> {
         let incarnation = self.map.nodes.get(&node)?.data.as_ref()?.incarnation;
         let number = self.next_call;
@@ -383,6 +388,11 @@ impl World {
                     self.after(latency, Event::Proposal { host, proposal });
                 }
                 Output::StoreFailed(_) => {
+                    self.count("store failed");
+                    if !self.hosts[host].failure_allowed {
+                        self.ledger.violation =
+                            Some(format!("the store of host {host} failed, and no device did"));
+                    }
                     self.hosts[host].failed = true;
                     let life = self.hosts[host].life;
                     self.after(1, Event::Status { host, life, again: false });

@@ -3,14 +3,19 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use xsan_dataplane::replication::{ScrubFindings, ScrubOrder};
-use xsan_protocol::ids::GroupId;
+use xsan_protocol::ids::{GroupId, NodeId};
+use xsan_protocol::map::{ClusterMap, Pool};
 
+use crate::check::Contents;
 use crate::plan::SECOND;
-use crate::process::Input;
+use crate::process::{Input, Process};
+use crate::workload::{PAGES_USED, POOL, key};
 use crate::world::{SETTLE_MAX, World};
 
 /// For destage to begin.
 const REST: u64 = 3 * SECOND;
+/// Pages of it that rot once all was read for the last time before: nobody but a scrub finds those.
+const ROT_BEFORE_SCRUB: u32 = 4;
 /// Scrubs until what one host's devices did is mended.
 const SCRUBS_MAX: u32 = 3;
 
@@ -85,8 +90,7 @@ impl World {
     /// What nobody damaged is as it should be, whatever was lost with the power.
     pub fn check_checksums(&self) -> Result<(), String> {
         for host in self.hosts.iter().filter(|host| !host.damage_allowed) {
-            let stores = host.process.iter().flat_map(|process| process.driver.stores());
-            let errors: u64 = stores.map(|store| store.status().counters.checksum_errors).sum();
+            let errors = host.checksum_errors + host.process.as_ref().map_or(0, Process::checksum_errors);
             if errors > 0 {
                 return Err(format!("node {} met {errors} damaged pages that nobody damaged", host.node));
             }
@@ -100,6 +104,9 @@ impl World {
         let damaged: Vec<usize> =
             (0..self.hosts.len()).filter(|host| self.hosts[*host].damage_allowed).collect();
         for &host in &damaged {
+            for _ in 0..ROT_BEFORE_SCRUB {
+                self.rot_in_place(host);
+            }
             self.kill_data(host);
             self.restart(host, SECOND);
         }
@@ -195,6 +202,20 @@ impl World {
             }
             contents.insert(node, content);
         }
-        crate::check::compare(&map, &contents)
+        crate::check::compare(&map, &contents)?;
+        self.check_content(&map, &contents)
+    }
+
+    /// What the clients read last is what is on the devices.
+    fn check_content(&self, map: &ClusterMap, contents: &BTreeMap<NodeId, Contents>) -> Result<(), String> {
+        for block in 0..self.plan.blocks {
+            let key = key(block);
+            let group = Pool::group_in(POOL, self.plan.group_count, key.lineage, key.index);
+            let mut holders = map.groups[&group].acting().filter_map(|member| contents.get(&member.node));
+            let Some(held) = holders.next() else { continue };
+            let content = held.get(&group).and_then(|blocks| blocks.get(&key));
+            self.ledger.holds(block, PAGES_USED, content)?;
+        }
+        Ok(())
     }
 }

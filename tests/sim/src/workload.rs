@@ -15,12 +15,14 @@ use xsan_protocol::ids::{BlockIndex, BlockKey, GroupId, Layer, Lineage, PoolId};
 use xsan_protocol::map::{Durability, Pool};
 use xsan_protocol::units::{PAGE_SIZE, PAGES_PER_UNIT, PageRange, SECTOR_SIZE};
 
-use crate::check::{Access, SectorRange};
+use crate::check::{Access, SectorRange, fill};
 use crate::plan::{MS, Plan, SECOND, US};
 use crate::process::data_of;
 use crate::world::{Event, TICK, World};
 
 const IO_TIMEOUT: u64 = 30 * SECOND;
+/// So long after the last fault no operation may end for its age.
+const LATE_AFTER_FAULTS_MAX: u64 = 15 * SECOND;
 /// Clients wait for buffers that no request under way holds no longer than this.
 const STARVED_TICKS_MAX: u64 = SECOND / TICK;
 const BACKOFF_FIRST: u64 = 2 * MS;
@@ -29,6 +31,8 @@ pub const POOL: PoolId = PoolId(1);
 const SECTORS_PER_PAGE: u16 = (PAGE_SIZE / SECTOR_SIZE as usize) as u16;
 /// Pages of each block that clients use: two units and a bit, so that ranges cross units.
 pub const PAGES_USED: u16 = 36;
+/// Blocks that are written at the end where the devices are too small for all of them.
+const BLOCKS_WRITTEN_FULL: u32 = 4;
 /// Whole units, so that zeroes free them.
 const PAGES_ZEROED: u16 = PAGES_USED.next_multiple_of(PAGES_PER_UNIT as u16);
 
@@ -162,16 +166,14 @@ impl World {
     }
 
     /// `None`: a gateway that has no buffers stops reading its clients.
-    fn buffer(&mut self, host: usize, bytes: usize, value: u64) -> Option<Buffer> {
+    fn buffer(&mut self, host: usize, sectors: SectorRange, value: u64) -> Option<Buffer> {
         let pool = self.hosts[host].pool;
+        let bytes = usize::from(sectors.count) * SECTOR_SIZE as usize;
         let Some(mut buffer) = pool.alloc_for(Claim::Client, bytes) else {
             self.workload.starved_ticks.entry((host, bytes)).or_insert(0);
             return None;
         };
-        buffer.fill(0);
-        for sector in buffer.chunks_exact_mut(SECTOR_SIZE as usize) {
-            sector[..8].copy_from_slice(&value.to_le_bytes());
-        }
+        fill(&mut buffer, sectors, value);
         Some(buffer.freeze())
     }
 
@@ -218,7 +220,6 @@ impl World {
     }
 
     fn random_operation(&mut self, host: usize) -> Option<Operation> {
-        let number = self.workload.next + 1;
         let block = self.random.below(u64::from(self.plan.blocks)) as u32;
         let (key, pages) = (key(block), self.random_pages());
         let fua = self.random.one_in(8);
@@ -227,18 +228,25 @@ impl World {
             4 => Operation::Zero { key, pages, fua },
             5 => Operation::Flush,
             6..8 => {
-                let sectors = 1 + self.random.below(3) as u32;
-                let offset = pages.byte_offset() + self.random.below(6) as u32 * SECTOR_SIZE;
-                let bytes = self.buffer(host, (sectors * SECTOR_SIZE) as usize, number)?;
-                Operation::WriteSectors { key, offset, bytes, fua }
+                let count = 1 + self.random.below(3) as u16;
+                let first = pages.first * SECTORS_PER_PAGE + self.random.below(6) as u16;
+                self.sector_write(host, SectorRange { block, first, count }, fua)?
             }
-            _ => {
-                let bytes = self.buffer(host, pages.bytes(), number)?;
-                let checksums = page_checksums(&bytes);
-                Operation::Write { key, pages, data: PageData { bytes, checksums }, fua }
-            }
+            _ => self.page_write(host, block, pages, fua)?,
         };
         Some(operation)
+    }
+
+    fn page_write(&mut self, host: usize, block: u32, pages: PageRange, fua: bool) -> Option<Operation> {
+        let bytes = self.buffer(host, sectors_of(block, pages), self.workload.next + 1)?;
+        let checksums = page_checksums(&bytes);
+        Some(Operation::Write { key: key(block), pages, data: PageData { bytes, checksums }, fua })
+    }
+
+    fn sector_write(&mut self, host: usize, sectors: SectorRange, fua: bool) -> Option<Operation> {
+        let bytes = self.buffer(host, sectors, self.workload.next + 1)?;
+        let offset = u32::from(sectors.first) * SECTOR_SIZE;
+        Some(Operation::WriteSectors { key: key(sectors.block), offset, bytes, fua })
     }
 
     /// Takes an operation up: notes that it began, and tries it.
@@ -340,7 +348,11 @@ impl World {
         if code.retry() == Retry::Never || late {
             self.log(|| format!("operation {number} ends with {code}"));
             *self.workload.ended.entry(code.to_string()).or_default() += 1;
-            if !(late || code == Code::StorageFull && self.plan.is_full()) {
+            let excused = match code {
+                Code::StorageFull => self.plan.is_full(),
+                _ => late && self.now < self.faults_end.saturating_add(LATE_AFTER_FAULTS_MAX),
+            };
+            if !excused {
                 self.ledger.violation = Some(format!("operation {number} ends with {code}"));
             }
             return self.end(number, |ledger, repeated| ledger.lost(number, repeated));
@@ -375,13 +387,49 @@ impl World {
         }
     }
 
-    /// Zeroes every other block.
-    pub fn free_half(&mut self) {
-        for block in (0..self.plan.blocks).step_by(2) {
+    /// Zeroes every `nth` block.
+    pub fn free(&mut self, nth: usize) {
+        for block in (0..self.plan.blocks).step_by(nth) {
             let host = self.random.index(self.hosts.len());
             let pages = PageRange::new(0, PAGES_ZEROED);
             self.submit_operation(None, host, Operation::Zero { key: key(block), pages, fua: false });
         }
+    }
+
+    /// Writes to every block, in all the ways there are, without anything else going on. Where the devices are too small for all,
+    /// everything is zeroed first, and some are written.
+    pub fn write_everything(&mut self) -> Result<(), String> {
+        self.ledger.rest();
+        let mut blocks = 0..self.plan.blocks;
+        if self.plan.is_full() {
+            self.free(1);
+            self.run_until(60 * SECOND, Self::is_quiet)?;
+            self.check_destage()?;
+            blocks.end = blocks.end.min(BLOCKS_WRITTEN_FULL);
+        }
+        let (answered, mut writes) = (self.ledger.answered, 0);
+        for block in blocks {
+            let host = self.random.index(self.hosts.len());
+            let sectors = SectorRange { block, first: 5 * SECTORS_PER_PAGE + 3, count: 2 };
+            // Each has the next number as its value, so one is made when the one before has been submitted.
+            for step in 0..4 {
+                let operation = match step {
+                    0 => self.page_write(host, block, PageRange::new(1, 3), false),
+                    1 => self.sector_write(host, sectors, true),
+                    2 => Some(Operation::Zero { key: key(block), pages: PageRange::new(8, 2), fua: false }),
+                    _ => Some(Operation::Flush),
+                };
+                let operation = operation.ok_or("a client has no buffer while nothing goes on")?;
+                self.submit_operation(None, host, operation);
+                writes += 1;
+            }
+            self.run_until(60 * SECOND, Self::is_quiet)?;
+        }
+        let written = self.ledger.answered - answered;
+        if written < writes {
+            return Err(format!("of {writes} writes and flushes without faults {written} were answered"));
+        }
+        Ok(())
     }
 
     /// Reads every page that clients use, without anything else going on.
@@ -406,13 +454,13 @@ impl World {
     }
 }
 
+const fn sectors_of(block: u32, pages: PageRange) -> SectorRange {
+    SectorRange { block, first: pages.first * SECTORS_PER_PAGE, count: pages.count * SECTORS_PER_PAGE }
+}
+
 /// What the checker is to know of an operation.
 fn access_of(operation: &Operation, value: u64, every_write: bool) -> Access {
-    let pages_of = |key: &BlockKey, pages: &PageRange| SectorRange {
-        block: key.index.0,
-        first: pages.first * SECTORS_PER_PAGE,
-        count: pages.count * SECTORS_PER_PAGE,
-    };
+    let pages_of = |key: &BlockKey, pages: &PageRange| sectors_of(key.index.0, *pages);
     match operation {
         Operation::Read { key, pages } => Access::Read(pages_of(key, pages)),
         Operation::Write { key, pages, fua, .. } => {

@@ -17,6 +17,7 @@ use xsan_protocol::map::{ClusterMap, Group};
 use crate::Summary;
 use crate::check::Ledger;
 use crate::control::ControlPlane;
+use crate::faults::{FAULTS, FAULTS_RARE};
 use crate::host::{Host, SLOW_FACTOR};
 use crate::memory::Memory;
 use crate::network::{ConnectionId, Network};
@@ -116,6 +117,8 @@ pub struct World {
     pub ledger: Ledger,
     /// Without faults until then.
     pub quiet_until: u64,
+    /// When the faults of this part ended; `u64::MAX` while they go on.
+    pub faults_end: u64,
     /// What went wrong, by kind, and how often.
     faults: BTreeMap<&'static str, u64>,
     pub events: u64,
@@ -143,6 +146,7 @@ impl World {
             workload: Workload::new(&plan),
             ledger: Ledger::default(),
             quiet_until: u64::MAX,
+            faults_end: 0,
             faults: BTreeMap::new(),
             events: 0,
             next_store: 1000,
@@ -180,6 +184,7 @@ impl World {
 
     /// Something goes wrong, of this kind.
     pub fn count(&mut self, fault: &'static str) {
+        assert!(FAULTS.contains(&fault) || FAULTS_RARE.contains(&fault), "{fault} is not listed");
         *self.faults.entry(fault).or_default() += 1;
     }
 
@@ -212,7 +217,7 @@ impl World {
         self.start_clients();
         self.after(1, Event::Fault);
         for part in 1..=self.plan.parts {
-            self.quiet_until = 0;
+            (self.quiet_until, self.faults_end) = (0, u64::MAX);
             self.workload.running = true;
             let end = self.now + self.plan.part_ns;
             self.run_for(end)?;
@@ -224,9 +229,12 @@ impl World {
             self.read_everything()?;
             self.check_checksums()?;
         }
-        self.ledger.check()?;
+        self.check_destage()?;
+        self.write_everything()?;
         self.check_destage()?;
         self.check_scrubs()?;
+        self.read_everything()?;
+        self.ledger.check()?;
         self.check_buffers()?;
         self.check_replicas()
     }
@@ -234,12 +242,12 @@ impl World {
     /// The faults end, and everything must come to rest.
     fn settle(&mut self) -> Result<(), String> {
         self.log(|| "all faults end".to_owned());
-        self.quiet_until = u64::MAX;
+        (self.quiet_until, self.faults_end) = (u64::MAX, self.now);
         self.workload.running = false;
         self.end_faults();
         if self.plan.is_full() {
             // A learner may find no room: the operator frees some.
-            self.free_half();
+            self.free(2);
         }
         self.run_until(SETTLE_MAX, Self::is_quiet)
     }

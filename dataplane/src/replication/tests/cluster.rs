@@ -1,8 +1,9 @@
 //! Small clusters under random faults: three nodes, broken connections, killed processes, lost power, damaged pages,
 //! full journals, and a controller that moves groups by the rules of the control plane.
 //!
-//! Checked: clients' histories are linearizable, sector by sector, to the last write; nothing stays unanswered; when all is quiet,
-//! every group has all its replicas and they are identical.
+//! Checked: a sector that is read is, to the byte, what one write left there; clients' histories are linearizable, sector by sector, to
+//! the last write; nothing stays unanswered; no scrub finds a difference; when all is quiet, every read is answered, and every group has
+//! all its replicas and they are identical.
 //!
 //! `XSAN_SEED=n cargo test -p xsan-dataplane --lib replication::tests::cluster` replays one seed.
 
@@ -27,15 +28,19 @@ use crate::replication::{
     Action, Change, Operation, Origin, RecoveredGroup, Replication, Reply, Request, RequestId, ScrubOrder,
     is_content,
 };
-use crate::store::{PageData, Record, StoreError};
-use crate::testing::{History, Random, Span};
+use crate::store::{PageData, ReadError, Record, StoreError, StoreEvent};
+use crate::testing::{History, Random, Sector, Span};
 
 const NODES: u32 = 3;
 const GROUPS: u16 = 2;
+/// Of each group.
+const BLOCKS: u32 = 3;
 const SECTORS_PER_PAGE: usize = PAGE_SIZE / SECTOR_SIZE as usize;
 /// Most requests that clients have outstanding.
 const OUTSTANDING: usize = 24;
 const MS: u64 = 1_000_000;
+/// Seeds of a run that none are named for.
+const SEEDS: u64 = 200;
 
 struct Node {
     id: NodeId,
@@ -59,11 +64,27 @@ struct Outstanding {
     reads: bool,
 }
 
+impl Outstanding {
+    fn place(&self, page: u16, sector: u16) -> Sector {
+        (block_number(self.group, self.key), page, sector)
+    }
+}
+
 struct Proposal {
     group: GroupId,
     epoch: Epoch,
     node: NodeId,
     change: Change,
+}
+
+/// What happened in a run.
+#[derive(Default)]
+struct Counts {
+    answered: u64,
+    failed: u64,
+    /// Reads of a store that met damaged pages.
+    damaged: u64,
+    scrubbed: u64,
 }
 
 struct Cluster {
@@ -80,9 +101,9 @@ struct Cluster {
     outstanding: BTreeMap<u64, Outstanding>,
     next_request: u64,
     history: History,
-    answered: u64,
-    failed: u64,
-    scrubbed: usize,
+    /// Groups and orders of the scrubs that ended.
+    scrubbed: BTreeSet<(GroupId, u64)>,
+    counts: Counts,
     faults: bool,
 }
 
@@ -133,9 +154,8 @@ impl Cluster {
             outstanding: BTreeMap::new(),
             next_request: 1,
             history: History::default(),
-            answered: 0,
-            failed: 0,
-            scrubbed: 0,
+            scrubbed: BTreeSet::new(),
+            counts: Counts::default(),
             faults: true,
         };
         for node in 1..=NODES {
@@ -188,6 +208,12 @@ impl Cluster {
         let Some(replication) = &mut node.replication else { return };
         let mut out = Vec::new();
         act(replication, &node.store, now_ns, &mut out);
+        // Whatever else goes on, no replica ever differs from another.
+        for outcome in replication.scrub_status().outcomes {
+            assert_eq!(outcome.findings.differences, 0, "{outcome:?} on node {id}");
+            let is_new = self.scrubbed.insert((outcome.order.group, outcome.order.number));
+            self.counts.scrubbed += u64::from(is_new);
+        }
         self.carry_out(id, out);
     }
 
@@ -254,29 +280,25 @@ impl Cluster {
         };
         assert_eq!(outstanding.node, node);
         let span = Span { start: outstanding.start, end: self.step };
-        let block = u64::from(outstanding.group.0) << 32 | u64::from(outstanding.key.index.0);
         if result.is_ok() {
-            self.answered += 1;
+            self.counts.answered += 1;
         } else {
-            self.failed += 1;
+            self.counts.failed += 1;
         }
         match result {
             Ok(Reply::Data(data)) => {
                 let first = outstanding.sectors[0].0;
-                for (page, sector, _) in outstanding.sectors {
+                for &(page, sector, _) in &outstanding.sectors {
+                    let place = outstanding.place(page, sector);
                     let value = data.as_ref().map_or(0, |data| {
                         let offset = usize::from(page - first) * PAGE_SIZE
                             + usize::from(sector) * SECTOR_SIZE as usize;
-                        u64::from_le_bytes(data.bytes[offset..offset + 8].try_into().unwrap())
+                        value_of(&data.bytes[offset..offset + SECTOR_SIZE as usize], place)
                     });
-                    self.history.read((block, page, sector), value, span);
+                    self.history.read(place, value, span);
                 }
             }
-            Ok(Reply::Done) => {
-                for (page, sector, value) in outstanding.sectors {
-                    self.history.wrote((block, page, sector), value, span);
-                }
-            }
+            Ok(Reply::Done) => self.wrote(&outstanding, span),
             Ok(Reply::Status(_)) => {}
             Err(code) => {
                 assert!(
@@ -301,9 +323,12 @@ impl Cluster {
             return;
         }
         let span = Span { start: outstanding.start, end: u64::MAX };
-        let block = u64::from(outstanding.group.0) << 32 | u64::from(outstanding.key.index.0);
-        for (page, sector, value) in outstanding.sectors {
-            self.history.wrote((block, page, sector), value, span);
+        self.wrote(&outstanding, span);
+    }
+
+    fn wrote(&mut self, write: &Outstanding, span: Span) {
+        for &(page, sector, value) in &write.sectors {
+            self.history.wrote(write.place(page, sector), value, span);
         }
     }
 
@@ -329,7 +354,7 @@ impl Cluster {
         let key = BlockKey {
             lineage: Lineage(7),
             layer: Layer(1),
-            index: BlockIndex(u32::from(group.index()) * 100 + self.random.index(3) as u32),
+            index: BlockIndex(u32::from(group.index()) * 100 + self.random.index(BLOCKS as usize) as u32),
         };
         let pages = self.random_pages();
         let fua = self.random.one_in(6);
@@ -342,12 +367,12 @@ impl Cluster {
                 let offset = pages.byte_offset() + self.random.index(6) as u32 * SECTOR_SIZE;
                 let value = self.next_request;
                 let mut bytes = pool().alloc((sectors * SECTOR_SIZE) as usize).unwrap();
-                fill(&mut bytes, value);
+                fill(&mut bytes, block_number(group, key), offset, value);
                 Operation::WriteSectors { key, offset, bytes: bytes.freeze(), fua }
             }
             _ => {
                 let mut bytes = pool().alloc(pages.bytes()).unwrap();
-                fill(&mut bytes, self.next_request);
+                fill(&mut bytes, block_number(group, key), pages.byte_offset(), self.next_request);
                 let checksums = page_checksums(&bytes);
                 Operation::Write { key, pages, data: PageData { bytes: bytes.freeze(), checksums }, fua }
             }
@@ -425,17 +450,11 @@ impl Cluster {
         }
     }
 
-    /// A node is to scrub what it leads. Whatever else goes on, no replica ever differs from another.
+    /// A node is to scrub what it leads.
     fn scrub(&mut self, id: NodeId) {
         let number = self.step;
         let deep = self.random.one_in(2);
         let orders = (0..GROUPS).map(|group| ScrubOrder { group: group_id(group), deep, number }).collect();
-        let Some(replication) = &self.node(id).replication else { return };
-        let outcomes = replication.scrub_status().outcomes;
-        for outcome in &outcomes {
-            assert_eq!(outcome.findings.differences, 0, "{outcome:?} on node {id}");
-        }
-        self.scrubbed += outcomes.len();
         self.call(id, |replication, store, now_ns, out| {
             replication.set_scrubs(1 << 30, orders, store, now_ns, out);
         });
@@ -471,6 +490,9 @@ impl Cluster {
             _ => self.node(id).store.reads.pop_front().into_iter().collect(),
         };
         for event in events {
+            let damaged =
+                matches!(event, StoreEvent::ReadDone { result: Err(ReadError::Damaged { .. }), .. });
+            self.counts.damaged += u64::from(damaged);
             self.call(id, |replication, store, now_ns, out| {
                 replication.on_store_event(store.id, event, store, now_ns, out);
             });
@@ -534,11 +556,13 @@ impl Cluster {
         panic!("not quiet: outstanding {:?}\n{groups:#?}\n{states:#?}", self.outstanding);
     }
 
+    /// At rest every read is answered.
     fn read_everything(&mut self) {
+        let (answered, failed) = (self.counts.answered, self.counts.failed);
         for index in 0..GROUPS {
             let group = group_id(index);
             let truth = self.map.groups[&group].clone();
-            for block in 0..3 {
+            for block in 0..BLOCKS {
                 let index = BlockIndex(u32::from(index) * 100 + block);
                 let key = BlockKey { lineage: Lineage(7), layer: Layer(1), index };
                 let pages = PageRange::new(0, 34);
@@ -547,6 +571,8 @@ impl Cluster {
             }
         }
         self.settle();
+        assert_eq!(self.counts.failed, failed, "reads are refused at rest");
+        assert_eq!(self.counts.answered - answered, u64::from(GROUPS) * u64::from(BLOCKS));
     }
 
     fn check_replicas(&self) {
@@ -579,11 +605,41 @@ impl Cluster {
     }
 }
 
-fn fill(bytes: &mut [u8], value: u64) {
-    bytes.fill(0);
-    for sector in bytes.chunks_exact_mut(SECTOR_SIZE as usize) {
-        sector[..8].copy_from_slice(&value.to_le_bytes());
+fn block_number(group: GroupId, key: BlockKey) -> u64 {
+    u64::from(group.0) << 32 | u64::from(key.index.0)
+}
+
+/// What a write of `value` leaves in a sector: the first word tells the value, the others also the place. 0 is zeroes.
+fn sector_bytes(value: u64, (block, page, sector): Sector) -> [u8; SECTOR_SIZE as usize] {
+    let mut bytes = [0; SECTOR_SIZE as usize];
+    if value == 0 {
+        return bytes;
     }
+    let mix = |mixed: u64, part: u64| (mixed ^ part).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let mixed = [block, page.into(), sector.into()].into_iter().fold(value, mix);
+    for (index, word) in (0..).zip(bytes.chunks_exact_mut(8)) {
+        word.copy_from_slice(&(if index == 0 { value } else { mixed ^ index }).to_le_bytes());
+    }
+    bytes
+}
+
+/// Fills sectors of a block, from `offset` on.
+fn fill(bytes: &mut [u8], block: u64, offset: u32, value: u64) {
+    let sectors_per_page = SECTORS_PER_PAGE as u32;
+    for (number, bytes) in (offset / SECTOR_SIZE..).zip(bytes.chunks_exact_mut(SECTOR_SIZE as usize)) {
+        let (page, sector) = (number / sectors_per_page, number % sectors_per_page);
+        bytes.copy_from_slice(&sector_bytes(value, (block, page as u16, sector as u16)));
+    }
+}
+
+/// The value that a sector was written with: all of it must be from one write, and from that to this place.
+fn value_of(bytes: &[u8], place: Sector) -> u64 {
+    let value = u64::from_le_bytes(bytes[..8].try_into().expect("sectors are longer"));
+    assert!(
+        bytes == sector_bytes(value, place),
+        "{place:?} begins with {value}, and is not what that left there"
+    );
+    value
 }
 
 fn group_of(record: &Record) -> GroupId {
@@ -606,7 +662,7 @@ impl Drop for OnPanic {
     }
 }
 
-fn run(seed: u64) -> (u64, u64, usize) {
+fn run(seed: u64) -> Counts {
     let replay = OnPanic(seed);
     let mut cluster = Cluster::new(seed);
     for _ in 0..6000 {
@@ -619,20 +675,30 @@ fn run(seed: u64) -> (u64, u64, usize) {
         panic!("{error}");
     }
     drop(replay);
-    (cluster.answered, cluster.failed, cluster.scrubbed)
+    cluster.counts
 }
 
 #[test]
 fn random_faults_lose_nothing_and_stop_nothing() {
     let one = std::env::var("XSAN_SEED").ok().and_then(|seed| seed.parse().ok());
-    let seeds = std::env::var("XSAN_SEEDS").ok().and_then(|count| count.parse().ok()).unwrap_or(200);
-    let (mut answered, mut failed, mut scrubbed) = (0, 0, 0);
-    for seed in one.map_or(1..=seeds, |seed| seed..=seed) {
+    let count = std::env::var("XSAN_SEEDS").ok().and_then(|count| count.parse().ok());
+    let seeds = one.map_or(1..=count.unwrap_or(SEEDS), |seed| seed..=seed);
+    let mut all = Counts::default();
+    for seed in seeds.clone() {
         let counts = run(seed);
-        answered += counts.0;
-        failed += counts.1;
-        scrubbed += counts.2;
+        all.answered += counts.answered;
+        all.failed += counts.failed;
+        all.damaged += counts.damaged;
+        all.scrubbed += counts.scrubbed;
     }
-    println!("{answered} requests answered, {failed} refused, {scrubbed} groups scrubbed");
-    assert!(answered > failed, "{answered} answered, {failed} refused: most of the time the groups serve");
+    let Counts { answered, failed, damaged, scrubbed } = all;
+    println!(
+        "{answered} requests answered, {failed} refused, {damaged} reads met damage, {scrubbed} groups scrubbed"
+    );
+    // A few seeds may lack any of this.
+    if seeds.count() as u64 >= SEEDS {
+        assert!(answered > failed, "most of the time the groups serve");
+        assert!(damaged > 0, "no read met damage");
+        assert!(scrubbed > 0, "no scrub ended");
+    }
 }

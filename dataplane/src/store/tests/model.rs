@@ -1,15 +1,15 @@
 //! What a store must hold, said in the simplest way: per group, the list of records in journal order.
 //!
 //! A crash may cut the list anywhere behind what is durable (or, when the power went, flushed); which entries of
-//! what is left are applied follows from what recovery knows to be acknowledged.
+//! what is left are applied follows from what recovery knows to be acknowledged: no more than was.
 
 use std::collections::{BTreeMap, HashMap};
 
 use xsan_protocol::ids::{BlockKey, GroupId, Seq, Version};
 use xsan_protocol::units::PageRange;
 
-use super::rig::{Rig, key, page_bytes};
-use crate::store::{GroupTail, ReadError, RecoveredGroup, StoreView};
+use super::rig::{Rig, data, key, page_bytes};
+use crate::store::{Entry, GroupTail, ReadError, StoreView};
 
 pub const GROUPS: u32 = 3;
 pub const KEYS: u32 = 3;
@@ -39,6 +39,20 @@ pub enum Event {
         last: Version,
         applied: Seq,
     },
+}
+
+impl Event {
+    /// Is this the entry that was appended, to the byte?
+    fn is(&self, entry: &Entry) -> bool {
+        let Self::Entry { version, key, pages, content, previous } = self else { return false };
+        let same_data = entry.data.as_ref().map_or(*content == 0, |found| {
+            let appended = data(*content, pages.count);
+            *content != 0 && found.bytes[..] == appended.bytes[..] && found.checksums == appended.checksums
+        });
+        (entry.version, entry.key, entry.pages) == (*version, *key, *pages)
+            && (entry.previous_first, entry.previous_last) == *previous
+            && same_data
+    }
 }
 
 /// Content number of each page, version of each unit.
@@ -124,14 +138,24 @@ impl Group {
         self.last_of(self.log.len())
     }
 
-    /// What the first `count` records say was acknowledged.
+    /// What the first `count` records, and what is in its place, say was acknowledged.
     fn said_acked(&self, count: usize) -> Seq {
         let said = self.log[..count].iter().rev().find_map(|event| match event {
             Event::Push { as_of, .. } => Some(*as_of),
             Event::Reset { last, .. } => Some(last.seq),
             Event::Entry { .. } => None,
         });
-        said.unwrap_or_default()
+        said.unwrap_or(self.base_last.seq)
+    }
+
+    /// The most that anybody knew to be acknowledged with the first `count` records: before the next reset, which may have
+    /// taken seqs back.
+    fn acked_max(&self, count: usize) -> Seq {
+        let at_reset = self.log[count..].iter().find_map(|event| match event {
+            Event::Reset { applied, .. } => Some(*applied),
+            Event::Entry { .. } | Event::Push { .. } => None,
+        });
+        at_reset.unwrap_or(self.acked)
     }
 
     /// The oldest reset that was not durable is.
@@ -266,27 +290,24 @@ impl Model {
         assert!(!rig.recovered.damaged, "nothing was damaged");
         for (group, model) in &mut self.groups {
             let found = rig.recovered.groups.iter().find(|found| found.group == *group);
-            let none = RecoveredGroup {
-                group: *group,
-                tail: GroupTail::default(),
-                pending: Vec::new(),
-                damaged: false,
-            };
-            let (tail, pending) =
-                found.map_or((none.tail, &none.pending), |found| (found.tail, &found.pending));
+            let tail = found.map(|found| found.tail).unwrap_or_default();
+            let pending = found.map_or(Vec::new(), |found| found.pending.clone());
+            for entry in &pending {
+                assert_eq!(entry.group, *group);
+                assert!(entry.acked <= tail.acked, "{} acknowledges up to {}", entry.version, entry.acked);
+            }
             let least = if power { model.flushed } else { model.durable };
-            let pending: Vec<_> =
-                pending.iter().map(|entry| (entry.version, entry.key, entry.pages)).collect();
             let observed = observe(rig, *group);
+            let same_pending = |count: usize| {
+                let expected = model.pending(count, tail.acked);
+                expected.len() == pending.len()
+                    && expected.iter().zip(&pending).all(|(event, entry)| event.is(entry))
+            };
             let fits = |count: &usize| {
-                let model_pending = model.pending(*count, tail.acked);
                 model.last_of(*count) == tail.last
-                    && model.said_acked(*count) <= tail.acked
+                    && (model.said_acked(*count)..=model.acked_max(*count)).contains(&tail.acked)
                     && tail.acked <= tail.last.seq
-                    && model_pending.len() == pending.len()
-                    && model_pending.iter().zip(&pending).all(|(event, entry)| {
-                        matches!(event, Event::Entry { version, key, pages, .. } if (*version, *key, *pages) == *entry)
-                    })
+                    && same_pending(*count)
                     && model.state(*count, tail.acked) == observed
             };
             let count = (least..=model.log.len()).rev().find(fits);
@@ -295,9 +316,12 @@ impl Model {
                 for count in least..=all {
                     let state = model.state(count, tail.acked);
                     eprintln!(
-                        "with {count} of {all}: last {}, {} pending",
+                        "with {count} of {all}: last {}, acknowledged {} to {}, {} pending, {} as found",
                         model.last_of(count),
-                        model.pending(count, tail.acked).len()
+                        model.said_acked(count),
+                        model.acked_max(count),
+                        model.pending(count, tail.acked).len(),
+                        if same_pending(count) { "all" } else { "not all" },
                     );
                     let differs = |name: String, found: bool| {
                         if found {

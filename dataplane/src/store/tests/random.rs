@@ -1,5 +1,7 @@
 //! Random work against the model, with crashes.
 
+use std::ops::Range;
+
 use xsan_protocol::ids::{Epoch, GroupId, Seq, Version};
 use xsan_protocol::units::PageRange;
 
@@ -327,24 +329,27 @@ fn run(seed: u64, steps: usize, cached: bool) -> u32 {
     run.carries
 }
 
-fn seeds(default: std::ops::Range<u64>) -> Vec<u64> {
-    let Ok(named) = std::env::var("STORE_SEED") else { return default.collect() };
+/// Those that `STORE_SEED` names.
+fn named_seeds() -> Option<Range<u64>> {
+    let named = std::env::var("STORE_SEED").ok()?;
     let number = |text: &str| text.parse().expect("STORE_SEED is a number, or two with .. between them");
-    match named.split_once("..") {
-        Some((first, end)) => (number(first)..number(end)).collect(),
-        None => vec![number(&named)],
-    }
+    Some(match named.split_once("..") {
+        Some((first, end)) => number(first)..number(end),
+        None => number(&named)..number(&named) + 1,
+    })
 }
 
 #[test]
 fn random_work_with_crashes_is_what_the_model_says() {
-    let carries: u32 = seeds(1..13).into_iter().map(|seed| run(seed, 1500, false)).sum();
-    assert!(carries > 0, "nothing was carried");
+    let named = named_seeds();
+    let carries: u32 = named.clone().unwrap_or(1..13).map(|seed| run(seed, 1500, false)).sum();
+    // Those that are named may all be of the kind that holds no group back.
+    assert!(carries > 0 || named.is_some(), "nothing was carried");
 }
 
 #[test]
 fn the_same_with_a_cache_device() {
-    for seed in seeds(101..107) {
+    for seed in named_seeds().unwrap_or(101..107) {
         run(seed, 1500, true);
     }
 }

@@ -8,35 +8,35 @@ use super::*;
 use crate::testing::node_of_map;
 
 const NODE: NodeId = NodeId(1);
-const STORE: StoreId = StoreId(1);
+const OTHER_NODE: NodeId = NodeId(2);
 const POOL: PoolId = PoolId(1);
 const VOLUME: VolumeId = VolumeId(1);
 const BLOCK: u64 = BLOCK_SIZE as u64;
 /// Longer than any wait between two tries.
 const LONG: Duration = Duration::from_millis(BACKOFF_MAX.as_millis() as u64 * 4);
 
-/// One node that leads the only group of the only pool.
-fn map() -> ClusterMap {
+/// The only pool, with one group for each of these nodes, which leads it.
+fn map(primaries: &[NodeId]) -> ClusterMap {
     let (incarnation, boot_id, shard) = (Incarnation(7), BootId(1), ShardIndex(0));
-    let store = Store {
-        id: STORE,
-        capacity_bytes: 1 << 30,
-        shard,
-        device: "".into(),
-        media: "".into(),
-        failed: false,
-        failed_before: false,
+    let node = |node: &NodeId| {
+        let store = Store {
+            id: StoreId(node.0.into()),
+            capacity_bytes: 1 << 30,
+            shard,
+            device: "".into(),
+            media: "".into(),
+            failed: false,
+            failed_before: false,
+        };
+        (*node, node_of_map(*node, incarnation, vec![store]))
     };
-    let node = node_of_map(NODE, incarnation, vec![store]);
-    let member = Member { node: NODE, store: STORE, incarnation, boot_id, learner: false, damaged: false };
-    let group = Group {
-        id: GroupId::new(POOL, 0),
-        epoch: Epoch(1),
-        primary: Some(NODE),
-        members: vec![member],
-        former: Vec::new(),
-        dropped: Vec::new(),
+    let group = |(index, node): (usize, &NodeId)| {
+        let (node, store, id) = (*node, StoreId(node.0.into()), GroupId::new(POOL, index as u16));
+        let member = Member { node, store, incarnation, boot_id, learner: false, damaged: false };
+        let (former, dropped) = (Vec::new(), Vec::new());
+        (id, Group { id, epoch: Epoch(1), primary: Some(node), members: vec![member], former, dropped })
     };
+    let group_count = primaries.len() as u16;
     let volume = Volume {
         id: VOLUME,
         name: "disk".to_owned(),
@@ -50,9 +50,9 @@ fn map() -> ClusterMap {
         attached_nodes: Vec::new(),
     };
     ClusterMap {
-        nodes: [(NODE, node)].into(),
-        pools: [(POOL, Pool { id: POOL, replica_count: 1, min_replicas: 1, group_count: 1 })].into(),
-        groups: [(group.id, group)].into(),
+        nodes: primaries.iter().map(node).collect(),
+        pools: [(POOL, Pool { id: POOL, replica_count: 1, min_replicas: 1, group_count })].into(),
+        groups: primaries.iter().enumerate().map(group).collect(),
         volumes: [(VOLUME, volume)].into(),
         ..ClusterMap::default()
     }
@@ -62,7 +62,9 @@ fn map() -> ClusterMap {
 struct FakePort {
     map: Arc<ClusterMap>,
     sent: RefCell<Vec<u64>>,
-    operations: RefCell<Vec<Operation>>,
+    operations: RefCell<Vec<(Durability, Operation)>>,
+    /// The nodes that were asked to flush.
+    flushes: RefCell<Vec<NodeId>>,
     now_ns: Cell<u64>,
 }
 
@@ -71,13 +73,14 @@ impl Port for FakePort {
         self.map.clone()
     }
 
-    fn send(&self, number: u64, _: Target, _: Durability, operation: Operation) {
+    fn send(&self, number: u64, _: Target, durability: Durability, operation: Operation) {
         self.sent.borrow_mut().push(number);
-        self.operations.borrow_mut().push(operation);
+        self.operations.borrow_mut().push((durability, operation));
     }
 
-    fn send_flush(&self, number: u64, _: NodeId, _: ShardIndex, _: PoolId) {
+    fn send_flush(&self, number: u64, node: NodeId, _: ShardIndex, _: PoolId) {
         self.sent.borrow_mut().push(number);
+        self.flushes.borrow_mut().push(node);
     }
 
     fn open(&self, _: &str) -> std::pin::Pin<Box<dyn Future<Output = Result<Volume, Code>>>> {
@@ -107,10 +110,15 @@ type Outcome = Rc<RefCell<Option<Result<BlockReply, Code>>>>;
 
 impl Rig {
     fn new() -> Self {
+        Self::with(map(&[NODE]))
+    }
+
+    fn with(map: ClusterMap) -> Self {
         let port = Rc::new(FakePort {
-            map: Arc::new(map()),
+            map: Arc::new(map),
             sent: RefCell::default(),
             operations: RefCell::default(),
+            flushes: RefCell::default(),
             now_ns: Cell::new(1),
         });
         let (calls, pool) = (Calls::default(), BufferPool::anonymous(16 << 20));
@@ -153,6 +161,13 @@ impl Rig {
     fn answer(&self, index: usize, result: Result<(), Code>) {
         let number = self.port.sent.borrow()[index];
         self.calls.complete(number, result.map(|()| Answer::Reply(Reply::Done)));
+    }
+
+    /// As `answer`, for a flush that covered these groups of the pool.
+    fn answer_flush(&self, index: usize, covered: &[u16]) {
+        let number = self.port.sent.borrow()[index];
+        let covered = covered.iter().map(|group| GroupId::new(POOL, *group)).collect();
+        self.calls.complete(number, Ok(Answer::Flushed(covered)));
     }
 }
 
@@ -280,7 +295,7 @@ fn zeroes_without_a_hole_are_written() {
         rig.answer(0, Ok(()));
         rig.until_sent(5).await;
         let mut next = begin;
-        for operation in rig.port.operations.borrow().iter() {
+        for (_, operation) in rig.port.operations.borrow().iter() {
             let (key, offset, bytes, fua) = match operation {
                 Operation::Write { key, pages, data, fua } => {
                     assert_eq!(&*data.checksums, &*page_checksums(&data.bytes));
@@ -343,4 +358,93 @@ fn extents_are_joined_and_bounded() {
             assert_eq!(extents, expected);
         }
     });
+}
+
+/// A write that a client wants on stable media, and a volume whose writes all are, differ from others in these two
+/// words alone: nothing else notices when one is lost on the way.
+#[test]
+fn fua_and_durability_reach_every_part() {
+    // Sectors and a page on both sides of the boundary between two blocks.
+    let (begin, length) = (BLOCK - 4096 - 512, 2 * (4096 + 512));
+    for (durability, fua) in [
+        (Durability::OnFlush, false),
+        (Durability::OnFlush, true),
+        (Durability::EveryWrite, false),
+        (Durability::EveryWrite, true),
+    ] {
+        run(async {
+            let mut map = map(&[NODE]);
+            map.volumes.get_mut(&VOLUME).unwrap().durability = durability;
+            let rig = Rig::with(map);
+            let placed = rig.pool.alloc(8192 + 4096 + 512).unwrap().freeze();
+            let data = placed.slice(4096 - 512..4096 - 512 + length as usize);
+            let mut results = Vec::new();
+            for (operation, count) in [
+                (Wanted::Write { data, fua }, 4),
+                (Wanted::WriteZeroes { fua, no_hole: true }, 4),
+                (Wanted::WriteZeroes { fua, no_hole: false }, 4),
+                (Wanted::Trim { fua }, 2),
+            ] {
+                let first = rig.sent();
+                results.push(rig.start(operation, begin, length));
+                rig.until_sent(first + count).await;
+                (first..first + count).for_each(|part| rig.answer(part, Ok(())));
+            }
+            monoio::time::sleep(LONG).await;
+            assert_eq!(rig.sent(), 4 + 4 + 4 + 2);
+            let done = |result: &Outcome| matches!(*result.borrow(), Some(Ok(BlockReply::Done)));
+            assert!(results.iter().all(done), "{results:?}");
+            for (sent_with, operation) in rig.port.operations.borrow().iter() {
+                let (Operation::Write { fua: sent, .. }
+                | Operation::WriteSectors { fua: sent, .. }
+                | Operation::Zero { fua: sent, .. }) = operation
+                else {
+                    panic!("{operation:?} changes nothing");
+                };
+                assert_eq!((*sent_with, *sent), (durability, fua), "{operation:?}");
+            }
+        });
+    }
+}
+
+#[test]
+fn a_flush_is_done_when_every_primary_has_covered_its_groups() {
+    run(async {
+        let rig = Rig::with(map(&[NODE, OTHER_NODE]));
+        let result = rig.start(Wanted::Flush, 0, 0);
+        rig.until_sent(2).await;
+        assert_eq!(*rig.port.flushes.borrow(), [NODE, OTHER_NODE]);
+        rig.answer_flush(0, &[0]);
+        // It has failed, it refuses, it covers nothing: what was written to its group may be on no stable media.
+        rig.answer(1, Err(Code::StoreFailed));
+        rig.until_sent(3).await;
+        rig.answer(2, Err(Code::GroupInactive));
+        rig.until_sent(4).await;
+        rig.answer_flush(3, &[]);
+        rig.until_sent(5).await;
+        monoio::time::sleep(LONG).await;
+        assert!(result.borrow().is_none(), "{result:?}");
+        assert_eq!(rig.port.flushes.borrow()[2..], [OTHER_NODE; 3], "the first has covered its group");
+        rig.answer_flush(4, &[1]);
+        monoio::time::sleep(LONG).await;
+        assert!(matches!(*result.borrow(), Some(Ok(BlockReply::Done))), "{result:?}");
+        assert_eq!(rig.sent(), 5);
+    });
+}
+
+#[test]
+fn a_flush_that_one_primary_never_carries_out_fails() {
+    for (code, ends_with) in [(Code::GroupInactive, Code::Timeout), (Code::Internal, Code::Internal)] {
+        run(async {
+            let rig = Rig::with(map(&[NODE, OTHER_NODE]));
+            let result = rig.start(Wanted::Flush, 0, 0);
+            rig.until_sent(2).await;
+            rig.port.now_ns.set(1 + IO_TIMEOUT.as_nanos() as u64);
+            rig.answer_flush(0, &[0]);
+            rig.answer(1, Err(code));
+            monoio::time::sleep(LONG).await;
+            let Some(Err(ended_with)) = result.take() else { panic!("the flush did not fail") };
+            assert_eq!(ended_with, ends_with);
+        });
+    }
 }
