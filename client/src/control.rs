@@ -30,6 +30,8 @@ use crate::error::{ClientError, Refusal};
 const PORT_DEFAULT: u16 = 8080;
 const BACKOFF_FIRST: Duration = Duration::from_millis(50);
 const BACKOFF_MAX: Duration = Duration::from_secs(1);
+/// What a good answer may take, as a node waits up to 3 s for what only other nodes know.
+const ANSWER_MAX: Duration = Duration::from_secs(4);
 
 /// Host and port of a node's control plane.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -78,7 +80,7 @@ impl fmt::Display for Address {
 pub struct Options {
     /// For a connection to one node.
     pub connect_timeout: Duration,
-    /// For one answer, before another node is asked.
+    /// For one answer, before another node is asked; less when the deadline must do for several.
     pub attempt_timeout: Duration,
     /// For the whole call, with all its tries.
     pub deadline: Duration,
@@ -87,7 +89,7 @@ pub struct Options {
 }
 
 impl Default for Options {
-    /// A node holds a request up to 10 s while the cluster elects a leader; the whole call outlasts that once.
+    /// A node holds a change up to 10 s while the cluster elects a leader; the whole call outlasts that once.
     fn default() -> Self {
         Self {
             connect_timeout: Duration::from_secs(2),
@@ -153,6 +155,14 @@ impl ControlClient {
     pub fn new(addresses: Vec<Address>, options: Options) -> Self {
         assert!(!addresses.is_empty());
         Self { options, state: Arc::new(Mutex::new(State { addresses, channels: HashMap::new() })) }
+    }
+
+    /// Asks the nodes at `addresses` first from now on, and those known before after them.
+    pub fn ask_first(&self, mut addresses: Vec<Address>) {
+        let mut state = self.state();
+        state.addresses.retain(|known| !addresses.contains(known));
+        addresses.append(&mut state.addresses);
+        state.addresses = addresses;
     }
 
     pub async fn cluster_status(&self) -> Result<proto::ClusterStatusReply, ClientError> {
@@ -364,13 +374,18 @@ impl ControlClient {
                     if !at_once {
                         sleep(backoff).await;
                     }
+                    // A timer may be late.
+                    if Instant::now() >= deadline {
+                        return Err(error.after(doubt));
+                    }
                     backoff = (backoff * 2).min(BACKOFF_MAX);
                 }
             }
         }
     }
 
-    /// Asks each node once. The error of a node that answers tells more than that of one that does not.
+    /// Asks each node once, while there is time. The error of a node that answers tells more than that of one that
+    /// does not.
     async fn round<Q, T, F, Fut>(
         &self,
         effect: Effect,
@@ -385,11 +400,14 @@ impl ControlClient {
         Fut: Future<Output = Result<Response<T>, Status>>,
     {
         let addresses = self.addresses();
-        let once = effect == Effect::Once;
         let mut unreachable = None;
         let mut error = None;
-        for address in &addresses {
-            let lost = match self.attempt(address, deadline, |channel| ask(channel, request.clone())).await {
+        for (address, others) in addresses.iter().zip((0..addresses.len() as u32).rev()) {
+            if Instant::now() >= deadline && (error.is_some() || unreachable.is_some()) {
+                break;
+            }
+            let ask = |channel| ask(channel, request.clone());
+            let lost = match self.attempt(address, effect, deadline, others, ask).await {
                 Ok(answer) => {
                     self.prefer(address);
                     return Ok(answer);
@@ -416,21 +434,17 @@ impl ControlClient {
                         _ => error = Some(refused),
                     }
                 }
-                Lost::Broken if once => {
-                    return Err(Failed::ForGood(ClientError::Broken { address, uncertain: true }));
-                }
-                Lost::Broken => {
+                Lost::Broken | Lost::TimedOut(_) => {
                     let uncertain = effect != Effect::Read;
                     doubt_if(uncertain, doubt, &address);
-                    error = Some(ClientError::Broken { address, uncertain });
-                }
-                Lost::TimedOut(after) if once => {
-                    return Err(Failed::ForGood(ClientError::Timeout { address, after, uncertain: true }));
-                }
-                Lost::TimedOut(after) => {
-                    let uncertain = effect != Effect::Read;
-                    doubt_if(uncertain, doubt, &address);
-                    error = Some(ClientError::Timeout { address, after, uncertain });
+                    let silence = match lost {
+                        Lost::TimedOut(after) => ClientError::Timeout { address, after, uncertain },
+                        _ => ClientError::Broken { address, uncertain },
+                    };
+                    if effect == Effect::Once {
+                        return Err(Failed::ForGood(silence));
+                    }
+                    error = Some(silence);
                 }
                 Lost::NotXsan(reason) => error = Some(ClientError::NotXsan { address, reason }),
             }
@@ -445,17 +459,28 @@ impl ControlClient {
         }
     }
 
+    /// Asks the node at `address`, and leaves time for the `others` that are asked if it does not answer.
     async fn attempt<T, Fut>(
         &self,
         address: &Address,
+        effect: Effect,
         deadline: Instant,
+        others: u32,
         ask: impl FnOnce(Channel) -> Fut,
     ) -> Result<T, Lost>
     where
         Fut: Future<Output = Result<Response<T>, Status>>,
     {
-        let channel = self.channel(address).await.map_err(Lost::NoConnection)?;
-        let wait = self.options.attempt_timeout.min(deadline.saturating_duration_since(Instant::now()));
+        let left = || deadline.saturating_duration_since(Instant::now());
+        let too_late = || Lost::NoConnection("no connection in time".to_owned());
+        let connecting = timeout(share(left(), others), self.channel(address));
+        let channel = connecting.await.map_err(|_| too_late())?.map_err(Lost::NoConnection)?;
+        // Once sent, a change that must not be repeated is asked of nobody else.
+        let others = if effect == Effect::Once { 0 } else { others };
+        let wait = self.options.attempt_timeout.min(share(left(), others));
+        if wait.is_zero() {
+            return Err(too_late());
+        }
         let status = match timeout(wait, ask(channel)).await {
             Ok(Ok(answer)) => return Ok(answer.into_inner()),
             Ok(Err(status)) => status,
@@ -515,6 +540,12 @@ impl ControlClient {
         // Nothing panics with the lock held, and a map of connections is right at every moment.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// What one node may take of the time that is `left`, when `others` wait for their turn: its even part, or what a
+/// good answer may take, as long as half of the time remains for the others.
+fn share(left: Duration, others: u32) -> Duration {
+    (left / (others + 1)).max(ANSWER_MAX.min(left / 2))
 }
 
 fn doubt_if(uncertain: bool, doubt: &mut Option<Address>, address: &Address) {

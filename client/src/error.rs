@@ -19,7 +19,7 @@ pub enum ClientError {
     #[error("{0}")]
     Refused(Refusal),
     /// Asked, and no answer came in time. A change may or may not have been made.
-    #[error("{address}: no answer within {} s{}", after.as_secs_f32().round(), uncertainty(*uncertain))]
+    #[error("{address}: no answer within {}{}", length(*after), uncertainty(*uncertain))]
     Timeout { address: Address, after: Duration, uncertain: bool },
     /// The connection broke before the answer. A change may or may not have been made.
     #[error("{address}: the connection broke before the answer{}", uncertainty(*uncertain))]
@@ -123,6 +123,14 @@ impl ClientError {
 
 fn list(addresses: &[Address]) -> String {
     addresses.iter().map(Address::to_string).collect::<Vec<_>>().join(", ")
+}
+
+/// As `12 s` or `330 ms`.
+fn length(time: Duration) -> String {
+    match time {
+        time if time < Duration::from_secs(1) => format!("{} ms", time.as_millis()),
+        time => format!("{} s", time.as_secs_f32().round()),
+    }
 }
 
 const fn uncertainty(uncertain: bool) -> &'static str {

@@ -140,11 +140,12 @@ impl Leader {
         }
     }
 
-    /// The nodes as this leader sees them, for the API; empty when it does not lead.
+    /// The nodes as this leader sees them, for the API; empty when it does not lead, or leads nobody: Raft alone never finds that out.
     pub fn health(&self, now: BootTime) -> Vec<proto::NodeHealth> {
         let state = self.handle.state();
         let inner = self.lock();
-        let Some((_, leases)) = inner.term.as_ref().filter(|_| self.handle.leadership().is_some()) else {
+        let leads = self.handle.leadership().is_some_and(|leadership| leadership.may_grant);
+        let Some((_, leases)) = inner.term.as_ref().filter(|_| leads) else {
             return Vec::new();
         };
         let health = |node: &NodeId| {
@@ -165,7 +166,7 @@ impl Leader {
                     Health::Gone => false,
                 },
                 heard,
-                heartbeat_age_ms: age.map_or(u64::MAX, |age| age.as_millis() as u64),
+                heartbeat_age_ms: age.map(|age| age.as_millis() as u64),
             }
         };
         state.map().nodes.keys().map(health).collect()
@@ -238,6 +239,7 @@ impl Controller {
             if !changes.is_empty() {
                 self.commit(changes).await;
             }
+            self.detach_from_the_dead().await;
         }
     }
 
@@ -281,6 +283,23 @@ impl Controller {
             && *term == self.term
         {
             leases.release();
+        }
+    }
+
+    /// Volumes are attached no more at nodes that nobody waits for: nobody could delete them, and no such node would be removed.
+    /// One that comes back in the same life attaches what it has open again.
+    async fn detach_from_the_dead(&self) {
+        let state = self.handle.state();
+        for volume in state.map().volumes.values() {
+            for &node in volume.attached_nodes.iter().filter(|node| self.planner.out().contains(node)) {
+                let Some(incarnation) = state.registered(node) else { continue };
+                let command = Command::Detach { volume: volume.id, node, incarnation };
+                if let Err(error) = self.handle.propose_until(self.term, command).await {
+                    let code = error.code().number();
+                    return tracing::warn!(code, %node, volume = %volume.name, "still shown as attached: {error}");
+                }
+                tracing::info!(%node, volume = %volume.name, "the node is gone: the volume is attached there no more");
+            }
         }
     }
 

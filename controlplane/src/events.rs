@@ -151,7 +151,7 @@ impl Observer {
             (seen.sum, seen.groups) = (ScrubFindings::default(), 0);
         }
         for (_, group) in state.groups() {
-            let Some(last) = state.scrubs(group.id).last else { continue };
+            let Some(last) = state.scrubs(group.id).last() else { continue };
             let news = seen.ended.insert(group.id, last.unix_ms) != Some(last.unix_ms);
             let found = last.findings.unwrap_or_default();
             if first || !news {

@@ -104,7 +104,7 @@ errors! {
     303 OutOfRange          Never   "the request reaches past the end of the volume" "stay within the volume's size";
     304 VolumeNotFound      Never   "no volume has that name" "xsan-cli volume list shows the volumes";
     305 VolumeExists        Never   "a volume of that name exists" "choose another name";
-    306 VolumeAttached      Never   "the volume is attached" "detach it from the clients that the message names";
+    306 VolumeAttached      Never   "the volume is attached" "close it at the nodes that the message names; where one is down it counts as closed after down-out-interval";
     307 Fenced              Never   "a newer session of this client has taken over" "reconnect";
     308 FrameInvalid        Never   "a frame is malformed" "upgrade the older side; if the versions match, suspect the network";
     // 309 was AuthFailed, which nothing raised.

@@ -66,9 +66,9 @@ macro_rules! checks {
 checks! {
     NoLeader           "NO_LEADER"           Error   "the control plane has no leader, so nothing below is certain" "bring back a majority of the voters";
     GroupsUnavailable  "GROUPS_UNAVAILABLE"  Error   "groups have fewer live replicas than I/O needs" "bring back the nodes that are down";
-    StoreFailed        "STORE_FAILED"        Error   "a store has failed or can not be opened; its replicas are made elsewhere" "replace the device and restart the node; to use the same one again, restart it with --force-format PATH";
+    StoreFailed        "STORE_FAILED"        Error   "a store has failed or can not be opened; its replicas are made elsewhere, where other copies and places are" "replace the device and restart the node; to use the same one again, restart it with --force-format PATH";
     StoreFull          "STORE_FULL"          Error   "a store is more than 95 % full; writes are refused soon" "delete or trim data, or add devices or nodes";
-    ScrubErrors        "SCRUB_ERRORS"        Error   "the last scrub of a group found replicas that differ, or damage that no replica can mend" "read the primary's log for the blocks; restore them, then scrub the group again: xsan-cli scrub start --group G";
+    ScrubErrors        "SCRUB_ERRORS"        Error   "the last scrub of a group found replicas that differ, or damage that no replica can mend" "read the primary's log for the blocks; restore them, then scrub the group again: xsan-cli scrub start --deep --group G";
     NodeDown           "NODE_DOWN"           Warning "a node is not heard of" "start it; if it is to stay away, set maintenance or remove it";
     DataDown           "DATA_DOWN"           Warning "a node's control process runs, its data process does not serve" "read the node's log for the reason";
     NoQuorumMargin     "NO_QUORUM_MARGIN"    Warning "one more voter lost stops the control plane" "bring voters back; three nodes bear the loss of one";
@@ -79,7 +79,7 @@ checks! {
     ScrubOverdue       "SCRUB_OVERDUE"       Warning "groups were not scrubbed for twice the interval that is set" "raise scrub-rate, or find out why their nodes are always busy: xsan-cli scrub status";
     SlowMember         "SLOW_MEMBER"         Warning "a node answers far later than its peers" "look at its devices and its network; xsan-cli cluster set slow-nodes demote keeps clients from waiting for it";
     ClockSkew          "CLOCK_SKEW"          Warning "a node's wall clock is more than a second off" "synchronise it: leases do not need it, logs and events do";
-    RemovalWaits       "REMOVAL_WAITS"       Warning "a node that leaves holds nothing any more, but serves clients" "move the clients of the named volumes to another node";
+    RemovalWaits       "REMOVAL_WAITS"       Warning "a node that leaves holds nothing any more, but serves clients" "move the clients of the named volumes to another node; of a node that is down they are forgotten after down-out-interval, or at once with xsan-cli node remove --force NODE";
     NodeMaintenance    "NODE_MAINTENANCE"    Info    "a node is in maintenance: it leads no group and is never left out" "when the work is done: xsan-cli node maintenance NODE off";
     NodeLeaving        "NODE_LEAVING"        Info    "a node is being removed" "wait, or take it back: xsan-cli node remove --cancel NODE";
     Resync             "RESYNC"              Info    "replicas are being brought up to date" "wait";

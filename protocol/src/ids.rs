@@ -29,10 +29,6 @@ id!(
     PoolId(u16)
 );
 id!(
-    /// A placement group: pool in the upper 16 bits, index in the pool in the lower 16.
-    GroupId(u32)
-);
-id!(
     /// Configuration number of a group; grows by one with every change of its replicas.
     Epoch(u32)
 );
@@ -90,6 +86,19 @@ impl fmt::Display for StoreId {
 impl fmt::Debug for StoreId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "StoreId({self})")
+    }
+}
+
+/// A placement group: pool in the upper 16 bits, index in the pool in the lower 16. Shown as `1.17`.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize,
+)]
+#[serde(transparent)]
+pub struct GroupId(pub u32);
+
+impl fmt::Display for GroupId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}", self.pool(), self.index())
     }
 }
 

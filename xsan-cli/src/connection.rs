@@ -1,8 +1,8 @@
-//! Options that the tools share, and the client that they make.
+//! Options that the tools share, the client that they make, and the completion of all options.
 
 use std::time::Duration;
 
-use clap::Args;
+use clap::{Args, CommandFactory};
 use xsan_client::{Address, ControlClient, Options};
 
 /// Which cluster to ask, and how to show the answer.
@@ -40,4 +40,11 @@ impl Connection {
         };
         ControlClient::new(self.address.clone(), options)
     }
+}
+
+/// The completion script of `tool` for a shell, for whoever prints it: a pipe may end early.
+pub fn completion<Tool: CommandFactory>(shell: clap_complete::Shell, tool: &str) -> String {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Tool::command(), tool, &mut script);
+    String::from_utf8(script).expect("a script of names and help, which are text")
 }

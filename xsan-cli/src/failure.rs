@@ -1,6 +1,7 @@
 //! Why a command of the tools fails, shown to people or programs, and its exit code.
 
 use std::fmt;
+use std::io::{self, ErrorKind, Write};
 use std::process::ExitCode;
 
 use serde_json::json;
@@ -12,9 +13,22 @@ use xsan_protocol::error::Code;
 pub enum Failure {
     Cluster(ClientError),
     /// Our own system, as for a runtime that does not start.
-    System(std::io::Error),
+    System(io::Error),
+    /// What the command has to show can not be written.
+    Output(io::Error),
     /// The user answered no.
     NotConfirmed,
+    /// The user can not be asked.
+    NoTerminal,
+    /// Somebody took the removal of a node back while we waited for it.
+    TakenBack {
+        node: String,
+    },
+    /// The cluster does not tell how far the removal of a node is.
+    OutOfSight {
+        node: String,
+        source: ClientError,
+    },
 }
 
 impl From<ClientError> for Failure {
@@ -28,7 +42,17 @@ impl fmt::Display for Failure {
         match self {
             Self::Cluster(error) => error.fmt(f),
             Self::System(error) => error.fmt(f),
+            Self::Output(error) => {
+                write!(f, "standard output: {error}; what was asked for is done, and not all of it is shown")
+            }
             Self::NotConfirmed => f.write_str("not confirmed; nothing was changed"),
+            Self::NoTerminal => {
+                f.write_str("not confirmed, as standard input is no terminal; nothing was changed")
+            }
+            Self::TakenBack { node } => {
+                write!(f, "node {node} stays in the cluster: its removal was taken back")
+            }
+            Self::OutOfSight { node, source } => write!(f, "{source}; the removal of node {node} goes on"),
         }
     }
 }
@@ -36,19 +60,27 @@ impl fmt::Display for Failure {
 impl Failure {
     fn code(&self) -> Code {
         match self {
-            Self::Cluster(error) => error.code(),
-            Self::System(_) => Code::Internal,
-            Self::NotConfirmed => Code::InvalidArgument,
+            Self::Cluster(error) | Self::OutOfSight { source: error, .. } => error.code(),
+            Self::System(_) | Self::Output(_) => Code::Internal,
+            Self::NotConfirmed | Self::NoTerminal => Code::InvalidArgument,
+            Self::TakenBack { .. } => Code::NotFound,
+        }
+    }
+
+    fn of_cluster(&self) -> Option<&ClientError> {
+        match self {
+            Self::Cluster(error) | Self::OutOfSight { source: error, .. } => Some(error),
+            _ => None,
         }
     }
 
     /// Number and name as shown; the cluster may know numbers that this program does not.
     fn number_and_name(&self) -> (u16, &'static str) {
-        match self {
-            Self::Cluster(ClientError::Refused(refusal)) if refusal.code().is_none() => {
+        match self.of_cluster() {
+            Some(ClientError::Refused(refusal)) if refusal.code().is_none() => {
                 (refusal.number, "of a newer release")
             }
-            failure => (failure.code().number(), failure.code().name()),
+            _ => (self.code().number(), self.code().name()),
         }
     }
 
@@ -61,15 +93,21 @@ impl Failure {
             Self::Cluster(error) if error.is_uncertain() => {
                 "look whether the change was made before trying again"
             }
+            Self::Output(_) => "make room where the output goes",
+            Self::NotConfirmed => "answer y, or give --yes",
+            Self::NoTerminal => "give --yes",
+            Self::TakenBack { .. } => "if that was not meant, begin it again with xsan-cli node remove",
+            Self::OutOfSight { .. } => "xsan-cli node list shows the progress once the cluster answers",
             failure => failure.code().remedy(),
         }
     }
 
     pub fn exit_code(&self) -> u8 {
-        match self {
-            Self::Cluster(ClientError::Unreachable { .. }) => exit::UNREACHABLE,
-            Self::Cluster(ClientError::Broken { .. }) => exit::NO_ANSWER,
-            failure => exit::of_command(failure.code()),
+        match (self, self.of_cluster()) {
+            (Self::NoTerminal, _) => exit::USAGE,
+            (_, Some(ClientError::Unreachable { .. })) => exit::UNREACHABLE,
+            (_, Some(ClientError::Broken { .. })) => exit::NO_ANSWER,
+            _ => exit::of_command(self.code()),
         }
     }
 
@@ -80,10 +118,10 @@ impl Failure {
 
     pub fn json(&self) -> String {
         let (number, name) = self.number_and_name();
-        let (object, uncertain) = match self {
-            Self::Cluster(ClientError::Refused(refusal)) => (refusal.object.as_str(), refusal.uncertain),
-            Self::Cluster(error) => ("", error.is_uncertain()),
-            _ => ("", false),
+        let object = match self {
+            Self::Cluster(ClientError::Refused(refusal)) => refusal.object.clone(),
+            Self::TakenBack { node } | Self::OutOfSight { node, .. } => format!("node {node}"),
+            _ => String::new(),
         };
         let error = json!({
             "number": number,
@@ -91,7 +129,7 @@ impl Failure {
             "object": object,
             "message": self.to_string(),
             "remedy": self.remedy(),
-            "uncertain": uncertain,
+            "uncertain": self.of_cluster().is_some_and(ClientError::is_uncertain),
         });
         format!("{:#}", json!({ "error": error }))
     }
@@ -99,17 +137,25 @@ impl Failure {
 
 /// Prints what a command has to show, or why it failed.
 pub fn finish(result: Result<String, Failure>, json: bool) -> ExitCode {
-    use std::io::Write;
-    match result {
-        Ok(text) => {
-            // A reader that has seen enough (`| head`) is no failure.
-            let _ = writeln!(std::io::stdout(), "{}", text.trim_end());
-            ExitCode::SUCCESS
-        }
+    finish_as(exit::DONE, result, json)
+}
+
+/// As `finish`, for a command whose success has an exit code of its own.
+pub fn finish_as(done: u8, result: Result<String, Failure>, json: bool) -> ExitCode {
+    match result.and_then(|text| print(&mut io::stdout(), &text)) {
+        Ok(()) => ExitCode::from(done),
         Err(failure) => {
             eprintln!("{}", if json { failure.json() } else { failure.text() });
             ExitCode::from(failure.exit_code())
         }
+    }
+}
+
+fn print(output: &mut impl Write, text: &str) -> Result<(), Failure> {
+    match writeln!(output, "{}", text.trim_end()).and_then(|()| output.flush()) {
+        // A reader that has seen enough (`| head`) is no failure.
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(Failure::Output(error)),
+        _ => Ok(()),
     }
 }
 
@@ -171,6 +217,41 @@ mod tests {
              what to do: look whether the change was made before trying again"
         );
         assert_eq!(refused(104, "", "", false).exit_code(), 4);
+    }
+
+    /// An output that takes nothing.
+    struct Full(ErrorKind);
+
+    impl Write for Full {
+        fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+            Err(self.0.into())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    /// `--json > file` on a full disk ended with half of the JSON and exit code 0.
+    #[test]
+    fn output_that_is_lost_is_a_failure_and_a_reader_that_left_is_none() {
+        let failure = print(&mut Full(ErrorKind::StorageFull), "text").expect_err("nothing is taken");
+        assert_eq!(failure.exit_code(), 1);
+        assert!(failure.to_string().starts_with("standard output: no storage space"), "{failure}");
+        print(&mut Full(ErrorKind::BrokenPipe), "text").expect("no failure");
+        let mut shown = Vec::new();
+        print(&mut shown, "text\n\n").expect("it is taken");
+        assert_eq!(shown, b"text\n");
+    }
+
+    #[test]
+    fn nobody_to_ask_is_wrong_usage() {
+        assert_eq!(Failure::NoTerminal.exit_code(), exit::USAGE);
+        assert_eq!(
+            Failure::NoTerminal.text(),
+            "error 2 InvalidArgument: not confirmed, as standard input is no terminal; nothing was changed\n  \
+             what to do: give --yes"
+        );
     }
 
     #[test]

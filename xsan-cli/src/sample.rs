@@ -39,11 +39,11 @@ pub fn node_status(id: u32) -> NodeStatus {
         node: Some(node(id)),
         state: if id == 3 { "down".into() } else { "up".into() },
         leader: id == 1,
-        last_heartbeat_age_ms: if id == 3 { 42_000 } else { 120 },
+        last_heartbeat_age_ms: Some(if id == 3 { 42_000 } else { 120 }),
         primary_groups: if id == 3 { 0 } else { 128 },
         member_groups: if id == 3 { 0 } else { 256 },
         learner_groups: if id == 3 { 256 } else { 0 },
-        used_bytes: 1_500_000_000,
+        used_bytes: Some(1_500_000_000),
         capacity_bytes: 8 * GIB,
         release: "0.1.0".into(),
         stores: vec![StoreStatus {

@@ -103,6 +103,15 @@ pub fn age(ms: u64) -> String {
     }
 }
 
+/// An interval as it was set, nothing rounded: `90 s`, `150 min`, `24 h`, `7 days`.
+pub fn interval(ms: u64) -> String {
+    let units = [(86_400_000, "days"), (3_600_000, "h"), (60_000, "min"), (1_000, "s")];
+    match units.into_iter().find(|(unit, _)| ms > *unit && ms.is_multiple_of(*unit)) {
+        Some((unit, name)) => format!("{} {name}", ms / unit),
+        None => format!("{ms} ms"),
+    }
+}
+
 /// `2026-11-21 04:30:00 UTC`, of milliseconds since 1970.
 pub fn time(unix_ms: u64) -> String {
     let seconds = unix_ms / 1000;
@@ -150,6 +159,13 @@ mod tests {
             ["0 %", "< 1 %", "33 %", "-"]
         );
         assert_eq!([count(1u32, "node"), count(3u32, "node")], ["1 node", "3 nodes"]);
+    }
+
+    #[test]
+    fn intervals_are_exact() {
+        let shown = [90, 150 * 60, 60 * 3600, 86_400, 7 * 86_400, 600, 60].map(|s| interval(s * 1000));
+        assert_eq!(shown, ["90 s", "150 min", "60 h", "24 h", "7 days", "10 min", "60 s"]);
+        assert_eq!(interval(1_500), "1500 ms");
     }
 
     #[test]

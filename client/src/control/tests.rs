@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use prost::Message;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio_stream::wrappers::TcpListenerStream;
 use tonic::{Request, transport::Server};
 use xsan_protocol::proto::cluster_server::{Cluster, ClusterServer};
@@ -14,6 +14,7 @@ use super::*;
 #[derive(Clone, Debug)]
 enum Answer {
     Good,
+    GoodAfter(Duration),
     No(Code, &'static str, &'static str),
     NoNumbered(u32),
     LeaderIs(Address),
@@ -37,6 +38,10 @@ impl Node {
         let call = self.calls.fetch_add(1, Ordering::SeqCst);
         match self.script.get(call).or(self.script.last()).expect("a script has an answer").clone() {
             Answer::Good => Ok(Response::new(good)),
+            Answer::GoodAfter(time) => {
+                sleep(time).await;
+                Ok(Response::new(good))
+            }
             Answer::No(code, object, message) => Err(refusal(code.number().into(), object, message)),
             Answer::NoNumbered(number) => Err(refusal(number, "thing", "words of the future")),
             Answer::LeaderIs(address) => {
@@ -96,12 +101,38 @@ async fn dead() -> Address {
     listener.local_addr().expect("bound").into()
 }
 
+/// An address at which no connection is made: nobody accepts, and the queue of the listener is full. It stays so as long
+/// as what else is returned is kept.
+async fn unaccepting() -> (Address, (TcpListener, Vec<TcpStream>)) {
+    let socket = TcpSocket::new_v4().expect("a socket");
+    socket.bind(SocketAddr::from(([127, 0, 0, 1], 0))).expect("a port");
+    let listener = socket.listen(1).expect("it listens");
+    let address = listener.local_addr().expect("bound");
+    let mut queued = Vec::new();
+    while let Ok(stream) = timeout(Duration::from_millis(50), TcpStream::connect(address)).await {
+        queued.push(stream.expect("it listens"));
+    }
+    (address.into(), (listener, queued))
+}
+
 fn client(addresses: &[&Address]) -> ControlClient {
     let options = Options {
         connect_timeout: Duration::from_millis(500),
         attempt_timeout: Duration::from_millis(300),
         deadline: Duration::from_millis(1500),
         unreachable_deadline: Duration::from_millis(300),
+    };
+    ControlClient::new(addresses.iter().map(|address| (*address).clone()).collect(), options)
+}
+
+/// A client whose deadline alone bounds it, as the command line tools make it for a short --timeout.
+fn hurried(addresses: &[&Address]) -> ControlClient {
+    let limit = Duration::from_secs(2);
+    let options = Options {
+        connect_timeout: limit,
+        attempt_timeout: limit,
+        deadline: limit,
+        unreachable_deadline: limit,
     };
     ControlClient::new(addresses.iter().map(|address| (*address).clone()).collect(), options)
 }
@@ -220,6 +251,69 @@ async fn a_change_is_not_repeated_after_silence() {
     assert!(error.is_uncertain());
     assert!(error.to_string().contains("may or may not"), "{error}");
     assert_eq!(calls.load(Ordering::SeqCst), 0);
+}
+
+/// The first node took all the time of `--timeout 10 --address A,B`, and B was blamed: "no answer within 0 s".
+#[tokio::test]
+async fn a_short_deadline_leaves_time_for_the_next_node() {
+    let (hanging, _) = node(&[Answer::Hang]).await;
+    let (good, _) = node(&[Answer::Good]).await;
+    hurried(&[&hanging, &good]).get_map().await.expect("the second node answers");
+    hurried(&[&hanging, &hanging, &good]).get_map().await.expect("the last node answers");
+}
+
+#[tokio::test]
+async fn a_connection_that_is_not_made_leaves_time_for_the_next_node() {
+    let (unconnected, _queue) = unaccepting().await;
+    let (good, calls) = node(&[Answer::Good]).await;
+    hurried(&[&unconnected, &good]).create_volume(create()).await.expect("the second node answers");
+    assert_eq!(calls.load(Ordering::SeqCst), 1);
+    let begin = Instant::now();
+    let error = hurried(&[&unconnected, &unconnected]).get_map().await.expect_err("no connection");
+    assert_eq!(error.code(), Code::Unreachable);
+    assert!(begin.elapsed() < Duration::from_secs(3), "{:?}", begin.elapsed());
+}
+
+#[tokio::test]
+async fn when_all_hang_the_call_ends_at_the_deadline_and_none_is_asked_without_time() {
+    let (first, first_calls) = node(&[Answer::Hang]).await;
+    let (last, last_calls) = node(&[Answer::Hang]).await;
+    let begin = Instant::now();
+    let error = hurried(&[&first, &last]).get_map().await.expect_err("no answer");
+    assert!(begin.elapsed() < Duration::from_secs(3), "{:?}", begin.elapsed());
+    let ClientError::Timeout { address, after, uncertain: false } = &error else { panic!("{error:?}") };
+    assert_eq!(*address, last);
+    assert!(*after >= Duration::from_millis(800), "{error}");
+    assert_eq!([first_calls, last_calls].map(|calls| calls.load(Ordering::SeqCst)), [1, 1]);
+}
+
+/// The node may hold it while a leader is elected, and no other may be asked meanwhile.
+#[tokio::test]
+async fn a_change_that_is_sent_once_has_all_the_time() {
+    let (slow, _) = node(&[Answer::GoodAfter(Duration::from_millis(1400))]).await;
+    let (good, calls) = node(&[Answer::Good]).await;
+    hurried(&[&slow, &good]).create_volume(create()).await.expect("the first node answers");
+    assert_eq!(calls.load(Ordering::SeqCst), 0);
+}
+
+#[test]
+fn each_node_has_its_share_of_the_time() {
+    let seconds = Duration::from_secs;
+    assert_eq!(share(seconds(15), 0), seconds(15));
+    assert_eq!(share(seconds(10), 1), seconds(5));
+    assert_eq!(share(seconds(15), 2), seconds(5));
+    // Of many nodes the first ones still have the time that an answer may take.
+    assert_eq!(share(seconds(15), 7), seconds(4));
+    assert_eq!(share(seconds(3), 7), Duration::from_millis(1500));
+    assert_eq!(share(Duration::ZERO, 1), Duration::ZERO);
+}
+
+#[tokio::test]
+async fn added_nodes_are_asked_before_the_known_ones() {
+    let (first, second, third) = (dead().await, dead().await, dead().await);
+    let client = client(&[&first, &second]);
+    client.ask_first(vec![third.clone(), second.clone()]);
+    assert_eq!(client.addresses(), [third, second, first]);
 }
 
 #[tokio::test]

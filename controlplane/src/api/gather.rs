@@ -150,7 +150,7 @@ async fn replica(
         role: role(group, member.node, member.learner).to_owned(),
         store: member.store.0,
         device: device.unwrap_or_default(),
-        reachable: found.is_some(),
+        reachable: found.as_ref().is_some_and(|found| found.reachable),
         units: found.map(|found| found.units).unwrap_or_default(),
     }
 }

@@ -57,16 +57,15 @@ fn name(status: &proto::NodeStatus) -> String {
 
 fn of_cluster(survey: &Survey, status: &proto::ClusterStatusReply, found: &mut Found) {
     let cluster = || format!("cluster {}", status.cluster_id);
-    if survey.health.is_empty() {
-        found.add(Check::NoLeader, cluster(), "no node says that it leads".to_owned());
-    }
     let voters = status.nodes.iter().filter(|node| node.node.as_ref().is_some_and(|node| node.voter));
     let voters: Vec<_> = voters.collect();
     let alive = voters.iter().filter(|node| node.state != DOWN).count();
     let quorum = voters.len() / 2 + 1;
-    if alive <= quorum {
-        let message = format!("{alive} of {} voters are there, {quorum} are needed", voters.len());
-        found.add(Check::NoQuorumMargin, cluster(), message);
+    let message = || format!("{alive} of {} voters are there, {quorum} are needed", voters.len());
+    if survey.health.is_empty() {
+        found.add(Check::NoLeader, cluster(), format!("no node leads with a quorum; {}", message()));
+    } else if alive <= quorum {
+        found.add(Check::NoQuorumMargin, cluster(), message());
     }
     let releases: BTreeSet<&str> = status.nodes.iter().map(|node| node.release.as_str()).collect();
     let releases: Vec<&str> = releases.into_iter().filter(|release| !release.is_empty()).collect();
@@ -95,7 +94,7 @@ fn of_scrubs(survey: &Survey, found: &mut Found) {
         let scrubs = state.scrubs(group.id);
         total += 1;
         overdue += u64::from(is_overdue(&settings, &scrubs, survey.unix_ms));
-        let findings = scrubs.last.and_then(|last| last.findings).unwrap_or_default();
+        let findings = scrubs.found();
         mended += u64::from(findings.mended_pages > 0);
         let (lost, different) = (findings.lost_pages, findings.differences);
         if lost > 0 || different > 0 {
@@ -118,10 +117,10 @@ fn of_node(survey: &Survey, status: &proto::NodeStatus, found: &mut Found) {
     match status.state.as_str() {
         UP => {}
         DOWN => {
-            let age_s = status.last_heartbeat_age_ms / 1000;
             // A leader that never heard of it can not say for how long.
-            let known = status.last_heartbeat_age_ms < u64::MAX;
-            let message = if known { format!("no beat for {age_s} s") } else { "no beat".to_owned() };
+            let age_ms = status.last_heartbeat_age_ms;
+            let message =
+                age_ms.map_or_else(|| "no beat".to_owned(), |ms| format!("no beat for {} s", ms / 1000));
             found.add(Check::NodeDown, object(), message);
         }
         _ => found.add(Check::DataDown, object(), "its data process has no lease".to_owned()),
@@ -145,7 +144,11 @@ fn of_node(survey: &Survey, status: &proto::NodeStatus, found: &mut Found) {
     }
     let Some(answer) = survey.answers.get(&id) else { return };
     if answer.skew_ms > 0 {
-        found.add(Check::ClockSkew, object(), format!("its clock is {} ms off", answer.skew_ms));
+        found.add(
+            Check::ClockSkew,
+            object(),
+            format!("its clock and that of the node that was asked differ by {} ms", answer.skew_ms),
+        );
     }
     for slow in answer.status.data.iter().flat_map(|data| &data.slow_members) {
         let nodes = &survey.state.map().nodes;

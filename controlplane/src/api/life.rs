@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use xsan_protocol::error::Code;
-use xsan_protocol::ids::{BlockIndex, GroupId, NodeId};
+use xsan_protocol::ids::{BlockIndex, GroupId, NodeId, PoolId};
 use xsan_protocol::map::Node;
 use xsan_protocol::placement::{Candidate, place, place_what_fits};
 use xsan_protocol::proto;
@@ -74,6 +74,7 @@ pub async fn remove_node(
     let refusal = if request.force {
         plan.groups_lost = lost.iter().map(|group| group.0).collect();
         plan.volumes_lost = volumes_of(&survey, &lost);
+        plan.groups_stopped = count(held_by_the_dead(&survey, node.id));
         is_up(&survey, node)
     } else {
         too_few_others(&survey, node)
@@ -189,11 +190,24 @@ fn held_alone(survey: &Survey, node: NodeId) -> Vec<GroupId> {
     alone.map(|(_, group)| group.id).collect()
 }
 
+/// Groups of which other nodes hold everything, none of which serves: what `node` has may be all that is left.
+fn held_by_the_dead(survey: &Survey, node: NodeId) -> usize {
+    let stays = |other: NodeId| other != node && survey.state.departure(other) != Departure::Lost;
+    let groups = survey.state.groups().filter(|(_, group)| {
+        let mut others = group.holders().filter(|member| stays(member.node)).peekable();
+        let holds = group.holders().any(|member| member.node == node);
+        holds && others.peek().is_some() && others.all(|member| !survey.serves(member.node))
+    });
+    groups.count()
+}
+
 /// Names of the volumes that have a block in one of `groups`.
 fn volumes_of(survey: &Survey, groups: &[GroupId]) -> Vec<String> {
     let map = survey.state.map();
     let groups: BTreeSet<&GroupId> = groups.iter().collect();
-    let concerned = map.volumes.values().filter(|volume| {
+    let pools: BTreeSet<PoolId> = groups.iter().map(|group| group.pool()).collect();
+    // What has no block there is told so only after all its blocks were looked at.
+    let concerned = map.volumes.values().filter(|volume| pools.contains(&volume.pool)).filter(|volume| {
         let Some(pool) = map.pools.get(&volume.pool) else { return false };
         let blocks = volume.size_bytes.div_ceil(BLOCK_SIZE as u64).min(BLOCKS_LOOKED_AT);
         let index = |block: u64| BlockIndex(u32::try_from(block).expect("few are looked at"));

@@ -172,18 +172,26 @@ impl Cluster for Context {
         &self,
         _: Request<proto::ListVolumesRequest>,
     ) -> Result<Response<proto::ListVolumesReply>, Status> {
-        let state = self.handle.state();
-        let volumes = state.map().volumes.values().map(|volume| status::volume(&state, volume)).collect();
-        Ok(Response::new(proto::ListVolumesReply { volumes }))
+        let context = self.clone();
+        self.answer(async move {
+            let volumes = status::volumes(&Survey::take(&context).await);
+            Ok(proto::ListVolumesReply { volumes })
+        })
+        .await
     }
 
     async fn get_volume(
         &self,
         request: Request<proto::GetVolumeRequest>,
     ) -> Result<Response<proto::VolumeStatus>, Status> {
-        let state = self.handle.state();
-        let volume = find_volume(&state, &request.into_inner().name)?;
-        Ok(Response::new(status::volume(&state, volume)))
+        let (context, name) = (self.clone(), request.into_inner().name);
+        self.answer(async move {
+            let id = context.number_of(&name).await?;
+            let mut volumes = status::volumes(&Survey::take(&context).await).into_iter();
+            let found = volumes.find(|status| status.volume.as_ref().is_some_and(|volume| volume.id == id.0));
+            found.ok_or(ApiError::VolumeNotFound { name })
+        })
+        .await
     }
 
     async fn resize_volume(
@@ -215,6 +223,7 @@ impl Cluster for Context {
     ) -> Result<Response<proto::LocateBlockReply>, Status> {
         let (context, request) = (self.clone(), request.into_inner());
         self.answer(async move {
+            context.number_of(&request.volume).await?;
             let state = context.handle.state();
             let volume = find_volume(&state, &request.volume)?;
             let blocks = volume.size_bytes.div_ceil(BLOCK_SIZE as u64);

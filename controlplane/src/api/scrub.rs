@@ -13,16 +13,18 @@ use super::survey::Survey;
 use super::{Context, find_volume, status};
 use crate::clock::unix_ms;
 use crate::state::ClusterState;
-use crate::state::command::Command;
+use crate::state::command::{Command, Reply};
 
 /// # Errors
-/// 304 `VolumeNotFound`, 4 `InvalidArgument` for a group that is none.
+/// 304 `VolumeNotFound`, 2 `InvalidArgument` for a group that is none.
 pub async fn start(
     context: &Context,
     request: proto::StartScrubRequest,
 ) -> Result<proto::StartScrubReply, ApiError> {
-    let state = context.handle.state();
-    let groups = chosen(&state, &request)?;
+    if request.group.is_none() && !request.volume.is_empty() {
+        context.number_of(&request.volume).await?;
+    }
+    let groups = chosen(&context.handle.state(), &request)?;
     let count = groups.len() as u32;
     let wish = Some(ScrubWish { deep: request.deep, unix_ms: unix_ms() });
     context.propose(Command::WishScrubs { groups, wish }).await?;
@@ -47,16 +49,13 @@ fn chosen(state: &ClusterState, request: &proto::StartScrubRequest) -> Result<Ve
     Ok(groups.into_iter().collect())
 }
 
-/// Takes all wishes back.
+/// Takes all wishes back, also those that this node has not heard of yet.
 pub async fn stop(context: &Context) -> Result<proto::StopScrubReply, ApiError> {
-    let state = context.handle.state();
-    let ids = state.groups().map(|(_, group)| group.id);
-    let groups: Vec<GroupId> = ids.filter(|group| state.scrubs(*group).wish.is_some()).collect();
-    let count = groups.len() as u32;
-    if count > 0 {
-        context.propose(Command::WishScrubs { groups, wish: None }).await?;
+    let groups = context.handle.state().groups().map(|(_, group)| group.id).collect();
+    match context.propose(Command::WishScrubs { groups, wish: None }).await? {
+        Reply::Groups { changed, .. } => Ok(proto::StopScrubReply { groups: changed }),
+        _ => Err(ApiError::Unexpected),
     }
-    Ok(proto::StopScrubReply { groups: count })
 }
 
 /// Every group with its last scrubs, and what runs.
@@ -78,7 +77,9 @@ pub fn show(survey: &Survey) -> proto::ScrubStatusReply {
             group: id.0,
             light_unix_ms: scrubs.light_unix_ms,
             deep_unix_ms: scrubs.deep_unix_ms,
-            last: scrubs.last,
+            last_light: scrubs.last_light,
+            last_deep: scrubs.last_deep,
+            found: Some(scrubs.found()),
             wish: scrubs.wish,
             running: runs.is_some(),
             running_deep: runs.is_some_and(|(_, report)| report.order.unwrap_or_default().deep),

@@ -1,6 +1,8 @@
 //! The state of the cluster, its nodes and its volumes, in the words of the API.
 
-use xsan_protocol::ids::NodeId;
+use std::collections::BTreeMap;
+
+use xsan_protocol::ids::{NodeId, PoolId};
 use xsan_protocol::map::{Group, Node, Pool, Volume};
 use xsan_protocol::proto;
 
@@ -31,10 +33,19 @@ pub fn is_at_risk(pool: &Pool, acting: usize) -> bool {
     pool.replica_count > 1 && acting == usize::from(pool.min_replicas)
 }
 
-pub fn volume(state: &ClusterState, volume: &Volume) -> proto::VolumeStatus {
+/// Every volume, in the order of their ids.
+pub fn volumes(survey: &Survey) -> Vec<proto::VolumeStatus> {
+    let mut worst: BTreeMap<PoolId, Service> = BTreeMap::new();
+    for (pool, group) in survey.state.groups() {
+        let service = service(pool, survey.acting(group));
+        worst.entry(pool.id).and_modify(|worst| *worst = service.max(*worst)).or_insert(service);
+    }
+    let volumes = survey.state.map().volumes.values();
+    volumes.map(|known| volume(&survey.state, known, worst.get(&known.pool).copied())).collect()
+}
+
+fn volume(state: &ClusterState, volume: &Volume, worst: Option<Service>) -> proto::VolumeStatus {
     let pool = &state.map().pools[&volume.pool];
-    let own = state.groups().filter(|(other, _)| other.id == pool.id);
-    let worst = own.map(|(pool, group)| service(pool, group.acting().count())).max();
     let word = match worst {
         Some(Service::Inactive) => "inactive",
         Some(Service::Degraded) => "degraded",
@@ -72,6 +83,8 @@ pub fn cluster(survey: &Survey) -> proto::ClusterStatusReply {
         resync_bytes_per_second: survey.resync_rate(),
         ..counts(survey)
     };
+    // Capacity of which nobody knows how much is used would make the rest look emptier than it is.
+    let known = || statuses.iter().filter_map(|node| Some((node.capacity_bytes, node.used_bytes?)));
     proto::ClusterStatusReply {
         cluster_id: state.map().cluster_id.clone(),
         map_version: state.version().0,
@@ -79,8 +92,8 @@ pub fn cluster(survey: &Survey) -> proto::ClusterStatusReply {
         raft_term: survey.term,
         groups: Some(groups),
         volume_count: u32::try_from(state.map().volumes.len()).expect("volume ids are 32 bits"),
-        capacity_bytes: statuses.iter().map(|node| node.capacity_bytes).sum(),
-        used_bytes: statuses.iter().map(|node| node.used_bytes).sum(),
+        capacity_bytes: known().map(|(capacity, _)| capacity).sum(),
+        used_bytes: known().map(|(_, used)| used).sum(),
         nodes: statuses,
         settings: Some(settings(state)),
     }
@@ -112,8 +125,7 @@ fn node(survey: &Survey, node: &Node) -> proto::NodeStatus {
         |learner: bool| count(&|group| group.member(node.id).is_some_and(|member| member.learner == learner));
     let departure = state.departure(node.id);
     let heard = health.map_or(answer.is_some(), |health| health.heard || answer.is_some());
-    let up = health.map_or(answer.is_some_and(|answer| answer.data.is_some()), |health| health.up);
-    let word = match (heard, up) {
+    let word = match (heard, survey.serves(node.id)) {
         (_, true) => "up",
         (true, false) => "data-down",
         (false, false) => "down",
@@ -124,11 +136,11 @@ fn node(survey: &Survey, node: &Node) -> proto::NodeStatus {
         node: Some(node.into()),
         state: word.to_owned(),
         leader: node.id == survey.leader,
-        last_heartbeat_age_ms: health.map_or(0, |health| health.heartbeat_age_ms),
+        last_heartbeat_age_ms: health.and_then(|health| health.heartbeat_age_ms),
         primary_groups: count(&|group| group.primary == Some(node.id)),
         member_groups: member(false),
         learner_groups: member(true),
-        used_bytes: stores.iter().map(|store| store.used_bytes).sum(),
+        used_bytes: told.map(|data| data.stores.iter().map(|store| store.used_bytes).sum()),
         capacity_bytes: stores.iter().map(|store| store.capacity_bytes).sum(),
         release: answer.map(|answer| answer.release.clone()).unwrap_or_default(),
         stores,

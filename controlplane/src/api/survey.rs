@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use futures::future::join_all;
 use xsan_protocol::ids::NodeId;
-use xsan_protocol::map::{Group, Node};
+use xsan_protocol::map::{DataProcess, Group, Member, Node};
 use xsan_protocol::proto;
 
 use super::{Context, gather};
@@ -28,7 +28,7 @@ pub struct Answer {
 pub struct Survey {
     pub state: Arc<ClusterState>,
     pub answers: HashMap<NodeId, Answer>,
-    /// What the leader says of each node; empty when there is none.
+    /// What the leader says of each node; empty when there is none, or a quorum does not answer it.
     pub health: HashMap<NodeId, proto::NodeHealth>,
     /// 0: none.
     pub leader: NodeId,
@@ -65,18 +65,27 @@ impl Survey {
         unix_ms: u64,
     ) -> Self {
         let health = answers.values().flat_map(|answer| &answer.status.health);
-        let health = health.map(|health| (NodeId(health.node), *health)).collect();
+        let health: HashMap<_, _> = health.map(|health| (NodeId(health.node), *health)).collect();
+        let leader = if health.is_empty() { NodeId(0) } else { leader };
         Self { state, answers, health, leader, term, unix_ms }
     }
 
-    /// Does `node` serve, as far as is known? Without a leader nobody has a reason to think otherwise.
+    /// Does `node` serve, as far as is known? Without a leader: does its data process run?
     pub fn serves(&self, node: NodeId) -> bool {
-        self.health.get(&node).is_none_or(|health| health.up)
+        let runs = || self.answers.get(&node).is_some_and(|answer| answer.status.data.is_some());
+        self.health.get(&node).map_or_else(runs, |health| health.up)
     }
 
-    /// Acting members that serve.
+    /// Acting members that serve: in the life that acts, with a store that works.
     pub fn acting(&self, group: &Group) -> usize {
-        group.acting().filter(|member| self.serves(member.node)).count()
+        let works = |member: &&Member| {
+            let data = self.state.map().nodes.get(&member.node).and_then(|node| node.data.as_ref());
+            let has_store = |data: &DataProcess| {
+                data.stores.iter().any(|store| store.id == member.store && !store.failed)
+            };
+            data.is_some_and(|data| data.incarnation == member.incarnation && has_store(data))
+        };
+        group.acting().filter(|member| self.serves(member.node)).filter(works).count()
     }
 
     /// Bytes that resync moves in a second, all nodes together.
@@ -94,7 +103,31 @@ fn skew_ms(asked: u64, told: u64, answered: u64) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use super::super::sample::{answers, process, state, survey};
     use super::*;
+    use crate::state::command::Command;
+    use xsan_protocol::ids::{Incarnation, StoreId};
+
+    /// The map stays as it is when nobody is left to go on, and volumes were shown as healthy on dead nodes and failed stores.
+    #[test]
+    fn who_acts_by_the_map_and_does_not_serve_does_not_count() {
+        let mut state = state(3, 3);
+        let acting = |state: &ClusterState, down: &[u32]| {
+            let survey = survey(state, answers(3, down));
+            survey.acting(survey.state.groups().next().expect("a group").1)
+        };
+        assert_eq!((acting(&state, &[]), acting(&state, &[2]), acting(&state, &[1, 2, 3])), (3, 2, 0));
+        let (node, incarnation, store) = (NodeId(2), Incarnation(2), StoreId(2));
+        state.apply(&Command::StoreFailed { node, incarnation, store });
+        assert_eq!(acting(&state, &[]), 2);
+        state.apply(&Command::DataStarted {
+            node: NodeId(3),
+            process: process(StoreId(3), Incarnation(9)),
+            damaged_stores: vec![],
+            replaces: Some(Incarnation(3)),
+        });
+        assert_eq!(acting(&state, &[]), 1, "it acts in another life");
+    }
 
     #[test]
     fn a_clock_is_off_only_when_the_wait_for_the_answer_can_not_explain_it() {

@@ -26,6 +26,8 @@ use crate::timing::SLOW_REPORT_AGE_MAX;
 pub struct Planner {
     memory: Memory,
     gone_since: BTreeMap<NodeId, BootTime>,
+    /// Gone for so long that their groups are rebuilt elsewhere.
+    out: BTreeSet<NodeId>,
     /// When the first plan was made.
     began: Option<BootTime>,
     placed: Placed,
@@ -72,8 +74,8 @@ impl Planner {
         let nodes: BTreeMap<NodeId, NodeView> = state.map().nodes.values().map(view).collect();
         let is_gone = |(_, view): &(&NodeId, &NodeView)| view.health == Health::Gone;
         let gone: BTreeSet<NodeId> = nodes.iter().filter(is_gone).map(|(node, _)| *node).collect();
-        let left_out = self.left_out(now, state, &gone);
-        self.placed.update(state, &left_out);
+        self.leave_out(now, state, &gone);
+        self.placed.update(state, &self.out);
         let began = *self.began.get_or_insert(now);
         let unsure = demotes && now.since(began) < SLOW_REPORT_AGE_MAX;
         let view = View { now, state, nodes: &nodes, targets: &self.placed.targets, unsure };
@@ -88,8 +90,13 @@ impl Planner {
         changes
     }
 
-    /// Nodes gone for so long that their groups are rebuilt elsewhere. The time in maintenance does not count.
-    fn left_out(&mut self, now: BootTime, state: &ClusterState, gone: &BTreeSet<NodeId>) -> BTreeSet<NodeId> {
+    /// Nodes that nobody waits for any more, by the last plan.
+    pub const fn out(&self) -> &BTreeSet<NodeId> {
+        &self.out
+    }
+
+    /// The time in maintenance does not count.
+    fn leave_out(&mut self, now: BootTime, state: &ClusterState, gone: &BTreeSet<NodeId>) {
         let counts = |node: &NodeId| gone.contains(node) && !state.is_in_maintenance(*node);
         self.gone_since.retain(|node, _| counts(node));
         gone.iter().filter(|node| counts(node)).for_each(|node| {
@@ -97,6 +104,6 @@ impl Planner {
         });
         let interval = state.settings().down_out_interval;
         let long = self.gone_since.iter().filter(|(_, since)| now.since(**since) >= interval);
-        long.map(|(node, _)| *node).collect()
+        self.out = long.map(|(node, _)| *node).collect();
     }
 }

@@ -171,7 +171,8 @@ impl ClusterState {
             primary_since: self.primary_since(id).0,
             light_scrub_unix_ms: scrubs.light_unix_ms,
             deep_scrub_unix_ms: scrubs.deep_unix_ms,
-            last_scrub: scrubs.last,
+            last_light_scrub: scrubs.last_light,
+            last_deep_scrub: scrubs.last_deep,
             scrub_wish: scrubs.wish,
         })
     }
@@ -227,7 +228,8 @@ impl ClusterState {
         let scrubs = GroupScrubs {
             light_unix_ms: record.light_scrub_unix_ms,
             deep_unix_ms: record.deep_scrub_unix_ms,
-            last: record.last_scrub,
+            last_light: record.last_light_scrub,
+            last_deep: record.last_deep_scrub,
             wish: record.scrub_wish,
         };
         self.set_scrubs(group.id, scrubs);

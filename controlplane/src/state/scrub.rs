@@ -22,7 +22,9 @@ pub struct GroupScrubs {
     /// When the last one ended, or the group was made; 0: unknown. A deep one counts as both.
     pub light_unix_ms: u64,
     pub deep_unix_ms: u64,
-    pub last: Option<ScrubResult>,
+    /// The last light one, if no deep one ended after it.
+    pub last_light: Option<ScrubResult>,
+    pub last_deep: Option<ScrubResult>,
     pub wish: Option<ScrubWish>,
 }
 
@@ -46,6 +48,18 @@ impl GroupScrubs {
         }
     }
 
+    pub fn last(&self) -> Option<ScrubResult> {
+        self.last_light.or(self.last_deep)
+    }
+
+    /// What is so as far as is known: what a light scrub does not look at is as the last deep one found it.
+    pub fn found(&self) -> ScrubFindings {
+        let of = |result: Option<ScrubResult>| result.and_then(|result| result.findings);
+        let deep = of(self.last_deep).unwrap_or_default();
+        let light = of(self.last_light).unwrap_or_default();
+        ScrubFindings { differences: deep.differences.max(light.differences), ..deep }
+    }
+
     fn take(&mut self, end: &ScrubEnd, unix_ms: u64) -> bool {
         let wished = self.wish.is_some_and(|wish| wish.deep == end.deep && wish.unix_ms == end.number);
         let periodic = GroupScrubs { wish: None, ..*self };
@@ -59,7 +73,8 @@ impl GroupScrubs {
         if end.deep {
             self.deep_unix_ms = unix_ms;
         }
-        self.last = Some(ScrubResult { deep: end.deep, unix_ms, findings: Some(end.findings) });
+        let result = Some(ScrubResult { deep: end.deep, unix_ms, findings: Some(end.findings) });
+        (self.last_light, self.last_deep) = if end.deep { (None, result) } else { (result, self.last_deep) };
         self.wish = self.wish.filter(|_| !wished);
         true
     }
@@ -86,14 +101,16 @@ impl ClusterState {
         wish: Option<ScrubWish>,
         touched: &mut Touched,
     ) -> Reply {
+        let mut changed = 0;
         for group in groups {
             let scrubs = self.scrubs(*group);
             if scrubs.wish != wish && self.map.groups.contains_key(group) {
                 self.set_scrubs(*group, GroupScrubs { wish, ..scrubs });
                 touched.groups.insert(*group);
+                changed += 1;
             }
         }
-        Reply::Done
+        Reply::Groups { changed, refused: 0 }
     }
 
     pub(super) fn end_scrubs(&mut self, ends: &[ScrubEnd], unix_ms: u64, touched: &mut Touched) -> Reply {

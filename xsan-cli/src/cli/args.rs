@@ -328,10 +328,16 @@ pub enum VolumeSizeError {
     NotSectors,
 }
 
-/// A text that is no interval.
+/// Why a text is no interval.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("is not a whole number of s, min, h or d, as 600s")]
-pub struct IntervalError;
+pub enum IntervalError {
+    #[error("is not a whole number of s, min, h or d, as 600s")]
+    Form,
+    #[error("is not more than 0")]
+    Zero,
+    #[error("is too long")]
+    TooLong,
+}
 
 fn interval(text: &str) -> Result<Duration, IntervalError> {
     let digits = text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit()).len();
@@ -341,12 +347,18 @@ fn interval(text: &str) -> Result<Duration, IntervalError> {
         "min" | "m" => 60,
         "h" => 3600,
         "d" => 86_400,
-        _ => return Err(IntervalError),
+        _ => return Err(IntervalError::Form),
     };
-    let number: u64 = number.parse().map_err(|_| IntervalError)?;
-    // Zero would mean "as it is"; the cluster refuses what is too short.
-    let total = number.checked_mul(seconds).filter(|total| *total > 0 && *total <= u64::MAX / 1000);
-    total.map(Duration::from_secs).ok_or(IntervalError)
+    if number.is_empty() {
+        return Err(IntervalError::Form);
+    }
+    // Digits alone are no number only when they are too many.
+    let total = number.parse().ok().and_then(|number: u64| number.checked_mul(seconds));
+    match total.filter(|total| *total <= u64::MAX / 1000).ok_or(IntervalError::TooLong)? {
+        // Zero would mean "as it is"; the cluster refuses what is too short.
+        0 => Err(IntervalError::Zero),
+        total => Ok(Duration::from_secs(total)),
+    }
 }
 
 /// Zero is off.

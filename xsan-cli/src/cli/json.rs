@@ -5,7 +5,7 @@
 use serde_json::{Value, json};
 use xsan_protocol::proto::{
     ClusterMap, ClusterSettings, ClusterStatusReply, Finding, ListEventsReply, NodePlan, NodeStatus,
-    StoreStatus, VolumeStatus,
+    StoreStatus, Volume, VolumeStatus,
 };
 
 use super::show;
@@ -20,7 +20,7 @@ pub fn cluster_status(status: &ClusterStatusReply) -> Value {
     json!({
         "cluster_id": status.cluster_id,
         "health": show::health(&groups),
-        "leader": show::node_name(&status.nodes, status.leader),
+        "leader": (status.leader != 0).then(|| show::node_name(&status.nodes, status.leader)),
         "raft_term": status.raft_term,
         "map_version": status.map_version,
         "volume_count": status.volume_count,
@@ -143,6 +143,7 @@ fn store(store: &StoreStatus) -> Value {
         "device": store.device,
         "media": store.media,
         "failed": store.failed,
+        "problem": (!store.problem.is_empty()).then_some(&store.problem),
         "capacity_bytes": store.capacity_bytes,
         "used_bytes": store.used_bytes,
         "journal_bytes": store.journal_bytes,
@@ -161,6 +162,15 @@ pub fn volume(status: &VolumeStatus, map: &ClusterMap) -> Value {
     let mut value = volume_fields(status);
     let name = status.volume.as_ref().map(|volume| volume.name.as_str()).unwrap_or_default();
     value["nbd"] = json!(show::nbd_addresses(map, name));
+    value
+}
+
+/// A volume as the answer to a change tells it; what only the cluster's state tells is null.
+pub fn changed_volume(volume: &Volume) -> Value {
+    let mut value = volume_fields(&VolumeStatus { volume: Some(volume.clone()), ..VolumeStatus::default() });
+    for unknown in ["replica_count", "min_replicas", "state", "attached", "nbd"] {
+        value[unknown] = Value::Null;
+    }
     value
 }
 

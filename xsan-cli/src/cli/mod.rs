@@ -4,10 +4,11 @@ use std::io::{self, BufRead, IsTerminal, Write};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::CommandFactory;
 use xsan_client::ControlClient;
 use xsan_protocol::health::Severity;
-use xsan_protocol::proto::{ChangeSettingsRequest, CreateVolumeRequest, Finding, ResizeVolumeRequest};
+use xsan_protocol::proto::{
+    ChangeSettingsRequest, CreateVolumeRequest, Finding, ResizeVolumeRequest, Volume,
+};
 
 mod args;
 pub mod json;
@@ -19,14 +20,14 @@ pub use args::Args;
 use args::{ClusterCommand, Command, NodeCommand, Setting, SlowNodes, VolumeCommand};
 pub(crate) use show::durability;
 
-use crate::failure::{Failure, block_on, finish};
+use crate::connection::completion;
+use crate::failure::{Failure, block_on, finish, finish_as};
 
 /// Runs one command.
 pub fn main(args: Args) -> ExitCode {
     let as_json = args.connection.json;
     if let Command::Completion { shell } = args.command {
-        clap_complete::generate(shell, &mut Args::command(), "xsan-cli", &mut io::stdout());
-        return ExitCode::SUCCESS;
+        return finish(Ok(completion::<Args>(shell, "xsan-cli")), as_json);
     }
     let Command::Health = args.command else { return finish(block_on(run(args)), as_json) };
     let mut worst = Severity::Info;
@@ -35,9 +36,7 @@ pub fn main(args: Args) -> ExitCode {
         worst = worst_of(&findings);
         Ok(if as_json { format!("{:#}", json::health(&findings)) } else { show::findings(&findings) })
     });
-    let answered = shown.is_ok();
-    let code = finish(shown, as_json);
-    if answered { ExitCode::from(worst as u8) } else { code }
+    finish_as(worst as u8, shown, as_json)
 }
 
 /// What a newer release finds may be bad.
@@ -106,28 +105,26 @@ async fn node(client: &ControlClient, command: NodeCommand, as_json: bool) -> Re
 async fn volume(client: &ControlClient, command: VolumeCommand, as_json: bool) -> Result<String, Failure> {
     match command {
         VolumeCommand::Create(options) => {
-            let name = options.name.get().to_owned();
-            client
-                .create_volume(CreateVolumeRequest {
-                    name: name.clone(),
-                    size_bytes: options.size.0,
-                    replica_count: options.replica_count.map_or(0, u32::from),
-                    policy: options.policy.unwrap_or_default(),
-                    durability: options.durability.number(),
-                })
-                .await?;
-            describe(client, &name, as_json, "created").await
+            let request = CreateVolumeRequest {
+                name: options.name.get().to_owned(),
+                size_bytes: options.size.0,
+                replica_count: options.replica_count.map_or(0, u32::from),
+                policy: options.policy.unwrap_or_default(),
+                durability: options.durability.number(),
+            };
+            let volume = client.create_volume(request).await?;
+            Ok(describe_changed(client, &volume, as_json, "created").await)
         }
         VolumeCommand::List => {
             let volumes = client.list_volumes().await?;
             Ok(if as_json { format!("{:#}", json::volumes(&volumes)) } else { show::volumes(&volumes) })
         }
-        VolumeCommand::Info { name } => describe(client, name.get(), as_json, "").await,
+        VolumeCommand::Info { name } => describe(client, name.get(), as_json).await,
         VolumeCommand::Resize { name, size, allow_shrink } => {
-            let name = name.get().to_owned();
-            let request = ResizeVolumeRequest { name: name.clone(), size_bytes: size.0, allow_shrink };
-            client.resize_volume(request).await?;
-            describe(client, &name, as_json, "resized").await
+            let request =
+                ResizeVolumeRequest { name: name.get().to_owned(), size_bytes: size.0, allow_shrink };
+            let volume = client.resize_volume(request).await?;
+            Ok(describe_changed(client, &volume, as_json, "resized").await)
         }
         VolumeCommand::Delete { name, yes } => {
             let name = name.get();
@@ -141,23 +138,29 @@ async fn volume(client: &ControlClient, command: VolumeCommand, as_json: bool) -
     }
 }
 
-/// The volume as it is now, after `done` was done to it.
-async fn describe(client: &ControlClient, name: &str, as_json: bool, done: &str) -> Result<String, Failure> {
+/// The volume as it is now.
+async fn describe(client: &ControlClient, name: &str, as_json: bool) -> Result<String, Failure> {
     let volume = client.get_volume(name).await?;
     let map = client.get_map().await?;
-    if as_json {
-        return Ok(format!("{:#}", json::volume(&volume, &map)));
-    }
-    let mut text = if done.is_empty() { String::new() } else { format!("volume {name} {done}\n\n") };
-    text += &show::volume(&volume, &map);
-    Ok(text)
+    Ok(if as_json { format!("{:#}", json::volume(&volume, &map)) } else { show::volume(&volume, &map) })
 }
 
-/// Asks a person; a script that calls us meant what it wrote.
+/// The volume as it is after `done` was done to it. That is done even if the cluster does not answer any more: whoever
+/// were told of a failure would do it again.
+async fn describe_changed(client: &ControlClient, volume: &Volume, as_json: bool, done: &str) -> String {
+    let name = &volume.name;
+    let shown = describe(client, name, as_json).await.unwrap_or_else(|failure| {
+        eprintln!("note: volume {name} is {done}, but its state can not be shown: {failure}");
+        if as_json { format!("{:#}", json::changed_volume(volume)) } else { show::changed_volume(volume) }
+    });
+    if as_json { shown } else { format!("volume {name} {done}\n\n{shown}") }
+}
+
+/// Asks a person; where there is none to ask, --yes has to be given.
 fn confirm(question: &str) -> Result<bool, Failure> {
     let stdin = io::stdin();
     if !stdin.is_terminal() {
-        return Ok(true);
+        return Err(Failure::NoTerminal);
     }
     eprint!("{question} [y/N] ");
     io::stderr().flush().map_err(Failure::System)?;

@@ -3,6 +3,7 @@
 use serde_json::{Value, json};
 use xsan_client::ControlClient;
 use xsan_nodekit::size::Amount;
+use xsan_protocol::ids::GroupId;
 use xsan_protocol::proto::{
     GroupScrub, ScrubFindings, ScrubResult, ScrubStatusReply, StartScrubRequest, StopScrubRequest,
 };
@@ -36,13 +37,13 @@ pub async fn run(client: &ControlClient, command: ScrubCommand, as_json: bool) -
     }
 }
 
-/// Groups as `1.17`: pool and number in it.
-fn name(group: u32) -> String {
-    format!("{}.{}", group >> 16, group & 0xffff)
+fn found(result: &ScrubResult) -> ScrubFindings {
+    result.findings.unwrap_or_default()
 }
 
-fn found(last: &ScrubResult) -> ScrubFindings {
-    last.findings.unwrap_or_default()
+/// The last scrubs of a group, the newest first.
+fn results(group: &GroupScrub) -> impl Iterator<Item = &ScrubResult> {
+    group.last_light.iter().chain(&group.last_deep)
 }
 
 fn has_findings(found: &ScrubFindings) -> bool {
@@ -50,13 +51,14 @@ fn has_findings(found: &ScrubFindings) -> bool {
 }
 
 fn total(groups: &[GroupScrub]) -> ScrubFindings {
-    let last = groups.iter().filter_map(|group| group.last.as_ref()).map(found);
-    last.fold(ScrubFindings::default(), |sum, found| ScrubFindings {
-        damaged_pages: sum.damaged_pages + found.damaged_pages,
-        mended_pages: sum.mended_pages + found.mended_pages,
-        lost_pages: sum.lost_pages + found.lost_pages,
-        differences: sum.differences + found.differences,
-        ..sum
+    groups.iter().map(|group| group.found.unwrap_or_default()).fold(ScrubFindings::default(), |sum, found| {
+        ScrubFindings {
+            damaged_pages: sum.damaged_pages + found.damaged_pages,
+            mended_pages: sum.mended_pages + found.mended_pages,
+            lost_pages: sum.lost_pages + found.lost_pages,
+            differences: sum.differences + found.differences,
+            ..sum
+        }
     })
 }
 
@@ -68,11 +70,11 @@ pub fn show_status(status: &ScrubStatusReply) -> String {
     let groups = &status.groups;
     let running: Vec<_> = groups.iter().filter(|group| group.running).collect();
     let wished = groups.iter().filter(|group| group.wish.is_some()).count() as u64;
-    let scrubbed = groups.iter().filter(|group| group.last.is_some()).count();
+    let scrubbed = groups.iter().filter(|group| results(group).next().is_some()).count();
     let run = |group: &&GroupScrub| {
         let (kind, so_far) =
             (if group.running_deep { "deep, " } else { "" }, group.so_far.unwrap_or_default());
-        format!("{} on {} ({kind}{} read)", name(group.group), group.node, Amount(so_far.bytes))
+        format!("{} on {} ({kind}{} read)", GroupId(group.group), group.node, Amount(so_far.bytes))
     };
     let when = |unix_ms: Option<u64>| unix_ms.map_or_else(|| "never".to_owned(), time);
     let sum = total(groups);
@@ -88,7 +90,7 @@ pub fn show_status(status: &ScrubStatusReply) -> String {
         ("Oldest", when(oldest(groups, |group| group.light_unix_ms))),
         ("Oldest deep", when(oldest(groups, |group| group.deep_unix_ms))),
         (
-            "Found last",
+            "Found",
             format!(
                 "{} damaged, {} mended, {} lost, {} different",
                 count(sum.damaged_pages, "page"),
@@ -99,7 +101,8 @@ pub fn show_status(status: &ScrubStatusReply) -> String {
         ),
     ]);
     let mut text = facts(&lines);
-    let rows: Vec<Vec<String>> = groups.iter().filter_map(row).collect();
+    let row_of = |group| results(group).filter_map(|result| row(group, result));
+    let rows: Vec<Vec<String>> = groups.iter().flat_map(row_of).collect();
     if !rows.is_empty() {
         let columns = [
             Text("GROUP"),
@@ -117,12 +120,11 @@ pub fn show_status(status: &ScrubStatusReply) -> String {
     text
 }
 
-/// A group whose last scrub found something.
-fn row(group: &GroupScrub) -> Option<Vec<String>> {
-    let last = group.last.as_ref()?;
+/// A scrub that found something.
+fn row(group: &GroupScrub, last: &ScrubResult) -> Option<Vec<String>> {
     let found = Some(found(last)).filter(has_findings)?;
     Some(vec![
-        name(group.group),
+        GroupId(group.group).to_string(),
         if last.deep { "deep".into() } else { "light".into() },
         time(last.unix_ms),
         found.damaged_pages.to_string(),
@@ -134,16 +136,15 @@ fn row(group: &GroupScrub) -> Option<Vec<String>> {
 }
 
 pub fn to_json(status: &ScrubStatusReply) -> Value {
+    let result = |last: &ScrubResult| json!({ "unix_ms": last.unix_ms, "findings": findings(&found(last)) });
     let group = |group: &GroupScrub| {
         json!({
             "group": group.group,
             "light_unix_ms": group.light_unix_ms,
             "deep_unix_ms": group.deep_unix_ms,
-            "last": group.last.as_ref().map(|last| json!({
-                "deep": last.deep,
-                "unix_ms": last.unix_ms,
-                "findings": findings(&found(last)),
-            })),
+            "last_light": group.last_light.as_ref().map(result),
+            "last_deep": group.last_deep.as_ref().map(result),
+            "found": findings(&group.found.unwrap_or_default()),
             "wish": group.wish.as_ref().map(|wish| json!({ "deep": wish.deep, "unix_ms": wish.unix_ms })),
             "running": group.running.then(|| json!({
                 "deep": group.running_deep,
@@ -195,7 +196,8 @@ mod tests {
             group: 1 << 16 | group,
             light_unix_ms: 1_795_235_400_000,
             deep_unix_ms: 1_795_235_400_000 - u64::from(group),
-            last: Some(last(lost)),
+            last_deep: Some(last(lost)),
+            found: last(lost).findings,
             ..GroupScrub::default()
         };
         let wish = Some(ScrubWish { deep: true, unix_ms: 5 });
@@ -236,7 +238,7 @@ mod tests {
                 "Scrubbed     2 of 3 groups",
                 "Oldest       2026-11-21 04:30:00 UTC",
                 "Oldest deep  2026-11-21 04:29:59 UTC",
-                "Found last   2 pages damaged, 1 mended, 1 lost, 0 units different",
+                "Found        2 pages damaged, 1 mended, 1 lost, 0 units different",
                 "",
                 "GROUP  KIND  ENDED                    DAMAGED  MENDED  LOST  DIFFERENT  REBUILT",
                 "1.2    deep  2026-11-21 04:30:00 UTC        2       1     1          0        0",
@@ -249,7 +251,11 @@ mod tests {
         let value = to_json(&status());
         assert_eq!((&value["wished"], &value["bytes_per_second"]), (&json!(1), &json!(12 << 20)));
         assert_eq!(value["groups"][0]["running"]["node"], "node-002");
-        assert_eq!(value["groups"][2]["last"]["findings"]["lost_pages"], 1);
+        assert_eq!(value["groups"][2]["last_deep"]["findings"]["lost_pages"], 1);
+        assert_eq!(
+            (&value["groups"][2]["found"]["lost_pages"], &value["found"]["lost_pages"]),
+            (&json!(1), &json!(1))
+        );
         assert_eq!(value["groups"][1]["running"], Value::Null);
         assert_eq!(value["settings"]["deep_scrub_interval_ms"], 0);
     }

@@ -3,10 +3,10 @@
 use xsan_nodekit::size::{Amount, Size};
 use xsan_protocol::proto::{
     ClusterMap, ClusterSettings, ClusterStatusReply, Durability, Finding, GroupCounts, ListEventsReply, Node,
-    NodePlan, NodeStatus, VolumeStatus,
+    NodePlan, NodeStatus, Volume, VolumeStatus,
 };
 
-use crate::text::{Number, Text, age, count, facts, join, percent, table, time, yes_or_no};
+use crate::text::{self, Number, Text, age, count, facts, join, percent, table, time, yes_or_no};
 
 /// One word for the health of all groups, the worst first.
 pub fn health(groups: &GroupCounts) -> &'static str {
@@ -128,7 +128,7 @@ pub fn settings(settings: &ClusterSettings) -> String {
 pub fn scrub_settings(settings: &ClusterSettings) -> Vec<(&'static str, String)> {
     let every = |ms, name| match ms {
         0 => format!("only when asked for ({name})"),
-        ms => format!("every {} ({name})", age(ms)),
+        ms => format!("every {} ({name})", text::interval(ms)),
     };
     vec![
         ("Scrub", every(settings.scrub_interval_ms, "scrub-interval")),
@@ -145,9 +145,10 @@ fn warnings(nodes: &[NodeStatus]) -> Vec<String> {
         match status.state.as_str() {
             "up" => {}
             "data-down" => warnings.push(format!("node {name}: its data process does not run")),
-            _ => {
-                warnings.push(format!("node {name}: no heartbeat for {}", age(status.last_heartbeat_age_ms)))
-            }
+            _ => warnings.push(match status.last_heartbeat_age_ms {
+                Some(ms) => format!("node {name}: no heartbeat for {}", age(ms)),
+                None => format!("node {name}: no heartbeat"),
+            }),
         }
         for store in &status.stores {
             if store.failed {
@@ -213,7 +214,7 @@ pub fn nodes(nodes: &[NodeStatus]) -> String {
             status.primary_groups.to_string(),
             status.member_groups.to_string(),
             status.learner_groups.to_string(),
-            Amount(status.used_bytes).to_string(),
+            status.used_bytes.map_or_else(|| "?".into(), |used| Amount(used).to_string()),
             Amount(status.capacity_bytes).to_string(),
         ]
     });
@@ -237,7 +238,10 @@ pub fn node(status: &NodeStatus) -> String {
     let mut lines = vec![
         ("Node", format!("{} (number {})", node.name, node.id)),
         ("State", state(status)),
-        ("Last heartbeat", format!("{} ago", age(status.last_heartbeat_age_ms))),
+        (
+            "Last heartbeat",
+            status.last_heartbeat_age_ms.map_or_else(|| "unknown".into(), |ms| format!("{} ago", age(ms))),
+        ),
         ("Voter", yes_or_no(node.voter).into()),
         (
             "Failure domain",
@@ -256,7 +260,11 @@ pub fn node(status: &NodeStatus) -> String {
             status.primary_groups, status.member_groups, status.learner_groups
         ),
     ));
-    lines.push(("Space", space(status.used_bytes, status.capacity_bytes)));
+    let space = match status.used_bytes {
+        Some(used) => space(used, status.capacity_bytes),
+        None => format!("{}; it does not say how much is used", Amount(status.capacity_bytes)),
+    };
+    lines.push(("Space", space));
     if !status.release.is_empty() {
         lines.push(("Release", status.release.clone()));
     }
@@ -264,6 +272,9 @@ pub fn node(status: &NodeStatus) -> String {
     if !status.stores.is_empty() {
         text.push('\n');
         text += &stores(status);
+    }
+    for store in status.stores.iter().filter(|store| !store.problem.is_empty()) {
+        text += &format!("\nwarning: {} {}\n", store.device, store.problem);
     }
     text
 }
@@ -333,19 +344,31 @@ pub fn durability(number: i32) -> &'static str {
     }
 }
 
-pub fn volume(status: &VolumeStatus, map: &ClusterMap) -> String {
-    let volume = status.volume.clone().unwrap_or_default();
+fn volume_facts(volume: &Volume) -> Vec<(&'static str, String)> {
     let bytes = volume.size_bytes;
-    let mut lines = vec![
+    vec![
         ("Volume", format!("{} (number {})", volume.name, volume.id)),
-        ("State", status.state.clone()),
         ("Size", format!("{} ({bytes} bytes)", Size(bytes))),
-        ("Replicas", format!("{}, I/O needs {}", status.replica_count, status.min_replicas)),
         ("Durability", durability(volume.durability).into()),
         ("Policy", if volume.policy.is_empty() { "none".into() } else { volume.policy.clone() }),
         ("Created", time(volume.created_unix_ms)),
-        ("Attached", if status.attached.is_empty() { "nowhere".into() } else { join(&status.attached) }),
-    ];
+    ]
+}
+
+/// A volume as the answer to a change tells it.
+pub fn changed_volume(volume: &Volume) -> String {
+    facts(&volume_facts(volume))
+}
+
+pub fn volume(status: &VolumeStatus, map: &ClusterMap) -> String {
+    let volume = status.volume.clone().unwrap_or_default();
+    let mut lines = volume_facts(&volume);
+    lines.insert(1, ("State", status.state.clone()));
+    lines.insert(3, ("Replicas", format!("{}, I/O needs {}", status.replica_count, status.min_replicas)));
+    lines.push((
+        "Attached",
+        if status.attached.is_empty() { "nowhere".into() } else { join(&status.attached) },
+    ));
     for (index, address) in nbd_addresses(map, &volume.name).into_iter().enumerate() {
         lines.push((if index == 0 { "Open at" } else { "" }, address));
     }
@@ -374,14 +397,23 @@ pub fn move_ms(plan: &NodePlan) -> u64 {
 
 /// What giving a node up loses.
 pub fn losses(plan: &NodePlan) -> String {
-    if plan.groups_lost.is_empty() {
-        return "nothing is lost: every group has another live copy".into();
+    let mut parts = Vec::new();
+    if !plan.groups_lost.is_empty() {
+        parts.push(format!(
+            "LOST: the only copy of {}; blocks of {} read as zeros there",
+            count(plan.groups_lost.len() as u64, "group"),
+            if plan.volumes_lost.is_empty() { "no volume".into() } else { join(&plan.volumes_lost) }
+        ));
     }
-    format!(
-        "LOST: the only copy of {}; blocks of {} read as zeros there",
-        count(plan.groups_lost.len() as u64, "group"),
-        if plan.volumes_lost.is_empty() { "no volume".into() } else { join(&plan.volumes_lost) }
-    )
+    if plan.groups_stopped > 0 {
+        let groups = count(plan.groups_stopped, "group");
+        parts.push(format!("AT RISK: all other copies of {groups} are on nodes that are down, too"));
+    }
+    if parts.is_empty() {
+        "nothing is lost: every group has another live copy".into()
+    } else {
+        parts.join("; ")
+    }
 }
 
 /// What a change of a node would do.

@@ -1,6 +1,6 @@
 //! What the commands print, in full: reading these tests is looking at the screen.
 
-use clap::Parser;
+use clap::{CommandFactory, Parser};
 use xsan_protocol::proto::{
     ClusterStatusReply, ErrorDetail, Event, GroupCounts, ListEventsReply, NodePlan, NodeStatus,
 };
@@ -124,11 +124,56 @@ fn volumes_are_listed_and_described() {
     );
 }
 
+/// The volume was made, then a read failed: the command failed as if nothing had been done.
+#[tokio::test]
+async fn a_change_that_was_made_is_told_though_the_cluster_answers_no_more() {
+    let deadline = Duration::from_millis(50);
+    let options = xsan_client::Options {
+        connect_timeout: deadline,
+        attempt_timeout: deadline,
+        deadline,
+        unreachable_deadline: deadline,
+    };
+    let dead = std::net::TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a port");
+    let client = ControlClient::new(vec![dead.into()], options);
+    let shown = describe_changed(&client, &sample::volume(), false, "created").await;
+    assert_eq!(
+        lines(&shown),
+        [
+            "volume vm-1 created",
+            "",
+            "Volume      vm-1 (number 1)",
+            "Size        100 GB (100000000000 bytes)",
+            "Durability  on-flush",
+            "Policy      none",
+            "Created     2026-11-21 04:30:00 UTC",
+        ]
+    );
+    let shown = describe_changed(&client, &sample::volume(), true, "resized").await;
+    let value: serde_json::Value = serde_json::from_str(&shown).expect("JSON");
+    assert_eq!((&value["name"], &value["size_bytes"]), (&"vm-1".into(), &100_000_000_000u64.into()));
+    assert_eq!((&value["state"], &value["nbd"]), (&serde_json::Value::Null, &serde_json::Value::Null));
+}
+
+#[test]
+fn what_is_wrong_with_a_store_is_told() {
+    let mut status = sample::node_status(2);
+    assert_eq!(json::node(&status)["stores"][0]["problem"], serde_json::Value::Null);
+    status.stores[0].problem = "can not be opened: neither checkpoint is valid".into();
+    let shown = show::node(&status);
+    assert_eq!(
+        lines(&shown)[14..],
+        ["", "warning: /var/lib/xsan/data/store-0.img can not be opened: neither checkpoint is valid"]
+    );
+    assert_eq!(json::node(&status)["stores"][0]["problem"], status.stores[0].problem);
+}
+
 #[test]
 fn json_has_numbers_for_sizes_and_text_for_ids() {
     let value = json::cluster_status(&sample::cluster_status());
     assert_eq!(value["health"], "degraded");
     assert_eq!(value["leader"], "node-001");
+    assert_eq!(json::cluster_status(&ClusterStatusReply::default())["leader"], serde_json::Value::Null);
     assert_eq!(value["groups"]["degraded"], 256);
     assert_eq!(value["resync"]["moved_bytes"], 12 << 20);
     assert_eq!(value["nodes"][1]["stores"][0]["id"], "0123456789abcdef");
@@ -196,6 +241,10 @@ fn wrong_usage_is_exit_code_2_and_says_what_is_wrong() {
         ("--address http://x cluster status", "is not an address; write HOST or HOST:PORT"),
         ("--timeout 0 cluster status", "0 is not in 1..=3600"),
         ("volumes list", "unrecognized subcommand"),
+        ("cluster set scrub-interval 5", "is not a whole number of s, min, h or d"),
+        ("cluster set scrub-interval d", "is not a whole number of s, min, h or d"),
+        ("cluster set scrub-interval 0s", "is not more than 0"),
+        ("cluster set scrub-interval 99999999999999999999d", "is too long"),
     ] {
         let error = parse(command).expect_err(command);
         assert_eq!(error.exit_code(), 2, "{command}");
@@ -240,9 +289,7 @@ fn every_command_has_an_example() {
 
 #[test]
 fn completion_knows_the_commands() {
-    let mut script = Vec::new();
-    clap_complete::generate(clap_complete::Shell::Bash, &mut Args::command(), "xsan-cli", &mut script);
-    let script = String::from_utf8(script).expect("text");
+    let script = completion::<Args>(clap_complete::Shell::Bash, "xsan-cli");
     assert!(script.contains("volume") && script.contains("--replica-count"));
 }
 

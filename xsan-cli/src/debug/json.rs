@@ -1,7 +1,9 @@
 //! What xsan-debug shows to programs; sizes and ids as in `cli::json`.
 
 use serde_json::{Value, json};
-use xsan_protocol::proto::{ClusterMap, ClusterStatusReply, Group, LocateBlockReply, NodePerf, VolumeStatus};
+use xsan_protocol::proto::{
+    ClusterMap, ClusterStatusReply, Group, LocateBlockReply, NodePerf, NodeStatus, VolumeStatus,
+};
 
 use super::args::Block;
 use super::layout::{self, Layout, name_of};
@@ -75,9 +77,9 @@ pub fn topology(status: &ClusterStatusReply, map: &ClusterMap) -> Value {
     })
 }
 
-pub fn volume_info(status: &VolumeStatus, map: &ClusterMap) -> Value {
+pub fn volume_info(status: &VolumeStatus, map: &ClusterMap, nodes: &[NodeStatus]) -> Value {
     let mut value = cli::volume(status, map);
-    let layout = layout::of(&status.volume.clone().unwrap_or_default(), map);
+    let layout = layout::of(&status.volume.clone().unwrap_or_default(), map, nodes);
     value["block_count"] = json!(layout.blocks);
     value["groups"] =
         layout.states().into_iter().map(|(word, number)| (word.to_owned(), json!(number))).collect();
@@ -92,7 +94,7 @@ pub fn layout(layout: &Layout, map: &ClusterMap) -> Value {
     let groups = layout.groups.iter().map(|entry| {
         let mut value = group(&entry.group, map);
         value["blocks"] = json!(entry.blocks);
-        value["state"] = json!(layout::state(&entry.group, layout.replica_count, layout.min_replicas));
+        value["state"] = json!(layout.state(&entry.group));
         value
     });
     json!({

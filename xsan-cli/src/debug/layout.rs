@@ -1,8 +1,10 @@
 //! Where a volume's blocks are: computed from the map, as every shard computes it.
 
+use std::collections::BTreeSet;
+
 use xsan_protocol::ids::{BlockIndex, GroupId, Lineage, PoolId};
 use xsan_protocol::map;
-use xsan_protocol::proto::{ClusterMap, Group, Node, Volume};
+use xsan_protocol::proto::{ClusterMap, Group, Member, Node, NodeStatus, Volume};
 use xsan_protocol::units::BLOCK_SIZE;
 
 /// A group of the volume's pool, and how many of the volume's blocks fall into it.
@@ -19,11 +21,19 @@ pub struct Layout {
     pub min_replicas: u32,
     pub blocks: u64,
     pub groups: Vec<GroupBlocks>,
+    pub serving: BTreeSet<u32>,
 }
 
-/// The state of a group in one word.
-pub fn state(group: &Group, replica_count: u32, min_replicas: u32) -> &'static str {
-    let acting = group.members.iter().filter(|member| !member.learner).count() as u32;
+/// Nodes that serve, as the cluster's status says.
+pub fn serving(nodes: &[NodeStatus]) -> BTreeSet<u32> {
+    let up = nodes.iter().filter(|status| status.state == "up");
+    up.filter_map(|status| status.node.as_ref().map(|node| node.id)).collect()
+}
+
+/// The state of a group in one word. The map alone does not tell: it stays as it is when nobody is left to go on.
+pub fn state(group: &Group, serving: &BTreeSet<u32>, replica_count: u32, min_replicas: u32) -> &'static str {
+    let acts = |member: &&Member| !member.learner && serving.contains(&member.node);
+    let acting = group.members.iter().filter(acts).count() as u32;
     if group.primary == 0 || acting < min_replicas {
         "inactive"
     } else if acting < replica_count {
@@ -36,7 +46,7 @@ pub fn state(group: &Group, replica_count: u32, min_replicas: u32) -> &'static s
 }
 
 /// Counts the blocks of `volume` in each group of its pool.
-pub fn of(volume: &Volume, map: &ClusterMap) -> Layout {
+pub fn of(volume: &Volume, map: &ClusterMap, nodes: &[NodeStatus]) -> Layout {
     let blocks = volume.size_bytes.div_ceil(BLOCK_SIZE as u64);
     let pool = map.pools.iter().find(|pool| pool.id == volume.pool).copied().unwrap_or_default();
     let mut counts = vec![0; pool.group_count as usize];
@@ -61,19 +71,21 @@ pub fn of(volume: &Volume, map: &ClusterMap) -> Layout {
         min_replicas: pool.min_replicas,
         blocks,
         groups: groups.collect(),
+        serving: serving(nodes),
     }
 }
 
 impl Layout {
+    pub fn state(&self, group: &Group) -> &'static str {
+        state(group, &self.serving, self.replica_count, self.min_replicas)
+    }
+
     /// Groups in each state, in the order that an operator cares about.
     pub fn states(&self) -> Vec<(&'static str, usize)> {
         ["inactive", "degraded", "resyncing", "healthy"]
             .into_iter()
             .map(|word| {
-                let of_state = self
-                    .groups
-                    .iter()
-                    .filter(|g| state(&g.group, self.replica_count, self.min_replicas) == word);
+                let of_state = self.groups.iter().filter(|g| self.state(&g.group) == word);
                 (word, of_state.count())
             })
             .filter(|(_, count)| *count > 0)

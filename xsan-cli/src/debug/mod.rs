@@ -1,9 +1,7 @@
 //! xsan-debug: what engineers look into. `args` → calls of the client → `show` (tables) or `json`.
 
-use std::io;
 use std::process::ExitCode;
 
-use clap::CommandFactory;
 use serde_json::Value;
 
 mod args;
@@ -14,14 +12,14 @@ mod show;
 pub use args::Args;
 use args::Command;
 
+use crate::connection::completion;
 use crate::failure::{Failure, block_on, finish};
 
 /// Runs one command.
 pub fn main(args: Args) -> ExitCode {
     let as_json = args.connection.json;
     if let Command::Completion { shell } = args.command {
-        clap_complete::generate(shell, &mut Args::command(), "xsan-debug", &mut io::stdout());
-        return ExitCode::SUCCESS;
+        return finish(Ok(completion::<Args>(shell, "xsan-debug")), as_json);
     }
     finish(block_on(run(args)), as_json)
 }
@@ -42,11 +40,15 @@ async fn run(args: Args) -> Result<String, Failure> {
         }
         Command::VolumeInfo { name } => {
             let (volume, map) = (client.get_volume(&name).await?, client.get_map().await?);
-            Ok(pick(&|| json::volume_info(&volume, &map), &|| show::volume_info(&volume, &map)))
+            let nodes = client.cluster_status().await?.nodes;
+            Ok(pick(&|| json::volume_info(&volume, &map, &nodes), &|| {
+                show::volume_info(&volume, &map, &nodes)
+            }))
         }
         Command::VolumeLayout { name } => {
             let (volume, map) = (client.get_volume(&name).await?, client.get_map().await?);
-            let layout = layout::of(&volume.volume.unwrap_or_default(), &map);
+            let nodes = client.cluster_status().await?.nodes;
+            let layout = layout::of(&volume.volume.unwrap_or_default(), &map, &nodes);
             Ok(pick(&|| json::layout(&layout, &map), &|| show::layout(&layout, &map)))
         }
         Command::BlockLocation { block } => {

@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use xsan_nodekit::size::{Amount, Size};
 use xsan_protocol::ids::{Epoch, GroupId, Seq, Version};
 use xsan_protocol::proto::{
-    BlockReplica, ClusterMap, ClusterStatusReply, Group, LocateBlockReply, Node, NodePerf, UnitLocation,
-    VolumeStatus,
+    BlockReplica, ClusterMap, ClusterStatusReply, Group, LocateBlockReply, Node, NodePerf, NodeStatus,
+    UnitLocation, VolumeStatus,
 };
 use xsan_protocol::units::{BLOCK_SIZE, UNIT_SIZE};
 
@@ -19,11 +19,6 @@ use crate::text::{Number, Text, age, count, facts, join, latency, table, yes_or_
 const SICK_GROUPS_SHOWN: usize = 20;
 
 /// `pool.index`, as `0.17`.
-fn group_name(group: u32) -> String {
-    let group = GroupId(group);
-    format!("{}.{}", group.pool(), group.index())
-}
-
 fn members(group: &Group, map: &ClusterMap, learners: bool) -> String {
     join(group.members.iter().filter(|member| member.learner == learners).map(|member| {
         let name = name_of(map, member.node);
@@ -70,7 +65,7 @@ pub fn cluster_status(status: &ClusterStatusReply, map: &ClusterMap) -> String {
             node.id.to_string(),
             status.state.clone(),
             yes_or_no(node.voter).into(),
-            age(status.last_heartbeat_age_ms),
+            status.last_heartbeat_age_ms.map_or_else(|| "never".into(), age),
             id(data.incarnation),
             id(data.boot_id),
             status.primary_groups.to_string(),
@@ -92,18 +87,18 @@ pub fn cluster_status(status: &ClusterStatusReply, map: &ClusterMap) -> String {
     ];
     text.push('\n');
     text += &table(&columns, rows);
-    text += &sick_groups(map);
+    text += &sick_groups(map, &layout::serving(&status.nodes));
     text
 }
 
 /// Groups that are not healthy, as a table; empty if there are none.
-fn sick_groups(map: &ClusterMap) -> String {
+fn sick_groups(map: &ClusterMap, serving: &BTreeSet<u32>) -> String {
     let sick: Vec<_> = map
         .groups
         .iter()
         .filter_map(|group| {
             let (replicas, min) = pool_counts(map, group);
-            let state = layout::state(group, replicas, min);
+            let state = layout::state(group, serving, replicas, min);
             (state != "healthy").then_some((group, state))
         })
         .collect();
@@ -123,7 +118,7 @@ const GROUP_COLUMNS: [crate::text::Column; 6] =
 
 fn group_row(group: &Group, state: &str, map: &ClusterMap) -> Vec<String> {
     vec![
-        group_name(group.id),
+        GroupId(group.id).to_string(),
         group.epoch.to_string(),
         state.to_owned(),
         name_of(map, group.primary),
@@ -177,9 +172,9 @@ fn topology_of(node: &Node, status: &ClusterStatusReply) -> String {
     text
 }
 
-pub fn volume_info(status: &VolumeStatus, map: &ClusterMap) -> String {
+pub fn volume_info(status: &VolumeStatus, map: &ClusterMap, nodes: &[NodeStatus]) -> String {
     let volume = status.volume.clone().unwrap_or_default();
-    let layout = layout::of(&volume, map);
+    let layout = layout::of(&volume, map, nodes);
     let states = join(layout.states().into_iter().map(|(word, number)| format!("{number} {word}")));
     facts(&[
         ("Volume", format!("{} (number {})", volume.name, volume.id)),
@@ -204,7 +199,7 @@ pub fn layout(layout: &Layout, map: &ClusterMap) -> String {
     });
     let mut text = table(&[Text("NODE"), Number("PRIMARY BLOCKS"), Number("REPLICA BLOCKS")], rows);
     let rows = layout.groups.iter().map(|entry| {
-        let state = layout::state(&entry.group, layout.replica_count, layout.min_replicas);
+        let state = layout.state(&entry.group);
         let mut row = group_row(&entry.group, state, map);
         row.push(entry.blocks.to_string());
         row
@@ -227,7 +222,7 @@ pub fn location(block: &Block, reply: &LocateBlockReply) -> String {
     let mut text = facts(&[
         ("Block", format!("{}:{} (bytes {first} to {last} of the volume)", block.volume, block.index)),
         ("Key", format!("lineage {}, layer {}, index {}", id(reply.lineage), reply.layer, reply.block_index)),
-        ("Group", format!("{} at epoch {}", group_name(reply.group), reply.epoch)),
+        ("Group", format!("{} at epoch {}", GroupId(reply.group), reply.epoch)),
     ]);
     let rows = reply.replicas.iter().map(|replica| {
         let pages: u32 = replica.units.iter().map(|unit| unit.journalled_pages).sum();
@@ -262,7 +257,13 @@ fn units(replicas: &[BlockReplica]) -> String {
     let numbers: BTreeSet<u32> =
         replicas.iter().flat_map(|replica| replica.units.iter().map(|unit| unit.unit)).collect();
     if numbers.is_empty() {
-        return String::from("nothing was written to this block: it reads as zeroes\n");
+        let asked = replicas.iter().filter(|replica| replica.reachable).count();
+        let text = match asked {
+            0 => "no replica could be asked\n",
+            _ if asked < replicas.len() => "the replicas that could be asked hold nothing of it\n",
+            _ => "nothing was written to this block: it reads as zeroes\n",
+        };
+        return text.to_owned();
     }
     let mut columns = vec!["UNIT".to_owned(), "OFFSET".to_owned(), "SAME".to_owned()];
     columns.extend(replicas.iter().map(|replica| replica.node_name.to_uppercase()));

@@ -1,6 +1,6 @@
 //! What the commands print, in full.
 
-use clap::Parser;
+use clap::{CommandFactory, Parser};
 use xsan_protocol::proto::{BlockReplica, Counter, Latency, LocateBlockReply, NodePerf, UnitLocation};
 
 use super::args::Block;
@@ -73,7 +73,7 @@ fn topology_goes_from_domains_to_stores() {
 
 #[test]
 fn volume_info_counts_blocks_and_groups() {
-    let shown = show::volume_info(&sample::volume_status(), &sample::map());
+    let shown = show::volume_info(&sample::volume_status(), &sample::map(), &sample::cluster_status().nodes);
     assert_eq!(
         lines(&shown),
         [
@@ -93,7 +93,7 @@ fn volume_info_counts_blocks_and_groups() {
 #[test]
 fn layout_accounts_for_every_block() {
     let map = sample::map();
-    let layout = layout::of(&sample::volume(), &map);
+    let layout = layout::of(&sample::volume(), &map, &sample::cluster_status().nodes);
     assert_eq!(layout.groups.iter().map(|group| group.blocks).sum::<u64>(), 23842);
     let (_, held) = layout.blocks_of(&map.nodes[2]);
     assert_eq!(held, 23842, "node 3 is a member of every group");

@@ -122,3 +122,35 @@ fn scrubs_that_found_something_or_are_late_are_told() {
     let codes: Vec<_> = findings(&late).findings.into_iter().map(|finding| finding.code).collect();
     assert_eq!(codes, ["SCRUB_ERRORS", "SCRUB_OVERDUE", "SCRUB_REPAIRED"]);
 }
+
+/// A light scrub reads no page: its end, a day after that of the deep one, said that nothing was lost.
+#[test]
+fn a_light_scrub_does_not_clear_what_a_deep_one_found() {
+    let mut state = state(3, 3);
+    let group = state.groups().next().expect("a group").1.id;
+    let lost = proto::ScrubFindings { damaged_pages: 1, lost_pages: 1, ..Default::default() };
+    let mut scrub = |deep, findings| {
+        let number = state.scrubs(group).order_number(deep);
+        let ends = vec![ScrubEnd { group, deep, number, findings }];
+        state.apply(&Command::EndScrubs { unix_ms: number + 1, ends });
+        (found(&state, answers(3, &[])), state.scrubs(group).last().expect("it was scrubbed").deep)
+    };
+    let object = format!("group {group}");
+    let errors = pairs(&[("SCRUB_ERRORS", &object)]);
+    assert_eq!(scrub(true, lost), (errors.clone(), true));
+    assert_eq!(scrub(false, proto::ScrubFindings::default()), (errors, false));
+    assert_eq!(scrub(true, proto::ScrubFindings::default()), (vec![], true));
+    let different = proto::ScrubFindings { differences: 1, ..Default::default() };
+    assert_eq!(scrub(false, different).0, pairs(&[("SCRUB_ERRORS", &object)]));
+    assert_eq!(scrub(false, proto::ScrubFindings::default()).0, []);
+}
+
+/// The leader of a term that has lost its quorum does not know it by Raft alone; its answers said that all but the dead is well.
+#[test]
+fn without_a_quorum_there_is_no_leader() {
+    let mut answers = answers(3, &[2, 3]);
+    answers.get_mut(&NodeId(1)).expect("it answers").status.health.clear();
+    let codes: Vec<_> = found(&state(3, 3), answers).into_iter().map(|(code, _)| code).collect();
+    assert_eq!(codes[..2], ["NO_LEADER", "GROUPS_UNAVAILABLE"]);
+    assert!(!codes.contains(&"NO_QUORUM_MARGIN".to_owned()), "{codes:?}");
+}

@@ -116,3 +116,15 @@ fn bytes_are_taken_from_the_node_or_from_the_others_when_it_is_silent() {
     assert_eq!(replica_bytes(&survey, NodeId(1)), 128_000 / held(1));
     assert_eq!(replica_bytes(&survey, NodeId(3)), 256_000 / (held(1) + held(2)));
 }
+
+/// Both copies are on nodes that are down: giving one of them up was told to lose nothing, "every group has another live copy".
+#[test]
+fn copies_on_nodes_that_are_down_as_well_are_told() {
+    let state = state(3, 3);
+    let two_down = survey(&state, answers(3, &[1, 2]));
+    assert_eq!(held_by_the_dead(&two_down, NodeId(2)), 0, "the third serves");
+    let all_down = survey(&state, answers(3, &[1, 2, 3]));
+    assert_eq!(held_by_the_dead(&all_down, NodeId(2)), 256);
+    let single = super::super::sample::state(2, 1);
+    assert_eq!(held_by_the_dead(&survey(&single, answers(2, &[1, 2])), NodeId(2)), 0, "these are lost");
+}
