@@ -1,7 +1,8 @@
 //! A cluster of real nodes, on loopback or behind a switch: start, faults, waiting, stop.
 //!
 //! One cluster runs at a time in a process: what is timed is not disturbed by another test. The directory
-//! is kept, and named, when its owner panics or asks for it, and is gone otherwise.
+//! is kept, and named, when nodes do not come up or their owner panics or asks for it, and is gone otherwise. That of a program
+//! which tells failure by its exit status is left to its caller: `tools/lib.sh`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -32,8 +33,10 @@ pub const SETTLE_DEADLINE: Duration = Duration::from_secs(30);
 /// For a state that is reached by moving data.
 pub const RESYNC_DEADLINE: Duration = Duration::from_secs(180);
 const NBD_TIMEOUT: Duration = Duration::from_secs(40);
-/// The longest path of a Unix socket is 107 bytes.
-const WORK_PATH_MAX: usize = 80;
+/// The longest path of a Unix socket is 107 bytes, and a bridge's name takes 36 of them. `tools/lib.sh` knows it, too.
+const WORK_PATH_MAX: usize = 70;
+/// What `XSAN_KEEP` says when the directory is the caller's to remove.
+const KEEP_FOR_CALLER: &str = "caller";
 
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
@@ -103,11 +106,11 @@ impl Cluster {
     }
 
     pub fn add_nodes(&mut self, count: usize) -> Result<()> {
-        for _ in 0..count {
-            self.add_node()?;
-        }
-        self.wait_healthy(SETTLE_DEADLINE)?;
-        Ok(())
+        let added = (0..count).try_for_each(|_| self.add_node().map(drop));
+        let healthy = added.and_then(|()| self.wait_healthy(SETTLE_DEADLINE).map(drop));
+        // Who starts a cluster drops it with the error, before a test panics at that.
+        self.directory.failed |= healthy.is_err();
+        healthy
     }
 
     /// Gives a node that is still to be added a block device instead of a file.
@@ -466,6 +469,8 @@ impl Answer {
 #[derive(Debug)]
 struct WorkDirectory {
     directory: Option<TempDir>,
+    /// Nodes did not come up.
+    failed: bool,
 }
 
 impl WorkDirectory {
@@ -482,7 +487,7 @@ impl WorkDirectory {
             "{} is too long for the Unix sockets in it; set XSAN_WORK_DIR to a shorter one",
             directory.path().display()
         );
-        Ok(Self { directory: Some(directory) })
+        Ok(Self { directory: Some(directory), failed: false })
     }
 
     fn path(&self) -> &Path {
@@ -493,7 +498,12 @@ impl WorkDirectory {
 impl Drop for WorkDirectory {
     fn drop(&mut self) {
         let Some(directory) = self.directory.take() else { return };
-        if !std::thread::panicking() && std::env::var_os("XSAN_KEEP").is_none() {
+        let keep = std::env::var_os("XSAN_KEEP");
+        if keep.as_deref().is_some_and(|keep| keep == KEEP_FOR_CALLER) {
+            let _ = directory.keep();
+            return;
+        }
+        if !self.failed && !std::thread::panicking() && keep.is_none() {
             return;
         }
         // The devices of a failed test are seldom looked at, and large.
@@ -503,7 +513,7 @@ impl Drop for WorkDirectory {
             if !kept.join(format!("{}.conf", node_name(index))).exists() {
                 break;
             }
-            if std::env::var_os("XSAN_KEEP").is_none() && device.exists() {
+            if keep.is_none() && device.exists() {
                 let _ = fs::remove_file(device);
             }
         }

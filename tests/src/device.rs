@@ -1,12 +1,12 @@
 //! Block devices that fail when they are told to: loop devices over a file, or over too little memory.
 //!
-//! Used by `cluster` for nodes whose store is to fail. A loop device is gone when its last user is, however the
+//! Used by `cluster` for nodes whose store is to fail, or whose flushes are to be counted. A loop device is gone when its last user is, however the
 //! harness ends; so is the file system of `over_memory`, which is mounted nowhere.
 //!
-//! Source: loop(4), and `linux/loop.h` for the numbers.
+//! Source: loop(4), and `linux/loop.h` for the numbers; the kernel's `Documentation/block/stat.rst`.
 
 use std::ffi::{CStr, CString};
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -21,6 +21,8 @@ const FSCONFIG_SET_STRING: u32 = 1;
 const FSCONFIG_CMD_CREATE: u32 = 6;
 const FSCONFIG_CMD_RECONFIGURE: u32 = 7;
 const FSPICK_EMPTY_PATH: u32 = 8;
+/// The word of `/sys/block/NAME/stat` that counts flushes.
+const STAT_FLUSHES: usize = 15;
 /// Another harness may take the free device first.
 const TRIES_MAX: usize = 50;
 
@@ -94,6 +96,14 @@ impl LoopDevice {
 
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Flushes that the device has carried out, as the kernel counts them; since Linux 5.5.
+    pub fn flush_count(&self) -> Result<u64> {
+        let name = self.path.file_name().expect("a device has a name");
+        let stat = fs::read_to_string(Path::new("/sys/block").join(name).join("stat"))?;
+        let count = stat.split_whitespace().nth(STAT_FLUSHES);
+        Ok(count.context("this kernel counts no flushes")?.parse()?)
     }
 
     /// The pool of a device over memory is full from now on, or has room for `limit` bytes in all.

@@ -6,8 +6,12 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+use anyhow::Result;
+
+use crate::cluster::{Cluster, SETTLE_DEADLINE};
 use crate::random::Random;
 use crate::stamp::PAGE_SIZE;
+use crate::wait::{Look, until};
 
 const CHUNK_BYTES: usize = 1 << 20;
 
@@ -51,6 +55,21 @@ pub fn overwrite(path: &Path, wanted: impl Fn(&[u8]) -> bool, random: &mut Rando
     // The store reads past the page cache.
     file.sync_all()?;
     Ok(places.len())
+}
+
+/// Waits until the first blocks of a volume are in their place on every node: what is overwritten there stays overwritten.
+pub fn wait_destaged(cluster: &Cluster, volume: &str, block_count: u64) -> Result<()> {
+    until("the journals to be empty", SETTLE_DEADLINE, || {
+        let journalled: u32 = (0..block_count)
+            .map(|block| cluster.control().locate(volume, block))
+            .collect::<Result<Vec<_>, _>>()?
+            .iter()
+            .flat_map(|block| &block.replicas)
+            .flat_map(|replica| &replica.units)
+            .map(|unit| unit.journalled_pages)
+            .sum();
+        Ok(if journalled == 0 { Look::Done(()) } else { Look::NotYet(format!("{journalled} pages")) })
+    })
 }
 
 #[cfg(test)]

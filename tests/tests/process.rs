@@ -12,6 +12,8 @@ mod clients;
 mod corruption;
 #[path = "process/devices.rs"]
 mod devices;
+#[path = "process/durability.rs"]
+mod durability;
 #[path = "process/errors.rs"]
 mod errors;
 #[path = "process/faults.rs"]

@@ -13,6 +13,9 @@ use xsan_fuzz::{corpus, targets};
 /// An input on which a decoder works longer than this is a finding.
 const HANG_AFTER: Duration = Duration::from_secs(20);
 
+/// A year, and no longer than clocks reckon with.
+const MINUTES_MAX: f64 = 525_600.0;
+
 /// Gives mutated encodings to the decoders of XSAN, and checks what they make of them.
 #[derive(Parser)]
 #[command(name = "fuzz")]
@@ -20,7 +23,7 @@ struct Options {
     /// Targets to run, one after the other; without any, all.
     targets: Vec<String>,
     /// Minutes for each target.
-    #[arg(long, default_value_t = 2.0)]
+    #[arg(long, default_value_t = 2.0, value_parser = minutes)]
     minutes: f64,
     /// The same seed makes the same inputs.
     #[arg(long, default_value_t = 1)]
@@ -37,6 +40,16 @@ struct Options {
     /// Lists the targets.
     #[arg(long)]
     list: bool,
+}
+
+/// In no time at all nothing is run, and nothing found.
+fn minutes(text: &str) -> Result<f64, String> {
+    let minutes: f64 = text.parse().map_err(|_| "is not a number".to_owned())?;
+    if minutes > 0.0 && minutes <= MINUTES_MAX {
+        Ok(minutes)
+    } else {
+        Err(format!("is not above 0 and at most {MINUTES_MAX}"))
+    }
 }
 
 fn main() -> ExitCode {
@@ -89,6 +102,7 @@ fn run_target(target: &'static Target, options: &Options) -> anyhow::Result<bool
         }
     });
     set_running(None);
+    ensure!(summary.inputs > 0, "{}: the time was over before the first input; give it more", target.name);
     let seconds = summary.elapsed.as_secs_f64().max(1e-9);
     println!(
         "{:14} {:>10} inputs in {seconds:>6.1} s, {:>7.0} a second, {:>5.1} % accepted{}",

@@ -416,7 +416,7 @@ fn node<'a>(status: &'a ClusterStatusReply, name: &str) -> Option<&'a NodeStatus
 }
 
 fn used(status: &ClusterStatusReply, name: &str) -> u64 {
-    node(status, name).map_or(0, |node| node.used_bytes)
+    node(status, name).and_then(|node| node.used_bytes).unwrap_or(0)
 }
 
 /// What a node of this cluster holds on average.

@@ -78,6 +78,11 @@ fn sectors_zeroes_and_trims_are_exact() {
     client.read(0, &mut bytes).unwrap();
     assert!(bytes[..256 << 10] == model[..256 << 10]);
     assert!(bytes[512 << 10..] == model[512 << 10..]);
+    let pages = bytes.chunks_exact(PAGE_SIZE).zip(model.chunks_exact(PAGE_SIZE)).enumerate();
+    for (page, (bytes, before)) in pages.skip((256 << 10) / PAGE_SIZE).take((256 << 10) / PAGE_SIZE) {
+        let zero = bytes.iter().all(|byte| *byte == 0);
+        assert!(zero || bytes == before, "page {page} was trimmed, and is neither old nor zero");
+    }
     client.flush().unwrap();
 }
 

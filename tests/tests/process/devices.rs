@@ -6,10 +6,13 @@ use xsan_tests::cluster::{Cluster, RESYNC_DEADLINE, SETTLE_DEADLINE};
 use xsan_tests::crowd::{Crowd, Field};
 use xsan_tests::device::LoopDevice;
 use xsan_tests::node::NodeOptions;
+use xsan_tests::stamp::{PAGE_SIZE, Stamp};
 use xsan_tests::wait::{Look, until};
 
 const VOLUME: &str = "device";
-const VOLUME_PAGES: u64 = (256 << 20) / 4096;
+const VOLUME_PAGES: u64 = (256 << 20) / PAGE_SIZE as u64;
+const PAGES_AT_ONCE: u64 = 256;
+const SEED: u64 = 91;
 const DEVICE_BYTES: u64 = 1 << 30;
 /// Less than the volume, more than a store lays out before it is written to.
 const POOL_BYTES: u64 = 200 << 20;
@@ -64,15 +67,23 @@ fn a_thin_device_whose_pool_is_full_is_gone_on_without() {
     // What the store lays out at first fits; the volume's data do not.
     let cluster = start(|_| LoopDevice::over_memory(DEVICE_BYTES, POOL_BYTES).unwrap());
     let mut client = cluster.connect(0, VOLUME).unwrap();
-    let bytes: Vec<u8> = (0..1_u32 << 20).map(|index| (index / 7) as u8).collect();
-    for offset in (0..VOLUME_PAGES * 4096).step_by(bytes.len()) {
-        client.write(offset, &bytes).unwrap();
+    // Every page says which one it is: another's data is found.
+    let content = |first: u64| -> Vec<u8> {
+        (first..first + PAGES_AT_ONCE)
+            .flat_map(|page| Stamp { page, generation: 1, seed: SEED }.to_page())
+            .collect()
+    };
+    let firsts = (0..VOLUME_PAGES).step_by(PAGES_AT_ONCE as usize);
+    for first in firsts.clone() {
+        client.write(first * PAGE_SIZE as u64, &content(first)).unwrap();
     }
     client.flush().unwrap();
     wait_named(&cluster);
-    let mut read = vec![0; bytes.len()];
-    for offset in (0..VOLUME_PAGES * 4096).step_by(bytes.len()) {
-        client.read(offset, &mut read).unwrap();
-        assert!(read == bytes, "at {offset}");
+    let mut read = vec![0; PAGES_AT_ONCE as usize * PAGE_SIZE];
+    for first in firsts {
+        client.read(first * PAGE_SIZE as u64, &mut read).unwrap();
+        for (page, bytes) in (first..).zip(read.chunks_exact(PAGE_SIZE)) {
+            assert_eq!(Stamp::generation_of(bytes, page, SEED), Ok(1));
+        }
     }
 }

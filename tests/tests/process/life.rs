@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use xsan_protocol::error::Code;
 use xsan_tests::cluster::{Cluster, RESYNC_DEADLINE, SETTLE_DEADLINE};
 use xsan_tests::node::NodeOptions;
@@ -158,6 +158,35 @@ fn a_removed_node_gives_its_replicas_away_under_a_writer_and_is_told_to_go() {
             })
             .unwrap();
     }
+}
+
+/// The volume is shown as attached at these nodes.
+fn wait_attached(cluster: &Cluster, nodes: &[&str]) {
+    until("the volume to be attached there alone", SETTLE_DEADLINE, || {
+        let attached = cluster.cli_json(&["volume", "info", "vm"])?["attached"].clone();
+        Ok(if attached == json!(nodes) { Look::Done(()) } else { Look::NotYet(attached.to_string()) })
+    })
+    .unwrap();
+}
+
+/// What a dead node had open could neither be closed nor deleted, and the node not be removed but by force.
+#[test]
+fn a_dead_node_keeps_no_volume_open_and_can_be_removed() {
+    let mut cluster = Cluster::start_with(4, options()).unwrap();
+    cluster.cli(&["cluster", "set", "down-out-interval", "5s"]).unwrap().succeeded().unwrap();
+    cluster.create_volume("vm", "64MiB", 3).unwrap();
+    let client = cluster.connect(3, "vm").unwrap();
+    wait_attached(&cluster, &["node-004"]);
+    let delete = ["volume", "delete", "vm", "--yes"];
+    cluster.cli(&delete).unwrap().refused_with(&[Code::VolumeAttached], &["vm", "node-004"]).unwrap();
+
+    cluster.kill_node(3).unwrap();
+    drop(client);
+    cluster.cli(&delete).unwrap().refused_with(&[Code::VolumeAttached], &["vm", "node-004"]).unwrap();
+    wait_attached(&cluster, &[]);
+    cluster.cli(&["node", "remove", "node-004", "--yes", "--wait"]).unwrap().succeeded().unwrap();
+    assert_eq!(cluster.status().unwrap().nodes.len(), 3);
+    cluster.cli(&delete).unwrap().succeeded().unwrap();
 }
 
 #[test]
