@@ -228,7 +228,12 @@ mod tests {
         })
         .unwrap();
         assert!(child_named(shell.pid(), "other").unwrap().is_none());
-        assert!(usage(child.pid).unwrap().resident_bytes > 0);
+        // It has its name before its memory.
+        until("memory of the child", Duration::from_secs(5), || {
+            let usage = usage(child.pid)?;
+            Ok(if usage.resident_bytes > 0 { Look::Done(()) } else { Look::NotYet("none".to_owned()) })
+        })
+        .unwrap();
         child.kill().unwrap();
         // A handle of a process that is gone takes signals without harm.
         child.signal(libc::SIGKILL).unwrap();
