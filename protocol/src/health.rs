@@ -68,7 +68,7 @@ checks! {
     GroupsUnavailable  "GROUPS_UNAVAILABLE"  Error   "groups have fewer live replicas than I/O needs" "bring back the nodes that are down";
     StoreFailed        "STORE_FAILED"        Error   "a store has failed or can not be opened; its replicas are made elsewhere, where other copies and places are" "replace the device and restart the node; to use the same one again, restart it with --force-format PATH";
     StoreFull          "STORE_FULL"          Error   "a store is more than 95 % full; writes are refused soon" "delete or trim data, or add devices or nodes";
-    ScrubErrors        "SCRUB_ERRORS"        Error   "the last scrub of a group found replicas that differ, or damage that no replica can mend" "read the primary's log for the blocks; restore them, then scrub the group again: xsan-cli scrub start --deep --group G";
+    ScrubErrors        "SCRUB_ERRORS"        Error   "the last scrubs of a group found replicas that differ, or damage that no replica can mend" "read the primary's log for the blocks; restore them, then scrub the group again: xsan-cli scrub start --deep --group G";
     NodeDown           "NODE_DOWN"           Warning "a node is not heard of" "start it; if it is to stay away, set maintenance or remove it";
     DataDown           "DATA_DOWN"           Warning "a node's control process runs, its data process does not serve" "read the node's log for the reason";
     NoQuorumMargin     "NO_QUORUM_MARGIN"    Warning "one more voter lost stops the control plane" "bring voters back; three nodes bear the loss of one";

@@ -174,7 +174,7 @@ impl Cluster for Context {
     ) -> Result<Response<proto::ListVolumesReply>, Status> {
         let context = self.clone();
         self.answer(async move {
-            let volumes = status::volumes(&Survey::take(&context).await);
+            let volumes = status::volumes(&Survey::of_leader(&context).await);
             Ok(proto::ListVolumesReply { volumes })
         })
         .await
@@ -187,7 +187,7 @@ impl Cluster for Context {
         let (context, name) = (self.clone(), request.into_inner().name);
         self.answer(async move {
             let id = context.number_of(&name).await?;
-            let mut volumes = status::volumes(&Survey::take(&context).await).into_iter();
+            let mut volumes = status::volumes(&Survey::of_leader(&context).await).into_iter();
             let found = volumes.find(|status| status.volume.as_ref().is_some_and(|volume| volume.id == id.0));
             found.ok_or(ApiError::VolumeNotFound { name })
         })

@@ -39,6 +39,17 @@ pub struct Survey {
 
 impl Survey {
     pub async fn take(context: &Context) -> Self {
+        Self::ask(context, |_| true).await
+    }
+
+    /// For what needs no more than the health of the nodes: asks the leader, and the others only if that does not tell.
+    pub async fn of_leader(context: &Context) -> Self {
+        let leader = context.handle.leader().map(|(leader, _)| leader);
+        let survey = Self::ask(context, |node| Some(node) == leader).await;
+        if survey.health.is_empty() { Self::take(context).await } else { survey }
+    }
+
+    async fn ask(context: &Context, whom: impl Fn(NodeId) -> bool) -> Self {
         let state = context.handle.state();
         let ask = async |node: &Node| {
             let asked = unix_ms();
@@ -46,7 +57,8 @@ impl Survey {
             let skew_ms = skew_ms(asked, status.unix_ms, unix_ms());
             Some((node.id, Answer { status, skew_ms }))
         };
-        let answers = join_all(state.map().nodes.values().map(ask)).await;
+        let asked = state.map().nodes.values().filter(|node| whom(node.id));
+        let answers = join_all(asked.map(ask)).await;
         let leader = context.handle.leader().map_or(NodeId(0), |(leader, _)| leader);
         Self::new(
             state,

@@ -222,6 +222,18 @@ fn what_would_lose_redundancy_is_refused_and_health_tells_what_is_missing() {
         codes.is_empty() && exit_code == Some(0)
     });
 
+    // A leader without the other voters goes on believing that it leads; nothing that it says of the nodes is certain.
+    let leader = cluster.leader().unwrap();
+    let others: Vec<usize> = (0..3).filter(|node| *node != leader).collect();
+    others.iter().for_each(|node| cluster.kill_node(*node).unwrap());
+    wait_health(&cluster, "the lost quorum to be found", |codes, exit_code| {
+        let has = |code: &str| codes.iter().any(|found| found == code);
+        has("NO_LEADER") && has("GROUPS_UNAVAILABLE") && !has("NO_QUORUM_MARGIN") && exit_code == Some(2)
+    });
+    assert_eq!(cluster.cli_json(&["volume", "info", "vm"]).unwrap()["state"], "inactive");
+    cluster.start_again(&others).unwrap();
+    cluster.wait_healthy(RESYNC_DEADLINE).unwrap();
+
     // Given up for dead, with nothing lost; the others go on with two replicas.
     cluster.kill_node(2).unwrap();
     cluster
