@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 
 use xsan_dataplane::io::{Device, DiskAction};
 use xsan_dataplane::store::{Options, Store, StoreEvent, StoreView};
-use xsan_dataplane::testing::{History, Span};
+use xsan_dataplane::testing::{History, Span, value_of};
 use xsan_protocol::ids::{BlockKey, GroupId, NodeId, Version};
 use xsan_protocol::map::ClusterMap;
 use xsan_protocol::units::{PAGE_SIZE, PAGES_PER_UNIT, PageRange, SECTOR_SIZE, UNITS_PER_BLOCK};
@@ -34,36 +34,9 @@ impl SectorRange {
 
 type Sector = (u32, u16);
 
-/// The word at `index` of a sector that was written with `value`: the first tells the value, the others also the place.
-const fn word(value: u64, sector: Sector, index: usize) -> u64 {
-    if value == 0 || index == 0 {
-        return value;
-    }
-    let place = (sector.0 as u64) << 32 | (sector.1 as u64) << 16 | index as u64;
-    (value ^ place.rotate_left(23)).wrapping_mul(0x9e37_79b9_7f4a_7c15)
-}
-
 /// Fills sectors with what a write of `value` there leaves.
 pub fn fill(bytes: &mut [u8], range: SectorRange, value: u64) {
-    for (sector, bytes) in range.sectors().zip(bytes.chunks_exact_mut(SECTOR_SIZE as usize)) {
-        for (index, bytes) in bytes.chunks_exact_mut(size_of::<u64>()).enumerate() {
-            bytes.copy_from_slice(&word(value, sector, index).to_le_bytes());
-        }
-    }
-}
-
-/// The value that a sector was written with: every byte of it must be from that write, and from that place.
-fn value_of(bytes: &[u8], sector: Sector) -> Result<u64, String> {
-    let mut words = bytes.chunks_exact(size_of::<u64>());
-    let mut words = words.by_ref().map(|bytes| u64::from_le_bytes(bytes.try_into().expect("eight bytes")));
-    let value = words.next().expect("sectors are longer");
-    match words.zip(1..).find(|(found, index)| *found != word(value, sector, *index)) {
-        None => Ok(value),
-        Some((found, index)) => Err(format!(
-            "block {} sector {} begins as value {value} was written there, and its word {index} is {found:#x}",
-            sector.0, sector.1
-        )),
-    }
+    xsan_dataplane::testing::fill(bytes, range.sectors().map(in_history), value);
 }
 
 fn in_history(sector: Sector) -> xsan_dataplane::testing::Sector {
@@ -139,7 +112,7 @@ impl Ledger {
                 for (index, sector) in range.sectors().enumerate() {
                     let offset = index * SECTOR_SIZE as usize;
                     let bytes = data.map(|data| &data[offset..offset + SECTOR_SIZE as usize]);
-                    match bytes.map_or(Ok(0), |bytes| value_of(bytes, sector)) {
+                    match bytes.map_or(Ok(0), |bytes| value_of(bytes, in_history(sector))) {
                         Ok(value) => self.saw(sector, value, span),
                         Err(violation) => self.violation = Some(violation),
                     }
@@ -255,7 +228,7 @@ impl Ledger {
             let offset = usize::from(sector.1 % SECTORS_PER_PAGE) * SECTOR_SIZE as usize;
             let page = content.and_then(|content| content.pages.get(&(sector.1 / SECTORS_PER_PAGE)));
             let bytes = page.map(|page| &page[offset..offset + SECTOR_SIZE as usize]);
-            let held = bytes.map_or(Ok(0), |bytes| value_of(bytes, sector))?;
+            let held = bytes.map_or(Ok(0), |bytes| value_of(bytes, in_history(sector)))?;
             if held != read {
                 return Err(format!("sector {sector:?} holds {held}, and was last read as {read}"));
             }

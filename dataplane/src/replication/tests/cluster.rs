@@ -29,7 +29,7 @@ use crate::replication::{
     is_content,
 };
 use crate::store::{PageData, ReadError, Record, StoreError, StoreEvent};
-use crate::testing::{History, Random, Sector, Span};
+use crate::testing::{History, Random, Sector, Span, fill, value_of};
 
 const NODES: u32 = 3;
 const GROUPS: u16 = 2;
@@ -293,7 +293,7 @@ impl Cluster {
                     let value = data.as_ref().map_or(0, |data| {
                         let offset = usize::from(page - first) * PAGE_SIZE
                             + usize::from(sector) * SECTOR_SIZE as usize;
-                        value_of(&data.bytes[offset..offset + SECTOR_SIZE as usize], place)
+                        value_of(&data.bytes[offset..offset + SECTOR_SIZE as usize], place).unwrap()
                     });
                     self.history.read(place, value, span);
                 }
@@ -367,12 +367,13 @@ impl Cluster {
                 let offset = pages.byte_offset() + self.random.index(6) as u32 * SECTOR_SIZE;
                 let value = self.next_request;
                 let mut bytes = pool().alloc((sectors * SECTOR_SIZE) as usize).unwrap();
-                fill(&mut bytes, block_number(group, key), offset, value);
+                fill(&mut bytes, sectors_from(block_number(group, key), offset), value);
                 Operation::WriteSectors { key, offset, bytes: bytes.freeze(), fua }
             }
             _ => {
                 let mut bytes = pool().alloc(pages.bytes()).unwrap();
-                fill(&mut bytes, block_number(group, key), pages.byte_offset(), self.next_request);
+                let sectors = sectors_from(block_number(group, key), pages.byte_offset());
+                fill(&mut bytes, sectors, self.next_request);
                 let checksums = page_checksums(&bytes);
                 Operation::Write { key, pages, data: PageData { bytes: bytes.freeze(), checksums }, fua }
             }
@@ -609,37 +610,11 @@ fn block_number(group: GroupId, key: BlockKey) -> u64 {
     u64::from(group.0) << 32 | u64::from(key.index.0)
 }
 
-/// What a write of `value` leaves in a sector: the first word tells the value, the others also the place. 0 is zeroes.
-fn sector_bytes(value: u64, (block, page, sector): Sector) -> [u8; SECTOR_SIZE as usize] {
-    let mut bytes = [0; SECTOR_SIZE as usize];
-    if value == 0 {
-        return bytes;
-    }
-    let mix = |mixed: u64, part: u64| (mixed ^ part).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    let mixed = [block, page.into(), sector.into()].into_iter().fold(value, mix);
-    for (index, word) in (0..).zip(bytes.chunks_exact_mut(8)) {
-        word.copy_from_slice(&(if index == 0 { value } else { mixed ^ index }).to_le_bytes());
-    }
-    bytes
-}
-
-/// Fills sectors of a block, from `offset` on.
-fn fill(bytes: &mut [u8], block: u64, offset: u32, value: u64) {
+/// The sectors of a block from `offset` on.
+fn sectors_from(block: u64, offset: u32) -> impl Iterator<Item = Sector> {
     let sectors_per_page = SECTORS_PER_PAGE as u32;
-    for (number, bytes) in (offset / SECTOR_SIZE..).zip(bytes.chunks_exact_mut(SECTOR_SIZE as usize)) {
-        let (page, sector) = (number / sectors_per_page, number % sectors_per_page);
-        bytes.copy_from_slice(&sector_bytes(value, (block, page as u16, sector as u16)));
-    }
-}
-
-/// The value that a sector was written with: all of it must be from one write, and from that to this place.
-fn value_of(bytes: &[u8], place: Sector) -> u64 {
-    let value = u64::from_le_bytes(bytes[..8].try_into().expect("sectors are longer"));
-    assert!(
-        bytes == sector_bytes(value, place),
-        "{place:?} begins with {value}, and is not what that left there"
-    );
-    value
+    (offset / SECTOR_SIZE..)
+        .map(move |number| (block, (number / sectors_per_page) as u16, (number % sectors_per_page) as u16))
 }
 
 fn group_of(record: &Record) -> GroupId {

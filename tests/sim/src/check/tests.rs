@@ -157,26 +157,3 @@ fn a_sector_that_was_read_must_not_go_back() {
     story.read(1);
     assert!(story.is_bad());
 }
-
-/// A sector with bytes of another place, or of two writes.
-#[test]
-fn every_byte_of_a_sector_counts() {
-    let good = |value| {
-        let mut bytes = vec![0; SECTOR_SIZE as usize];
-        fill(&mut bytes, SECTOR, value);
-        bytes
-    };
-    let seen = |bytes: &[u8]| value_of(bytes, (SECTOR.block, SECTOR.first));
-    assert_eq!((seen(&good(5)), seen(&good(0))), (Ok(5), Ok(0)));
-    for place in [(1, 10), (2, 9)] {
-        value_of(&good(5), place).expect_err("it was written elsewhere");
-    }
-    for byte in 0..SECTOR_SIZE as usize {
-        let mut bytes = good(5);
-        bytes[byte] ^= 1;
-        assert_ne!(seen(&bytes), Ok(5), "byte {byte}");
-        let mut zeroes = good(0);
-        zeroes[byte] ^= 1;
-        assert_ne!(seen(&zeroes), Ok(0), "byte {byte}");
-    }
-}
