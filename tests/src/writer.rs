@@ -212,7 +212,8 @@ impl Task {
         let result = if reads { self.read(&mut client, page) } else { self.write(&mut client, page) };
         match result {
             Ok(()) => {
-                self.answered();
+                self.measure();
+                self.report.operations += 1;
                 self.client = Some(client);
                 Ok(())
             }
@@ -240,6 +241,7 @@ impl Task {
         self.report.history.record(page, Operation::Write { generation, began, ended });
         result?;
         promise.acknowledged = generation;
+        self.measure();
         let interval = self.work.flush_interval;
         if interval > 0 && (self.report.operations + 1).is_multiple_of(interval) {
             client.flush()?;
@@ -261,13 +263,13 @@ impl Task {
         Ok(())
     }
 
-    fn answered(&mut self) {
+    /// An answer has come.
+    fn measure(&mut self) {
         if self.measure_anew.swap(false, Ordering::Relaxed) {
             self.report.stall = Duration::ZERO;
         }
         self.report.stall = self.report.stall.max(self.last_answer.elapsed());
         self.last_answer = Instant::now();
-        self.report.operations += 1;
     }
 
     fn reconnect(&mut self) -> Result<()> {

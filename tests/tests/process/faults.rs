@@ -35,7 +35,7 @@ fn still_runs(load: &mut Load) {
 fn killed_data_processes_are_not_noticed_by_a_verifying_client() {
     let cluster = Cluster::start(3).unwrap();
     cluster.create_volume("load", "1GiB", 3).unwrap();
-    let (_bridge, mut load) = load_through_bridge(&cluster, 256 * MIB, Duration::from_secs(40));
+    let (_bridge, mut load) = load_through_bridge(&cluster, 256 * MIB, Duration::from_secs(24));
     // Node 0 is the client's own gateway.
     for node in [1, 0, 2] {
         still_runs(&mut load);
@@ -57,7 +57,7 @@ fn killed_data_processes_are_not_noticed_by_a_verifying_client() {
 fn killed_control_processes_are_not_noticed_by_a_verifying_client() {
     let cluster = Cluster::start(3).unwrap();
     cluster.create_volume("load", "1GiB", 3).unwrap();
-    let (_bridge, mut load) = load_through_bridge(&cluster, 256 * MIB, Duration::from_secs(40));
+    let (_bridge, mut load) = load_through_bridge(&cluster, 256 * MIB, Duration::from_secs(24));
     for node in [2, 1, 0] {
         still_runs(&mut load);
         cluster.kill_control(node).unwrap();

@@ -10,7 +10,7 @@ use xsan_tests::cluster::{Cluster, RESYNC_DEADLINE, SETTLE_DEADLINE};
 use xsan_tests::crowd::{Crowd, Field, Summary};
 use xsan_tests::node::NodeOptions;
 use xsan_tests::switch::Link;
-use xsan_tests::writer::{Work, Writer};
+use xsan_tests::writer::{Pages, Work, Writer};
 
 const VOLUME: &str = "net";
 const VOLUME_PAGES: u64 = (256 << 20) / 4096;
@@ -68,8 +68,9 @@ fn a_node_that_is_cut_off_is_gone_on_without_and_comes_back() {
     let mut cluster = start(1);
     let leader = cluster.leader().unwrap();
     let (victim, gateway) = ((leader + 1) % 3, (leader + 2) % 3);
-    let work =
-        Work { flush_interval: 50, ..Work::new(vec![cluster.node(gateway).nbd], VOLUME, 0..VOLUME_PAGES, 1) };
+    // All over the groups, and few enough to be read back, twice.
+    let pages = Pages { first: 0, step: 16, count: VOLUME_PAGES / 16 };
+    let work = Work { flush_interval: 50, ..Work::new(vec![cluster.node(gateway).nbd], VOLUME, pages, 1) };
     let writer = Writer::start(work).unwrap();
     writer.wait_operations(OPERATIONS_AFTER, SETTLE_DEADLINE).unwrap();
 
