@@ -14,6 +14,7 @@ pub mod control;
 pub mod crowd;
 pub mod device;
 pub mod fio;
+pub mod flushes;
 pub mod garbage;
 pub mod history;
 pub mod image;

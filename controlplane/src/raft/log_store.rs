@@ -1,9 +1,10 @@
 //! What must survive: vote, log, committed position, snapshot and the node's own identity, in redb.
 //!
-//! Driven by openraft, and by `membership` for the identity. One transaction is one fdatasync.
+//! Driven by openraft, and by `membership` for the identity. One transaction is one fdatasync, and `log_writer` makes them all.
 //!
 //! Invariants
-//! - `append`, `save_vote`, `truncate_after` and `purge` are on stable media when they report so.
+//! - `append`, `save_vote`, `truncate_after` and `purge` are on stable media when they report so; `append` reports later than it
+//!   returns.
 //! - The log has no holes: entries go in order, are truncated at the end and purged at the start.
 //! - The committed position may lag after power loss: it is a hint, and only ever behind the truth.
 
@@ -15,17 +16,18 @@ use std::sync::Arc;
 
 use openraft::storage::{IOFlushed, RaftLogStorage};
 use openraft::{LogState, OptionalSend, RaftLogReader};
-use redb::{Database, Durability, ReadableDatabase, ReadableTable, TableDefinition};
+use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 use xsan_protocol::proto;
 
 use super::encoding::{self, seal, unseal};
+use super::log_writer::LogWriter;
 use super::{Entry, LogId, TypeConfig, Vote};
 
-const LOG: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("log");
-const META: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("meta");
+pub(super) const LOG: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("log");
+pub(super) const META: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("meta");
 
 const VOTE: &str = "vote";
-const COMMITTED: &str = "committed";
+pub(super) const COMMITTED: &str = "committed";
 const PURGED: &str = "purged";
 const SNAPSHOT: &str = "snapshot";
 const IDENTITY: &str = "identity";
@@ -37,6 +39,7 @@ const CACHE_BYTES: usize = 8 * 1024 * 1024;
 #[derive(Clone, Debug)]
 pub struct LogStore {
     database: Arc<Database>,
+    writer: Arc<LogWriter>,
 }
 
 /// Who this node is in its cluster, kept beside the log because the two are worthless without each other.
@@ -48,7 +51,7 @@ pub struct RaftIdentity {
     pub node: u32,
 }
 
-fn failed(error: impl Into<redb::Error>) -> io::Error {
+pub(super) fn failed(error: impl Into<redb::Error>) -> io::Error {
     match error.into() {
         redb::Error::Io(error) => error,
         error => io::Error::other(error),
@@ -61,26 +64,28 @@ impl LogStore {
     /// # Errors
     /// The file can not be opened, is in use, or is damaged.
     pub fn open(path: &Path) -> io::Result<Self> {
-        let database = Database::builder().set_cache_size(CACHE_BYTES).create(path).map_err(failed)?;
+        Self::of(Database::builder().set_cache_size(CACHE_BYTES).create(path).map_err(failed)?)
+    }
+
+    pub(super) fn of(database: Database) -> io::Result<Self> {
         let write = database.begin_write().map_err(failed)?;
         write.open_table(LOG).map_err(failed)?;
         write.open_table(META).map_err(failed)?;
         write.commit().map_err(failed)?;
-        Ok(Self { database: Arc::new(database) })
+        let database = Arc::new(database);
+        Ok(Self { writer: Arc::new(LogWriter::start(Arc::clone(&database))?), database })
     }
 
     fn read_meta<M: prost::Message + Default>(&self, key: &str) -> io::Result<Option<M>> {
-        let read = self.database.begin_read().map_err(failed)?;
-        let meta = read.open_table(META).map_err(failed)?;
-        let value = meta.get(key).map_err(failed)?;
-        value.map(|value| Ok(unseal(value.value())?)).transpose()
+        read_meta(&self.database, key)
     }
 
-    fn write_meta(&self, key: &str, value: &impl prost::Message, durability: Durability) -> io::Result<()> {
-        blocking(|| {
-            let mut write = self.database.begin_write().map_err(failed)?;
-            write.set_durability(durability).map_err(failed)?;
-            write.open_table(META).map_err(failed)?.insert(key, seal(value).as_slice()).map_err(failed)?;
+    /// Durable when it returns.
+    fn write_meta(&self, key: &'static str, value: &impl prost::Message) -> io::Result<()> {
+        let sealed = seal(value);
+        self.writer.run(move |database| {
+            let write = database.begin_write().map_err(failed)?;
+            write.open_table(META).map_err(failed)?.insert(key, sealed.as_slice()).map_err(failed)?;
             write.commit().map_err(failed)
         })
     }
@@ -101,7 +106,7 @@ impl LogStore {
             instance: identity.instance,
             ..proto::NodeRecord::default()
         };
-        self.write_meta(IDENTITY, &record, Durability::Immediate)
+        self.write_meta(IDENTITY, &record)
     }
 
     pub fn read_snapshot(&self) -> io::Result<Option<proto::SnapshotRecord>> {
@@ -112,18 +117,14 @@ impl LogStore {
     /// behind it purged, while one of before is still being built.
     pub fn save_snapshot(&self, snapshot: &proto::SnapshotRecord) -> io::Result<()> {
         let index = |snapshot: &proto::SnapshotRecord| snapshot.last.as_ref().map(|last| last.index);
-        blocking(|| {
-            let write = self.database.begin_write().map_err(failed)?;
-            {
-                let mut meta = write.open_table(META).map_err(failed)?;
-                let present = meta.get(SNAPSHOT).map_err(failed)?;
-                let present: Option<proto::SnapshotRecord> =
-                    present.map(|value| unseal(value.value())).transpose()?;
-                if present.is_some_and(|present| index(&present) > index(snapshot)) {
-                    return Ok(());
-                }
-                meta.insert(SNAPSHOT, seal(snapshot).as_slice()).map_err(failed)?;
+        let (new, sealed) = (index(snapshot), seal(snapshot));
+        self.writer.run(move |database| {
+            let present: Option<proto::SnapshotRecord> = read_meta(database, SNAPSHOT)?;
+            if present.is_some_and(|present| index(&present) > new) {
+                return Ok(());
             }
+            let write = database.begin_write().map_err(failed)?;
+            write.open_table(META).map_err(failed)?.insert(SNAPSHOT, sealed.as_slice()).map_err(failed)?;
             write.commit().map_err(failed)
         })
     }
@@ -145,6 +146,10 @@ impl LogStore {
     fn log_state(&self) -> io::Result<LogState<TypeConfig>> {
         let purged: Option<proto::LogPosition> = self.read_meta(PURGED)?;
         let purged = purged.as_ref().map(encoding::log_id);
+        // Looked at first: what is not here any more is in the database.
+        if let Some(last) = self.writer.last() {
+            return Ok(LogState { last_purged_log_id: purged, last_log_id: Some(last) });
+        }
         let read = self.database.begin_read().map_err(failed)?;
         let log = read.open_table(LOG).map_err(failed)?;
         let last = match log.last().map_err(failed)? {
@@ -155,52 +160,46 @@ impl LogStore {
     }
 
     fn entries(&self, range: impl RangeBounds<u64>) -> io::Result<Vec<Entry>> {
+        // Looked at first: what is not here any more is in the database.
+        let (first, mut tail) = self.writer.tail(&range);
         let read = self.database.begin_read().map_err(failed)?;
         let log = read.open_table(LOG).map_err(failed)?;
         let bounds = (range.start_bound().cloned(), range.end_bound().cloned());
         let mut entries = Vec::new();
         for pair in log.range::<u64>(bounds).map_err(failed)? {
-            let (_, value) = pair.map_err(failed)?;
+            let (index, value) = pair.map_err(failed)?;
+            if first.is_some_and(|first| index.value() >= first) {
+                break;
+            }
             entries.push(encoding::entry(unseal(value.value())?)?);
         }
+        entries.append(&mut tail);
         Ok(entries)
-    }
-
-    fn append_entries(&self, entries: impl IntoIterator<Item = Entry>) -> io::Result<()> {
-        let write = self.database.begin_write().map_err(failed)?;
-        {
-            let mut log = write.open_table(LOG).map_err(failed)?;
-            for entry in entries {
-                let bytes = seal(&encoding::entry_record(&entry));
-                log.insert(entry.log_id.index(), bytes.as_slice()).map_err(failed)?;
-            }
-        }
-        write.commit().map_err(failed)
     }
 
     /// Removes the entries of `range`, and remembers `purged` as the last one before the log, if given.
     fn remove(&self, range: (Bound<u64>, Bound<u64>), purged: Option<&LogId>) -> io::Result<()> {
-        let write = self.database.begin_write().map_err(failed)?;
-        {
-            let mut log = write.open_table(LOG).map_err(failed)?;
-            log.retain_in::<u64, _>(range, |_, _| false).map_err(failed)?;
-            if let Some(purged) = purged {
-                let mut meta = write.open_table(META).map_err(failed)?;
-                let bytes = seal(&encoding::position(purged));
-                meta.insert(PURGED, bytes.as_slice()).map_err(failed)?;
+        let purged = purged.map(|purged| seal(&encoding::position(purged)));
+        self.writer.run(move |database| {
+            let write = database.begin_write().map_err(failed)?;
+            {
+                let mut log = write.open_table(LOG).map_err(failed)?;
+                log.retain_in::<u64, _>(range, |_, _| false).map_err(failed)?;
+                if let Some(purged) = purged {
+                    let mut meta = write.open_table(META).map_err(failed)?;
+                    meta.insert(PURGED, purged.as_slice()).map_err(failed)?;
+                }
             }
-        }
-        write.commit().map_err(failed)
+            write.commit().map_err(failed)
+        })
     }
 }
 
-/// Runs what waits for the disk without holding up the other tasks of this thread.
-fn blocking<T>(work: impl FnOnce() -> T) -> T {
-    use tokio::runtime::{Handle, RuntimeFlavor};
-    match Handle::try_current().map(|handle| handle.runtime_flavor()) {
-        Ok(RuntimeFlavor::MultiThread) => tokio::task::block_in_place(work),
-        _ => work(),
-    }
+fn read_meta<M: prost::Message + Default>(database: &Database, key: &str) -> io::Result<Option<M>> {
+    let read = database.begin_read().map_err(failed)?;
+    let meta = read.open_table(META).map_err(failed)?;
+    let value = meta.get(key).map_err(failed)?;
+    value.map(|value| Ok(unseal(value.value())?)).transpose()
 }
 
 impl RaftLogReader<TypeConfig> for LogStore {
@@ -229,19 +228,19 @@ impl RaftLogStorage<TypeConfig> for LogStore {
     }
 
     async fn save_vote(&mut self, vote: &Vote) -> Result<(), io::Error> {
-        self.write_meta(VOTE, &encoding::vote_record(vote), Durability::Immediate)
+        self.write_meta(VOTE, &encoding::vote_record(vote))
     }
 
     async fn save_committed(&mut self, committed: Option<LogId>) -> Result<(), io::Error> {
         match committed {
-            // Written with the next durable transaction: Raft finds out again what was committed.
-            Some(log_id) => self.write_meta(COMMITTED, &encoding::position(&log_id), Durability::None),
+            Some(log_id) => self.writer.committed(seal(&encoding::position(&log_id))),
             None => Ok(()),
         }
     }
 
     async fn read_committed(&mut self) -> Result<Option<LogId>, io::Error> {
-        let record: Option<proto::LogPosition> = self.read_meta(COMMITTED)?;
+        let record: Option<proto::LogPosition> =
+            self.writer.run(|database| read_meta(database, COMMITTED))?;
         Ok(record.as_ref().map(encoding::log_id))
     }
 
@@ -250,17 +249,18 @@ impl RaftLogStorage<TypeConfig> for LogStore {
         I: IntoIterator<Item = Entry> + OptionalSend,
         I::IntoIter: OptionalSend,
     {
-        blocking(|| self.append_entries(entries))?;
-        callback.io_completed(Ok(()));
-        Ok(())
+        let entries: Vec<Entry> = entries.into_iter().collect();
+        let sealed = |entry: &Entry| (entry.log_id.index(), seal(&encoding::entry_record(entry)));
+        let records = entries.iter().map(sealed).collect();
+        self.writer.append(entries, records, callback)
     }
 
     async fn truncate_after(&mut self, last_log_id: Option<LogId>) -> Result<(), io::Error> {
         let start = last_log_id.map_or(Bound::Unbounded, |last| Bound::Excluded(last.index()));
-        blocking(|| self.remove((start, Bound::Unbounded), None))
+        self.remove((start, Bound::Unbounded), None)
     }
 
     async fn purge(&mut self, log_id: LogId) -> Result<(), io::Error> {
-        blocking(|| self.remove((Bound::Unbounded, Bound::Included(log_id.index())), Some(&log_id)))
+        self.remove((Bound::Unbounded, Bound::Included(log_id.index())), Some(&log_id))
     }
 }

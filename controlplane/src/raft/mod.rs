@@ -14,6 +14,7 @@
 pub mod encoding;
 pub mod handle;
 pub mod log_store;
+mod log_writer;
 pub mod network;
 pub mod service;
 pub mod state_machine;

@@ -185,8 +185,9 @@ impl RaftNetworkV2<TypeConfig> for Peer {
         rpc: VoteRequest<TypeConfig>,
         option: RPCOption,
     ) -> CallResult<VoteResponse<TypeConfig>> {
+        // The voter's disk needs its time.
         let send = |mut client: RaftClient<Channel>, request| async move { client.vote(request).await };
-        self.call(RPCTypes::Vote, &rpc, option.soft_ttl(), send).await
+        self.call(RPCTypes::Vote, &rpc, option.hard_ttl(), send).await
     }
 
     async fn pre_vote(

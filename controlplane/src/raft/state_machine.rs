@@ -24,6 +24,7 @@ use xsan_protocol::proto;
 
 use super::encoding::{self, FORMAT, RecordError, seal, unseal};
 use super::log_store::LogStore;
+use super::log_writer::blocking;
 use super::{LogId, Snapshot, SnapshotMeta, StoredMembership, TypeConfig};
 use crate::state::command::Reply;
 use crate::state::image::ImageError;
@@ -276,7 +277,8 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
                 replies.push((responder, reply));
             }
         }
-        self.persist(&touched)?;
+        // sled writes when it likes, and waits for its disk then.
+        blocking(|| self.persist(&touched))?;
         // Published before it is answered: whoever waited for the answer finds its effect.
         if !touched.is_empty() {
             self.publish();
@@ -311,7 +313,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
             image: Some(image),
         };
         self.store.save_snapshot(&record)?;
-        self.replace(record)?;
+        blocking(|| self.replace(record))?;
         self.publish();
         Ok(())
     }

@@ -1,17 +1,19 @@
 //! A node that works, but far slower than its peers: it is found and told; when the operator wants that, clients wait for it
-//! no more, and it acts again once it keeps up.
+//! no more, and it acts again once it keeps up. And a leader of the control plane whose disk is slow.
 //!
-//! Its links are slow: each node is in a network namespace of its own; needs root.
+//! Links are slow, each node being in a network namespace of its own, and flushes are, by strace; both need root.
 
 use std::time::{Duration, Instant};
 
 use xsan_protocol::proto::{ClusterStatusReply, NodeStatus};
 use xsan_tests::cluster::{Cluster, RESYNC_DEADLINE, SETTLE_DEADLINE};
 use xsan_tests::crowd::{Crowd, Field};
+use xsan_tests::flushes::SlowFlushes;
 use xsan_tests::node::NodeOptions;
 use xsan_tests::random::Random;
 use xsan_tests::switch::Link;
 use xsan_tests::wait::{Look, until};
+use xsan_tests::writer::{Pages, Work, Writer};
 
 const VOLUME: &str = "gray";
 const VOLUME_PAGES: u64 = (256 << 20) / 4096;
@@ -19,6 +21,9 @@ const VOLUME_PAGES: u64 = (256 << 20) / 4096;
 const DELAY: Duration = Duration::from_millis(30);
 const LATENCY_SLOW: Duration = Duration::from_millis(60);
 const WRITES: usize = 200;
+/// Of a disk in a bad moment: more than a follower waits before it calls for an election, and than a lease lasts.
+const FLUSH_TAKES: Duration = Duration::from_secs(3);
+const SLOW_DISK_STALL_MAX: Duration = Duration::from_secs(1);
 const OPERATIONS_AFTER: u64 = 200;
 
 fn codes(cluster: &Cluster) -> Vec<(String, String)> {
@@ -106,4 +111,36 @@ fn clients_wait_for_a_slow_node_only_as_long_as_the_operator_wants_it() {
     crowd.wait_operations(OPERATIONS_AFTER, SETTLE_DEADLINE, &[]).unwrap();
     crowd.finish(&cluster, &[slow]).unwrap();
     cluster.stop().unwrap();
+}
+
+/// Raft answered and sent no heartbeat while its log was written: a leader lost its office to a slow disk, nobody was granted a
+/// lease meanwhile, and clients of all groups waited for seconds.
+#[test]
+fn a_slow_disk_of_the_control_planes_leader_holds_up_nobody() {
+    let options = NodeOptions { file_size: "1GiB".to_owned(), ..NodeOptions::default() };
+    let cluster = Cluster::start_with(3, options).unwrap();
+    cluster.create_volume(VOLUME, "256MiB", 3).unwrap();
+    let leader = cluster.leader().unwrap();
+    let (victim, gateway) = ((leader + 1) % 3, (leader + 2) % 3);
+    // All over the groups.
+    let pages = Pages { first: 0, step: 16, count: VOLUME_PAGES / 16 };
+    let writer = Writer::start(Work::new(vec![cluster.node(gateway).nbd], VOLUME, pages, 7)).unwrap();
+    writer.wait_operations(OPERATIONS_AFTER, SETTLE_DEADLINE).unwrap();
+
+    let control = cluster.node(leader).child("xsan-control").unwrap();
+    let slow = SlowFlushes::of(control.pid, FLUSH_TAKES).unwrap();
+    writer.measure_anew();
+    // Every group changes, and each change goes into the log.
+    cluster.kill_data(victim).unwrap();
+    cluster.wait_healthy(RESYNC_DEADLINE).unwrap();
+    writer.wait_operations(OPERATIONS_AFTER, SETTLE_DEADLINE).unwrap();
+    assert_eq!(cluster.leader().unwrap(), leader, "it leads on");
+    drop(slow);
+    let report = writer.stop().unwrap();
+    println!(
+        "a data process died while the leader's disk took {FLUSH_TAKES:?} for a flush: stall {:?}",
+        report.stall
+    );
+    assert!(report.stall < SLOW_DISK_STALL_MAX, "stall {:?}", report.stall);
+    report.verify(&mut cluster.connect(victim, VOLUME).unwrap(), 7).unwrap();
 }
