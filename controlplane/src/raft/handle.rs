@@ -392,7 +392,8 @@ fn config(cluster_id: &str, timing: RaftTiming) -> Result<openraft::Config, open
         max_in_snapshot_log_to_keep: LOG_KEPT,
         replication_lag_threshold: 2 * SNAPSHOT_EVERY,
         enable_pre_vote: Some(true),
-        // A restarted leader would think its leases of before were somebody else's; an election is cleaner.
+        // A restarted leader would think its leases of before were somebody else's; an election is cleaner. And it may have sent
+        // entries that its own log did not have yet: in the same term it would send others in their place.
         enable_leader_restore: Some(false),
         backoff: "50ms 100ms 200ms ...500ms".to_owned(),
         ..openraft::Config::default()

@@ -3,14 +3,14 @@
 //! Driven by openraft, and by `membership` for the identity. One transaction is one fdatasync, and `log_writer` makes them all.
 //!
 //! Invariants
-//! - `append`, `save_vote`, `truncate_after` and `purge` are on stable media when they report so; `append` reports later than it
-//!   returns.
+//! - `append`, `save_vote` and `truncate_after` are on stable media when they report so; `append` reports later than it returns, and
+//!   `purge` is seen at once and written in its turn.
 //! - The log has no holes: entries go in order, are truncated at the end and purged at the start.
 //! - The committed position may lag after power loss: it is a hint, and only ever behind the truth.
 
 use std::fmt::Debug;
 use std::io;
-use std::ops::{Bound, RangeBounds};
+use std::ops::{Bound, Range, RangeBounds};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -20,7 +20,7 @@ use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 use xsan_protocol::proto;
 
 use super::encoding::{self, seal, unseal};
-use super::log_writer::LogWriter;
+use super::log_writer::{LogWriter, blocking};
 use super::{Entry, LogId, TypeConfig, Vote};
 
 pub(super) const LOG: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("log");
@@ -28,7 +28,7 @@ pub(super) const META: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("
 
 const VOTE: &str = "vote";
 pub(super) const COMMITTED: &str = "committed";
-const PURGED: &str = "purged";
+pub(super) const PURGED: &str = "purged";
 const SNAPSHOT: &str = "snapshot";
 const IDENTITY: &str = "identity";
 
@@ -77,7 +77,7 @@ impl LogStore {
     }
 
     fn read_meta<M: prost::Message + Default>(&self, key: &str) -> io::Result<Option<M>> {
-        read_meta(&self.database, key)
+        blocking(|| read_meta(&self.database, key))
     }
 
     /// Durable when it returns.
@@ -144,53 +144,62 @@ impl LogStore {
     }
 
     fn log_state(&self) -> io::Result<LogState<TypeConfig>> {
+        let (purged_here, last_here) = {
+            let tail = self.writer.tail();
+            (tail.purged, tail.entries.back().map(|entry| entry.log_id))
+        };
         let purged: Option<proto::LogPosition> = self.read_meta(PURGED)?;
-        let purged = purged.as_ref().map(encoding::log_id);
-        // Looked at first: what is not here any more is in the database.
-        if let Some(last) = self.writer.last() {
-            return Ok(LogState { last_purged_log_id: purged, last_log_id: Some(last) });
-        }
+        let purged = purged_here.or_else(|| purged.as_ref().map(encoding::log_id));
+        let last = match last_here {
+            Some(last) => Some(last),
+            None => self.last_written()?,
+        };
+        let is_left = |last: &LogId| purged.is_none_or(|purged| last.index() > purged.index());
+        Ok(LogState { last_purged_log_id: purged, last_log_id: last.filter(is_left).or(purged) })
+    }
+
+    fn last_written(&self) -> io::Result<Option<LogId>> {
         let read = self.database.begin_read().map_err(failed)?;
         let log = read.open_table(LOG).map_err(failed)?;
-        let last = match log.last().map_err(failed)? {
-            Some((_, value)) => Some(encoding::entry(unseal(value.value())?)?.log_id),
-            None => purged,
-        };
-        Ok(LogState { last_purged_log_id: purged, last_log_id: last })
+        let last = log.last().map_err(failed)?;
+        last.map(|(_, value)| Ok(encoding::entry(unseal(value.value())?)?.log_id)).transpose()
     }
 
     fn entries(&self, range: impl RangeBounds<u64>) -> io::Result<Vec<Entry>> {
-        // Looked at first: what is not here any more is in the database.
-        let (first, mut tail) = self.writer.tail(&range);
-        let read = self.database.begin_read().map_err(failed)?;
-        let log = read.open_table(LOG).map_err(failed)?;
-        let bounds = (range.start_bound().cloned(), range.end_bound().cloned());
-        let mut entries = Vec::new();
-        for pair in log.range::<u64>(bounds).map_err(failed)? {
-            let (index, value) = pair.map_err(failed)?;
-            if first.is_some_and(|first| index.value() >= first) {
-                break;
-            }
-            entries.push(encoding::entry(unseal(value.value())?)?);
-        }
-        entries.append(&mut tail);
+        let start = match range.start_bound() {
+            Bound::Included(start) => *start,
+            Bound::Excluded(before) => before + 1,
+            Bound::Unbounded => 0,
+        };
+        let (first, start, mut newest) = {
+            let tail = self.writer.tail();
+            let first = tail.entries.front().map_or(u64::MAX, |entry| entry.log_id.index());
+            let wanted = |index| range.contains(&index) && !tail.is_purged(index);
+            let newest = tail.entries.iter().filter(|entry| wanted(entry.log_id.index()));
+            let purged = tail.purged.map_or(0, |purged| purged.index() + 1);
+            (first, start.max(purged), newest.cloned().collect())
+        };
+        let end = match range.end_bound() {
+            Bound::Included(last) => last.saturating_add(1),
+            Bound::Excluded(end) => *end,
+            Bound::Unbounded => u64::MAX,
+        };
+        let mut entries =
+            if start < end.min(first) { self.written(start..end.min(first))? } else { Vec::new() };
+        entries.append(&mut newest);
         Ok(entries)
     }
 
-    /// Removes the entries of `range`, and remembers `purged` as the last one before the log, if given.
-    fn remove(&self, range: (Bound<u64>, Bound<u64>), purged: Option<&LogId>) -> io::Result<()> {
-        let purged = purged.map(|purged| seal(&encoding::position(purged)));
-        self.writer.run(move |database| {
-            let write = database.begin_write().map_err(failed)?;
-            {
-                let mut log = write.open_table(LOG).map_err(failed)?;
-                log.retain_in::<u64, _>(range, |_, _| false).map_err(failed)?;
-                if let Some(purged) = purged {
-                    let mut meta = write.open_table(META).map_err(failed)?;
-                    meta.insert(PURGED, purged.as_slice()).map_err(failed)?;
-                }
+    fn written(&self, range: Range<u64>) -> io::Result<Vec<Entry>> {
+        blocking(|| {
+            let read = self.database.begin_read().map_err(failed)?;
+            let log = read.open_table(LOG).map_err(failed)?;
+            let mut entries = Vec::new();
+            for pair in log.range::<u64>(range).map_err(failed)? {
+                let (_, value) = pair.map_err(failed)?;
+                entries.push(encoding::entry(unseal(value.value())?)?);
             }
-            write.commit().map_err(failed)
+            Ok(entries)
         })
     }
 }
@@ -256,11 +265,17 @@ impl RaftLogStorage<TypeConfig> for LogStore {
     }
 
     async fn truncate_after(&mut self, last_log_id: Option<LogId>) -> Result<(), io::Error> {
-        let start = last_log_id.map_or(Bound::Unbounded, |last| Bound::Excluded(last.index()));
-        self.remove((start, Bound::Unbounded), None)
+        let first = last_log_id.map_or(0, |last| last.index() + 1);
+        self.writer.run(move |database| {
+            let write = database.begin_write().map_err(failed)?;
+            let mut log = write.open_table(LOG).map_err(failed)?;
+            log.retain_in::<u64, _>(first.., |_, _| false).map_err(failed)?;
+            drop(log);
+            write.commit().map_err(failed)
+        })
     }
 
     async fn purge(&mut self, log_id: LogId) -> Result<(), io::Error> {
-        self.remove((Bound::Unbounded, Bound::Included(log_id.index())), Some(&log_id))
+        self.writer.purge(log_id, seal(&encoding::position(&log_id)))
     }
 }

@@ -4,12 +4,13 @@
 //! a slow disk would cost a leader its office, and the election that follows would wait for that disk again.
 //!
 //! Invariants
-//! - An entry is readable from when it is handed over: from `Tail`, until the database has it.
-//! - Once an append has failed nothing more is written: the log has no holes.
+//! - An entry is readable from when it is handed over, from `Tail` until the database has it; what is purged is not.
+//! - Once a write has failed nothing more is written: the log has no holes.
+//! - What waits is bounded: beyond `WAITING_BYTES_MAX` Raft waits, and loses its office, as if the disk had failed.
 
 use std::collections::VecDeque;
 use std::io;
-use std::ops::RangeBounds;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -17,8 +18,11 @@ use std::thread::{self, JoinHandle};
 use openraft::storage::IOFlushed;
 use redb::{Database, Durability};
 
-use super::log_store::{COMMITTED, LOG, META, failed};
+use super::log_store::{COMMITTED, LOG, META, PURGED, failed};
 use super::{Entry, LogId, TypeConfig};
+
+/// Thousands of group changes; all other memory of the process is less.
+const WAITING_BYTES_MAX: usize = 16 << 20;
 
 /// Handed the database, or why nothing is written any more.
 type Work = Box<dyn FnOnce(io::Result<&Database>) + Send>;
@@ -33,24 +37,48 @@ enum Job {
     },
     /// The committed position, sealed. Not durable by itself.
     Committed(Vec<u8>),
+    /// Everything up to an index goes; the last of it, sealed.
+    Purge(Record),
     Work(Work),
 }
 
-/// Entries that were handed over and are not known to be in the database, in order.
+/// What was handed over and is not known to be in the database.
 #[derive(Debug, Default)]
-struct Tail(Mutex<VecDeque<Entry>>);
+pub struct Tail {
+    /// In order.
+    pub entries: VecDeque<Entry>,
+    /// Nothing up to here is to be seen any more.
+    pub purged: Option<LogId>,
+}
 
 impl Tail {
-    fn entries(&self) -> MutexGuard<'_, VecDeque<Entry>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    pub fn is_purged(&self, index: u64) -> bool {
+        self.purged.is_some_and(|purged| index <= purged.index())
+    }
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    tail: Mutex<Tail>,
+    /// Of records that are not written yet.
+    waiting_bytes: AtomicUsize,
+}
+
+impl Shared {
+    fn tail(&self) -> MutexGuard<'_, Tail> {
+        self.tail.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn drop_until(&self, last: u64) {
-        let mut entries = self.entries();
+        let entries = &mut self.tail().entries;
         while entries.front().is_some_and(|entry| entry.log_id.index() <= last) {
             entries.pop_front();
         }
     }
+}
+
+fn bytes_of(records: &[Record]) -> usize {
+    records.iter().map(|(_, record)| record.len()).sum()
 }
 
 /// Dropping it waits until all that was handed over is written.
@@ -58,7 +86,7 @@ impl Tail {
 pub struct LogWriter {
     /// `None` once it is dropped.
     jobs: Option<Sender<Job>>,
-    tail: Arc<Tail>,
+    shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -76,12 +104,12 @@ impl Drop for LogWriter {
 impl LogWriter {
     pub fn start(database: Arc<Database>) -> io::Result<Self> {
         let (jobs, to_do) = mpsc::channel();
-        let tail = Arc::new(Tail::default());
-        let done = Arc::clone(&tail);
+        let shared = Arc::new(Shared::default());
+        let done = Arc::clone(&shared);
         let thread = thread::Builder::new()
             .name("raft-log".to_owned())
-            .spawn(move || Writing { database: &database, tail: &done, failure: None }.run(&to_do))?;
-        Ok(Self { jobs: Some(jobs), tail, thread: Some(thread) })
+            .spawn(move || Writing { database: &database, shared: &done, failure: None }.run(&to_do))?;
+        Ok(Self { jobs: Some(jobs), shared, thread: Some(thread) })
     }
 
     fn hand_over(&self, job: Job) -> io::Result<()> {
@@ -96,8 +124,17 @@ impl LogWriter {
         records: Vec<Record>,
         flushed: IOFlushed<TypeConfig>,
     ) -> io::Result<()> {
-        self.tail.entries().extend(entries);
-        self.hand_over(Job::Append { records, flushed })
+        let bytes = bytes_of(&records);
+        self.shared.tail().entries.extend(entries);
+        let waiting = self.shared.waiting_bytes.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        self.hand_over(Job::Append { records, flushed })?;
+        if waiting > WAITING_BYTES_MAX { self.run(|_| Ok(())) } else { Ok(()) }
+    }
+
+    /// Returns at once; what is purged is not seen any more.
+    pub fn purge(&self, last: LogId, sealed: Vec<u8>) -> io::Result<()> {
+        self.shared.tail().purged = Some(last);
+        self.hand_over(Job::Purge((last.index(), sealed)))
     }
 
     pub fn committed(&self, sealed: Vec<u8>) -> io::Result<()> {
@@ -123,16 +160,9 @@ impl LogWriter {
         })
     }
 
-    /// What of `range` is here, and from which index on everything is.
-    pub fn tail(&self, range: &impl RangeBounds<u64>) -> (Option<u64>, Vec<Entry>) {
-        let entries = self.tail.entries();
-        let first = entries.front().map(|entry| entry.log_id.index());
-        let within = entries.iter().filter(|entry| range.contains(&entry.log_id.index()));
-        (first, within.cloned().collect())
-    }
-
-    pub fn last(&self) -> Option<LogId> {
-        self.tail.entries().back().map(|entry| entry.log_id)
+    /// To be looked at before the database: what is not here any more is there.
+    pub fn tail(&self) -> MutexGuard<'_, Tail> {
+        self.shared.tail()
     }
 }
 
@@ -151,6 +181,7 @@ struct Batch {
     records: Vec<Record>,
     flushed: Vec<IOFlushed<TypeConfig>>,
     committed: Option<Vec<u8>>,
+    purged: Option<Record>,
 }
 
 impl Batch {
@@ -162,6 +193,7 @@ impl Batch {
                 self.flushed.push(flushed);
             }
             Job::Committed(sealed) => self.committed = Some(sealed),
+            Job::Purge(last) => self.purged = Some(last),
             Job::Work(work) => return Some(work),
         }
         None
@@ -169,7 +201,7 @@ impl Batch {
 
     fn commit(&self, database: &Database) -> io::Result<()> {
         let mut write = database.begin_write().map_err(failed)?;
-        if self.records.is_empty() {
+        if self.records.is_empty() && self.purged.is_none() {
             // Written with the next durable transaction: Raft finds out again what was committed.
             write.set_durability(Durability::None).map_err(failed)?;
         }
@@ -179,6 +211,10 @@ impl Batch {
                 log.insert(index, record.as_slice()).map_err(failed)?;
             }
             let mut meta = write.open_table(META).map_err(failed)?;
+            if let Some((last, sealed)) = &self.purged {
+                log.retain_in::<u64, _>(..=*last, |_, _| false).map_err(failed)?;
+                meta.insert(PURGED, sealed.as_slice()).map_err(failed)?;
+            }
             if let Some(sealed) = &self.committed {
                 meta.insert(COMMITTED, sealed.as_slice()).map_err(failed)?;
             }
@@ -190,7 +226,7 @@ impl Batch {
 /// The thread's own state.
 struct Writing<'a> {
     database: &'a Database,
-    tail: &'a Tail,
+    shared: &'a Shared,
     /// Why nothing is written any more.
     failure: Option<(io::ErrorKind, String)>,
 }
@@ -220,14 +256,15 @@ impl Writing<'_> {
     }
 
     fn write(&mut self, batch: Batch) {
-        if batch.flushed.is_empty() && batch.committed.is_none() {
+        if batch.flushed.is_empty() && batch.committed.is_none() && batch.purged.is_none() {
             return;
         }
         if let Err(error) = self.usable().and_then(|()| batch.commit(self.database)) {
             self.failure = Some((error.kind(), error.to_string()));
         } else if let Some((last, _)) = batch.records.last() {
-            self.tail.drop_until(*last);
+            self.shared.drop_until(*last);
         }
+        self.shared.waiting_bytes.fetch_sub(bytes_of(&batch.records), Ordering::Relaxed);
         for flushed in batch.flushed {
             flushed.io_completed(self.usable());
         }
