@@ -68,8 +68,8 @@ fn a_node_that_is_cut_off_is_gone_on_without_and_comes_back() {
     let mut cluster = start(1);
     let leader = cluster.leader().unwrap();
     let (victim, gateway) = ((leader + 1) % 3, (leader + 2) % 3);
-    // All over the groups, and few enough to be read back, twice.
-    let pages = Pages { first: 0, step: 16, count: VOLUME_PAGES / 16 };
+    // All over the groups, and few enough to be moved soon, each with its unit, and read back twice.
+    let pages = Pages { first: 0, step: 64, count: VOLUME_PAGES / 64 };
     let work = Work { flush_interval: 50, ..Work::new(vec![cluster.node(gateway).nbd], VOLUME, pages, 1) };
     let writer = Writer::start(work).unwrap();
     writer.wait_operations(OPERATIONS_AFTER, SETTLE_DEADLINE).unwrap();

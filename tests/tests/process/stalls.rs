@@ -7,7 +7,7 @@
 use std::time::Duration;
 
 use xsan_tests::cluster::{Cluster, RESYNC_DEADLINE, SETTLE_DEADLINE};
-use xsan_tests::writer::{Work, Writer};
+use xsan_tests::writer::{Pages, Work, Writer};
 
 /// Issue: the bounds for a killed data process and node. The death of the leader's control process may cost one renewal of
 /// a lease, which is due every heartbeat interval (250 ms).
@@ -21,8 +21,9 @@ const ROUNDS: u64 = 3;
 
 /// Runs a writer through `gateway` while `fault` happens; the stall.
 fn stall_of(cluster: &mut Cluster, gateway: usize, seed: u64, fault: impl FnOnce(&mut Cluster)) -> Duration {
-    // All over the volume, so that every group is written to.
-    let work = Work::new(vec![cluster.node(gateway).nbd], "stall", 0..VOLUME_PAGES, seed);
+    // All over the volume, so that every group is written to, and few enough to be moved soon, each with its unit.
+    let pages = Pages { first: 0, step: 256, count: VOLUME_PAGES / 256 };
+    let work = Work::new(vec![cluster.node(gateway).nbd], "stall", pages, seed);
     let writer = Writer::start(work).unwrap();
     writer.wait_operations(OPERATIONS_AFTER, SETTLE_DEADLINE).unwrap();
     writer.measure_anew();
