@@ -1,6 +1,7 @@
 use std::collections::HashMap;
 
 use super::super::sample::{NOW_UNIX_MS, answers, state, survey};
+use super::super::status;
 use super::super::survey::Answer;
 use super::*;
 use crate::state::command::Command;
@@ -8,7 +9,7 @@ use crate::state::scrub::ScrubEnd;
 use crate::state::{ClusterState, Departure};
 
 fn found(state: &ClusterState, answers: HashMap<NodeId, Answer>) -> Vec<(String, String)> {
-    findings(&survey(state, answers))
+    status::cluster(&survey(state, answers))
         .findings
         .into_iter()
         .map(|finding| (finding.code, finding.object))
@@ -77,7 +78,7 @@ fn a_store_that_could_not_be_opened_is_told_with_the_reason() {
     let mut answers = answers(3, &[]);
     let data = answers.get_mut(&NodeId(2)).expect("it answers").status.data.as_mut().expect("data");
     data.stores[0].failed = true;
-    let message = |answers| findings(&survey(&state(3, 3), answers)).findings.remove(0).message;
+    let message = |answers| status::cluster(&survey(&state(3, 3), answers)).findings.remove(0).message;
     assert_eq!(message(answers.clone()), "/dev/x failed");
     let data = answers.get_mut(&NodeId(2)).expect("it answers").status.data.as_mut().expect("data");
     data.stores[0].problem = "can not be opened: neither checkpoint is valid".to_owned();
@@ -119,7 +120,7 @@ fn scrubs_that_found_something_or_are_late_are_told() {
     assert_eq!(found(&state, answers(3, &[])), pairs(&expected));
     let mut late = survey(&state, answers(3, &[]));
     late.unix_ms += 2 * 24 * 3_600_000 + 1;
-    let codes: Vec<_> = findings(&late).findings.into_iter().map(|finding| finding.code).collect();
+    let codes: Vec<_> = status::cluster(&late).findings.into_iter().map(|finding| finding.code).collect();
     assert_eq!(codes, ["SCRUB_ERRORS", "SCRUB_OVERDUE", "SCRUB_REPAIRED"]);
 }
 
