@@ -67,11 +67,9 @@ impl Inner {
 }
 
 impl Leader {
-    /// `events`: what this node has seen before.
-    pub fn new(handle: RaftHandle, events: EventLog) -> Self {
+    pub fn new(handle: RaftHandle) -> Self {
         let (elected, _) = watch::channel(0);
-        let inner = Mutex::new(Inner { events, ..Inner::default() });
-        Self { handle, inner, wake: Notify::new(), elected }
+        Self { handle, inner: Mutex::default(), wake: Notify::new(), elected }
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -177,16 +175,6 @@ impl Leader {
     /// What this node saw happen while it led, oldest first.
     pub fn events(&self) -> Vec<proto::Event> {
         self.lock().events.list()
-    }
-
-    /// See `EventLog::take_unsaved`.
-    pub fn unsaved_events(&self, last: bool) -> Option<Vec<proto::Event>> {
-        self.lock().events.take_unsaved(last)
-    }
-
-    /// See `EventLog::not_saved`.
-    pub fn events_not_saved(&self) {
-        self.lock().events.not_saved();
     }
 
     /// Announces elections to `watch_elected`. Runs for ever.

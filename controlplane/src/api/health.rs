@@ -8,6 +8,7 @@ use xsan_protocol::health::Check;
 use xsan_protocol::ids::NodeId;
 use xsan_protocol::proto;
 
+use super::status;
 use super::survey::Survey;
 use crate::scrub::is_overdue;
 
@@ -19,10 +20,11 @@ const FULL_PERCENT: u64 = 95;
 const UP: &str = "up";
 const DOWN: &str = "down";
 
-/// What is found, the worst first, in a cluster of that status.
-pub fn findings(survey: &Survey, status: &proto::ClusterStatusReply) -> Vec<proto::Finding> {
+/// What is found, the worst first.
+pub fn findings(survey: &Survey) -> proto::HealthReply {
+    let status = status::cluster(survey);
     let mut found = Found::default();
-    of_cluster(survey, status, &mut found);
+    of_cluster(survey, &status, &mut found);
     of_groups(&status.groups.unwrap_or_default(), &mut found);
     of_scrubs(survey, &mut found);
     for node in &status.nodes {
@@ -30,7 +32,7 @@ pub fn findings(survey: &Survey, status: &proto::ClusterStatusReply) -> Vec<prot
         node.stores.iter().for_each(|store| of_store(node, store, &mut found));
     }
     found.0.sort_by_key(|(check, _)| *check);
-    found.0.into_iter().map(|(_, finding)| finding).collect()
+    proto::HealthReply { findings: found.0.into_iter().map(|(_, finding)| finding).collect() }
 }
 
 #[derive(Default)]
@@ -173,8 +175,7 @@ fn of_store(node: &proto::NodeStatus, store: &proto::StoreStatus, found: &mut Fo
     }
     if store.checksum_errors > 0 {
         let (bad, good) = (store.checksum_errors, store.repaired_pages);
-        let message = format!("{} returned {bad} bad pages, {good} are repaired", store.device);
-        found.add(Check::ChecksumErrors, object(), message);
+        found.add(Check::ChecksumErrors, object(), format!("{bad} checksum errors, {good} pages repaired"));
     }
 }
 

@@ -2,7 +2,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use xsan_controlplane::state::Departure;
 use xsan_dataplane::replication::{ScrubFindings, ScrubOrder};
 use xsan_protocol::ids::{GroupId, NodeId};
 use xsan_protocol::map::{ClusterMap, Pool};
@@ -23,7 +22,7 @@ const SCRUBS_MAX: u32 = 3;
 impl World {
     pub fn all_registered(&self) -> bool {
         let map = self.control.state.map();
-        self.present().map(|host| &self.hosts[host]).all(|host| {
+        self.hosts.iter().all(|host| {
             let data = map.nodes.get(&host.node).and_then(|node| node.data.as_ref());
             let process = host.process.as_ref();
             data.zip(process).is_some_and(|(data, process)| data.incarnation == process.incarnation)
@@ -45,13 +44,7 @@ impl World {
         if let Some(operation) = self.workload.oldest() {
             return operation;
         }
-        let leaves = |node: &&NodeId| {
-            state.departure(**node) != Departure::Stays || self.hosts[node.0 as usize - 1].removed
-        };
-        if let Some(node) = map.nodes.keys().find(leaves) {
-            return format!("node {node} is not removed yet");
-        }
-        let alive = self.present().count();
+        let alive = self.hosts.len();
         for group in map.groups.values() {
             let pool = &map.pools[&group.id.pool()];
             let wanted = usize::from(pool.replica_count).min(alive);
@@ -73,7 +66,7 @@ impl World {
             }
         }
         let mut active = 0;
-        for host in self.present().map(|host| &self.hosts[host]) {
+        for host in &self.hosts {
             let process = host.process.as_ref().expect("all are registered");
             if process.map.version != state.version() {
                 return format!("node {} does not have the newest map", host.node);
@@ -108,7 +101,8 @@ impl World {
     /// What was damaged behind a store's back is mended: by opening it, which notices what it lost, and by scrubs of all groups.
     /// Then a scrub finds nothing; where nobody damaged anything, the first one does.
     pub fn check_scrubs(&mut self) -> Result<(), String> {
-        let damaged: Vec<usize> = self.present().filter(|host| self.hosts[*host].damage_allowed).collect();
+        let damaged: Vec<usize> =
+            (0..self.hosts.len()).filter(|host| self.hosts[*host].damage_allowed).collect();
         for &host in &damaged {
             for _ in 0..ROT_BEFORE_SCRUB {
                 self.rot_in_place(host);
@@ -140,7 +134,7 @@ impl World {
         let groups: BTreeSet<GroupId> = self.control.state.map().groups.keys().copied().collect();
         let order = |group| ScrubOrder { group, deep: true, number };
         let orders: Vec<ScrubOrder> = groups.into_iter().map(order).collect();
-        for host in self.present().collect::<Vec<_>>() {
+        for host in 0..self.hosts.len() {
             self.input(host, Input::Scrub(orders.clone()));
         }
         self.run_until(SETTLE_MAX, |world| {
@@ -192,7 +186,7 @@ impl World {
     pub fn check_replicas(&mut self) -> Result<(), String> {
         let map = self.control.state.map().clone();
         let mut contents = BTreeMap::new();
-        for host in self.present().collect::<Vec<_>>() {
+        for host in 0..self.hosts.len() {
             let stores = self.hosts[host].process.iter().flat_map(|process| process.driver.stores());
             let given_away: u64 = stores.map(|store| store.status().used_bytes).sum();
             self.kill_data(host);

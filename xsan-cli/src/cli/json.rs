@@ -41,7 +41,6 @@ pub fn cluster_status(status: &ClusterStatusReply) -> Value {
             "left_ms": show::resync_ms_left(&groups),
         },
         "settings": status.settings.as_ref().map(settings),
-        "findings": health(&status.findings),
         "nodes": nodes(&status.nodes),
     })
 }
@@ -100,10 +99,9 @@ pub fn events(reply: &ListEventsReply) -> Value {
             "event": event.kind,
             "object": event.object,
             "message": event.message,
-            "seen_by": event.seen_by,
         })
     });
-    json!({ "events": events.collect::<Value>(), "silent_nodes": reply.silent_nodes })
+    json!({ "leader": reply.node, "events": events.collect::<Value>() })
 }
 
 pub fn nodes(nodes: &[NodeStatus]) -> Value {
