@@ -263,7 +263,7 @@ impl ControlClient {
         Ok(reply.await?.findings)
     }
 
-    /// What the leader saw happen, the oldest first.
+    /// What happened, the oldest first, as the nodes saw it while they led.
     pub async fn events(&self) -> Result<proto::ListEventsReply, ClientError> {
         let request = proto::ListEventsRequest {};
         self.call(Effect::Read, request, |channel, request| async move {

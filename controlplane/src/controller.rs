@@ -67,9 +67,11 @@ impl Inner {
 }
 
 impl Leader {
-    pub fn new(handle: RaftHandle) -> Self {
+    /// `events`: what this node has seen before.
+    pub fn new(handle: RaftHandle, events: EventLog) -> Self {
         let (elected, _) = watch::channel(0);
-        Self { handle, inner: Mutex::default(), wake: Notify::new(), elected }
+        let inner = Mutex::new(Inner { events, ..Inner::default() });
+        Self { handle, inner, wake: Notify::new(), elected }
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -175,6 +177,16 @@ impl Leader {
     /// What this node saw happen while it led, oldest first.
     pub fn events(&self) -> Vec<proto::Event> {
         self.lock().events.list()
+    }
+
+    /// See `EventLog::take_unsaved`.
+    pub fn unsaved_events(&self, last: bool) -> Option<Vec<proto::Event>> {
+        self.lock().events.take_unsaved(last)
+    }
+
+    /// See `EventLog::not_saved`.
+    pub fn events_not_saved(&self) {
+        self.lock().events.not_saved();
     }
 
     /// Announces elections to `watch_elected`. Runs for ever.

@@ -1,7 +1,7 @@
 //! What happened in the cluster, for people: the last events that this node saw while it led.
 //!
-//! Kept in memory: a new leader begins with its own election, an earlier one keeps what it saw. Written by `controller`
-//! from what it sees before each plan; read by the API. Decides nothing.
+//! Written by `controller` from what it sees before each plan; `file` has them outlive the process; the API puts those of all
+//! nodes together, as each has led at its time. Decides nothing. See `docs/decisions/0021-events-stay-where-they-were-seen.md`.
 //!
 //! Invariants
 //! - At most `EVENTS_MAX` events, the oldest are dropped.
@@ -15,40 +15,78 @@ use xsan_protocol::proto::ScrubFindings;
 use crate::lease::Health;
 use crate::state::{ClusterState, Departure};
 
-/// Events kept: days of a quiet cluster, and a few hundred KiB.
-const EVENTS_MAX: usize = 1000;
-/// Changes of groups within this time are one event.
-const SUMMARY_MS: u64 = 5000;
+pub mod file;
+
+/// Events kept and listed: weeks of a quiet cluster, and a few hundred KiB.
+pub const EVENTS_MAX: usize = 1000;
+/// Changes of groups within this time are one event: a resync of hours must not push out what it came from.
+const SUMMARY_MS: u64 = 600_000;
 const RECONFIGURED: &str = "groups-reconfigured";
 
 #[derive(Debug, Default)]
 pub struct EventLog {
     events: VecDeque<proto::Event>,
-    /// Groups and time of the summary that is being added to.
+    /// The summary that is being added to: its groups, and since when.
     summary: Option<(u64, u64)>,
+    unsaved: Unsaved,
+}
+
+/// What has changed since the events were saved.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+enum Unsaved {
+    #[default]
+    Nothing,
+    /// Only what a summary sums up: not worth a flush each time.
+    Summary,
+    Events,
 }
 
 impl EventLog {
+    /// A log that goes on after `events`, those of an earlier life.
+    pub fn after(events: Vec<proto::Event>) -> Self {
+        let surplus = events.len().saturating_sub(EVENTS_MAX);
+        Self { events: events.into_iter().skip(surplus).collect(), ..Self::default() }
+    }
+
+    /// All events, if some of them are to be saved, which the caller does; before the `last` time a growing summary waits.
+    pub fn take_unsaved(&mut self, last: bool) -> Option<Vec<proto::Event>> {
+        let least = if last { Unsaved::Summary } else { Unsaved::Events };
+        if self.unsaved < least {
+            return None;
+        }
+        self.unsaved = Unsaved::Nothing;
+        Some(self.list())
+    }
+
+    /// What was taken to be saved was not.
+    pub fn not_saved(&mut self) {
+        self.unsaved = Unsaved::Events;
+    }
+
     pub fn add(&mut self, unix_ms: u64, kind: &str, object: String, message: String) {
         tracing::info!(kind, object, "{message}");
         if self.events.len() == EVENTS_MAX {
             self.events.pop_front();
         }
-        self.events.push_back(proto::Event { unix_ms, kind: kind.to_owned(), object, message });
+        let kind = kind.to_owned();
+        self.events.push_back(proto::Event { unix_ms, kind, object, message, ..Default::default() });
         self.summary = None;
+        self.unsaved = Unsaved::Events;
     }
 
-    /// Groups have changed: added to the last event when that is about the same, moments ago.
+    /// Groups have changed: added to the last event when that is about the same, and began less than `SUMMARY_MS` ago.
     pub fn reconfigured(&mut self, unix_ms: u64, groups: u64) {
         if let Some((since, so_far)) = self.summary
-            && unix_ms.saturating_sub(since) < SUMMARY_MS
+            && let ms = unix_ms.saturating_sub(since)
+            && ms < SUMMARY_MS
             && let Some(last) = self.events.back_mut()
         {
             self.summary = Some((since, so_far + groups));
-            last.message = changes(so_far + groups);
+            last.message = changes(so_far + groups, ms);
+            self.unsaved = self.unsaved.max(Unsaved::Summary);
             return;
         }
-        self.add(unix_ms, RECONFIGURED, "groups".to_owned(), changes(groups));
+        self.add(unix_ms, RECONFIGURED, "groups".to_owned(), changes(groups, 0));
         self.summary = Some((unix_ms, groups));
     }
 
@@ -58,8 +96,12 @@ impl EventLog {
     }
 }
 
-fn changes(count: u64) -> String {
-    if count == 1 { "1 change of a group".to_owned() } else { format!("{count} changes of groups") }
+fn changes(count: u64, ms: u64) -> String {
+    let what = if count == 1 { "change of a group" } else { "changes of groups" };
+    match ms.div_ceil(1000) {
+        0 => format!("{count} {what}"),
+        s => format!("{count} {what} within {s} s"),
+    }
 }
 
 /// What a node was like when it was last looked at.

@@ -29,6 +29,8 @@ use xsan_protocol::proto::raft_server::RaftServer;
 use crate::api::Context;
 use crate::api::internal::Internal;
 use crate::controller::{Controller, Leader};
+use crate::events::EventLog;
+use crate::events::file::{EventFile, EventSaver};
 use crate::link::Link;
 use crate::link::server::{LinkServer, bind};
 use crate::membership::heartbeat::Heartbeats;
@@ -43,7 +45,7 @@ use crate::timing::RaftTiming;
 
 /// Threads of Raft's runtime: one may wait for the disk while the other serves the network.
 const RAFT_THREADS: usize = 2;
-/// How long a stopping node waits for requests in progress.
+/// How long a stopping node waits for requests in progress, and for its last events to be saved.
 const STOP_WAIT: Duration = Duration::from_secs(2);
 const RETRY_INTERVAL: Duration = Duration::from_millis(20);
 const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(10);
@@ -88,6 +90,11 @@ impl Settings {
 
     fn address(&self) -> SocketAddr {
         SocketAddr::new(self.bind_ip, self.bind_port)
+    }
+
+    /// Where the control process keeps its state.
+    fn control_dir(&self) -> PathBuf {
+        self.data_dir.join("control")
     }
 
     fn new_node(&self, instance: u64) -> NewNode {
@@ -139,6 +146,7 @@ pub struct ControlNode {
     raft_runtime: RaftRuntime,
     context: Context,
     heartbeats: Heartbeats,
+    events: EventSaver,
 }
 
 /// Raft's runtime; dropped on another runtime's thread it must not wait for its tasks.
@@ -175,9 +183,12 @@ impl ControlNode {
             .map_err(NodeError::Threads)?;
         let on = raft_runtime.handle().clone();
         let raft_runtime = RaftRuntime(Some(raft_runtime));
+        let file = EventFile::new(&settings.control_dir());
+        let events = EventLog::after(file.load());
         let (handle, tasks, stop, context, heartbeats) =
-            Self::start_on(&settings, &on, store, machine, channels).await?;
-        Ok(Self { handle, tasks, stop: Some(stop), raft_runtime, context, heartbeats })
+            Self::start_on(&settings, &on, store, machine, channels, events).await?;
+        let events = EventSaver::start(file, Arc::clone(&context.leader)).map_err(NodeError::Threads)?;
+        Ok(Self { handle, tasks, stop: Some(stop), raft_runtime, context, heartbeats, events })
     }
 
     async fn start_on(
@@ -186,6 +197,7 @@ impl ControlNode {
         store: LogStore,
         machine: StateMachine,
         channels: Channels,
+        events: EventLog,
     ) -> Result<(RaftHandle, JoinSet<()>, oneshot::Sender<()>, Context, Heartbeats), NodeError> {
         let sockets = bind_sockets(settings, raft_runtime).await?;
         let identity = identify(settings, &store)?;
@@ -200,7 +212,7 @@ impl ControlNode {
         if settings.startup == Startup::Init {
             handle.found(&settings.address().to_string()).await?;
         }
-        let leader = Arc::new(Leader::new(handle.clone()));
+        let leader = Arc::new(Leader::new(handle.clone(), events));
         let link = Arc::new(Link::default());
         let context = Context {
             handle: handle.clone(),
@@ -262,6 +274,7 @@ impl ControlNode {
         self.heartbeats.beat().await;
         self.tasks.shutdown().await;
         self.handle.shutdown().await;
+        self.events.stop(STOP_WAIT).await;
         if let Some(runtime) = self.raft_runtime.0.take() {
             let ended = tokio::task::spawn_blocking(move || runtime.shutdown_timeout(STOP_WAIT)).await;
             ended.expect("ending a runtime does not panic");
@@ -270,7 +283,7 @@ impl ControlNode {
 }
 
 fn open_stores(settings: &Settings) -> Result<(LogStore, StateMachine), NodeError> {
-    let directory = settings.data_dir.join("control");
+    let directory = settings.control_dir();
     let failed = |path: &PathBuf| {
         let path = path.clone();
         move |source| NodeError::Storage { path, source }
@@ -302,7 +315,7 @@ async fn bind_sockets(settings: &Settings, raft_runtime: &Handle) -> Result<Sock
 
 /// This node's identity, which its Raft log must be of.
 fn identify(settings: &Settings, store: &LogStore) -> Result<RaftIdentity, NodeError> {
-    let path = settings.data_dir.join("control/raft.redb");
+    let path = settings.control_dir().join("raft.redb");
     let failed = |source| NodeError::Storage { path: path.clone(), source };
     match store.read_identity().map_err(failed)? {
         Some(found) if found != settings.identity => {

@@ -136,6 +136,50 @@ async fn a_restarted_node_takes_its_place_again() {
     wait_for("its lease", async || data.has_lease()).await;
 }
 
+/// Kind and witness of each event that a node lists, and the nodes that did not answer it.
+async fn events(settings: &Settings) -> (Vec<(String, String)>, Vec<String>) {
+    let listed = client(settings).await.list_events(proto::ListEventsRequest {}).await;
+    let listed = listed.expect("a read").into_inner();
+    assert!(listed.events.is_sorted_by_key(|event| event.unix_ms));
+    (listed.events.into_iter().map(|event| (event.kind, event.seen_by)).collect(), listed.silent_nodes)
+}
+
+/// Events were those of the present leader since its election: what came before it was in log files only.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_earlier_leaders_saw_is_listed_too() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let mut members = three(directory.path(), 50).await;
+    let leads = leader(&members).expect("somebody leads");
+    let Member { settings, node, data } = members.remove(leads);
+    let other = &members[0].settings;
+    let elected = |settings: &Settings| ("leader-elected".to_owned(), settings.name.clone());
+    let own = elected(&settings);
+    wait_for("a follower to list what the leader saw", async || events(other).await.0.contains(&own)).await;
+    let on = proto::SetMaintenanceRequest { node: settings.name.clone(), on: true, ..Default::default() };
+    client(other).await.set_maintenance(on).await.expect("nothing speaks against it");
+    let before = ("maintenance-on".to_owned(), settings.name.clone());
+    wait_for("the leader to see it", async || events(other).await.0.contains(&before)).await;
+
+    // A clean stop at once: what was just seen is saved, and what can not be asked for is told.
+    drop(data);
+    node.stop().await;
+    let by_others =
+        |listed: &[(String, String)]| members.iter().any(|m| listed.contains(&elected(&m.settings)));
+    wait_for("a new leader's events", async || {
+        let (listed, silent) = events(other).await;
+        by_others(&listed) && !listed.contains(&before) && silent == [settings.name.clone()]
+    })
+    .await;
+
+    let node = start(&settings).await;
+    wait_for("the events of both", async || {
+        let (listed, silent) = events(other).await;
+        by_others(&listed) && listed.contains(&before) && silent.is_empty()
+    })
+    .await;
+    drop(node);
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_single_node_keeps_its_state_and_refuses_strangers() {
     let directory = tempfile::tempdir().expect("a temporary directory");

@@ -1,5 +1,6 @@
 //! A three-node cluster in replies, for the tests of what is shown: node-003 is down, one group lacks a replica.
 
+use xsan_protocol::health::Check;
 use xsan_protocol::proto::*;
 
 const GIB: u64 = 1 << 30;
@@ -91,6 +92,25 @@ pub fn cluster_status() -> ClusterStatusReply {
             deep_scrub_interval_ms: 7 * 86_400_000,
             demote_slow_nodes: false,
         }),
+        findings: vec![
+            finding(Check::NodeDown, "node node-003", "no beat for 42 s"),
+            finding(
+                Check::GroupsDegraded,
+                "groups",
+                "256 of 256 groups have fewer live replicas than wanted",
+            ),
+            finding(Check::Resync, "groups", "12 of 256 groups bring a replica up to date"),
+        ],
+    }
+}
+
+pub fn finding(check: Check, object: &str, message: &str) -> Finding {
+    Finding {
+        code: check.code().into(),
+        severity: check.severity().name().into(),
+        object: object.into(),
+        message: message.into(),
+        remedy: check.remedy().into(),
     }
 }
 

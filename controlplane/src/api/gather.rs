@@ -13,6 +13,7 @@ use xsan_protocol::proto::raft_client::RaftClient;
 use super::Context;
 use super::error::ApiError;
 use crate::clock::{BootTime, unix_ms};
+use crate::events::EVENTS_MAX;
 use crate::state::ClusterState;
 use crate::timing::GATHER_WAIT;
 
@@ -64,23 +65,37 @@ pub async fn status(context: &Context, node: &Node) -> Option<proto::LocalStatus
     within(client.local_status(proto::LocalStatusRequest {})).await
 }
 
-/// What the leader saw happen; this node's own memory when it leads, or nobody does.
+/// What the nodes saw happen while they led, the oldest first, each by its own clock; of those that are no node any more nothing.
 pub async fn events(context: &Context) -> proto::ListEventsReply {
     let state = context.handle.state();
-    let leader = context.handle.leader().and_then(|(leader, _)| state.map().nodes.get(&leader));
-    if let Some(node) = leader.filter(|node| node.id != context.handle.node())
-        && let Some(mut client) = client(context, node)
-        && let Some(reply) = within(client.local_events(proto::ListEventsRequest {})).await
-    {
-        return reply;
+    let ask = async |node: &Node| {
+        if node.id == context.handle.node() {
+            return Some(local_events(context));
+        }
+        let mut client = client(context, node)?;
+        within(client.local_events(proto::ListEventsRequest {})).await
+    };
+    let nodes = || state.map().nodes.values();
+    let replies = join_all(nodes().map(ask)).await;
+    let mut all = proto::ListEventsReply::default();
+    for (node, reply) in nodes().zip(replies) {
+        match reply {
+            Some(reply) => {
+                let named = |event| proto::Event { seen_by: node.name.clone(), ..event };
+                all.events.extend(reply.events.into_iter().map(named));
+            }
+            None => all.silent_nodes.push(node.name.clone()),
+        }
     }
-    local_events(context)
+    all.events.sort_by_key(|event| event.unix_ms);
+    let surplus = all.events.len().saturating_sub(EVENTS_MAX);
+    all.events.drain(..surplus);
+    all
 }
 
+/// What this node saw happen while it led.
 pub fn local_events(context: &Context) -> proto::ListEventsReply {
-    let (state, own) = (context.handle.state(), context.handle.node());
-    let node = state.map().nodes.get(&own).map_or_else(|| own.to_string(), |node| node.name.clone());
-    proto::ListEventsReply { node, events: context.leader.events() }
+    proto::ListEventsReply { events: context.leader.events(), ..Default::default() }
 }
 
 pub async fn perf(context: &Context, nodes: &[&Node]) -> proto::PerfStatsReply {

@@ -8,7 +8,6 @@ use xsan_protocol::health::Check;
 use xsan_protocol::ids::NodeId;
 use xsan_protocol::proto;
 
-use super::status;
 use super::survey::Survey;
 use crate::scrub::is_overdue;
 
@@ -20,11 +19,10 @@ const FULL_PERCENT: u64 = 95;
 const UP: &str = "up";
 const DOWN: &str = "down";
 
-/// What is found, the worst first.
-pub fn findings(survey: &Survey) -> proto::HealthReply {
-    let status = status::cluster(survey);
+/// What is found, the worst first, in a cluster of that status.
+pub fn findings(survey: &Survey, status: &proto::ClusterStatusReply) -> Vec<proto::Finding> {
     let mut found = Found::default();
-    of_cluster(survey, &status, &mut found);
+    of_cluster(survey, status, &mut found);
     of_groups(&status.groups.unwrap_or_default(), &mut found);
     of_scrubs(survey, &mut found);
     for node in &status.nodes {
@@ -32,7 +30,7 @@ pub fn findings(survey: &Survey) -> proto::HealthReply {
         node.stores.iter().for_each(|store| of_store(node, store, &mut found));
     }
     found.0.sort_by_key(|(check, _)| *check);
-    proto::HealthReply { findings: found.0.into_iter().map(|(_, finding)| finding).collect() }
+    found.0.into_iter().map(|(_, finding)| finding).collect()
 }
 
 #[derive(Default)]
@@ -175,7 +173,8 @@ fn of_store(node: &proto::NodeStatus, store: &proto::StoreStatus, found: &mut Fo
     }
     if store.checksum_errors > 0 {
         let (bad, good) = (store.checksum_errors, store.repaired_pages);
-        found.add(Check::ChecksumErrors, object(), format!("{bad} checksum errors, {good} pages repaired"));
+        let message = format!("{} returned {bad} bad pages, {good} are repaired", store.device);
+        found.add(Check::ChecksumErrors, object(), message);
     }
 }
 

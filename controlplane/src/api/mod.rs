@@ -318,7 +318,11 @@ impl Cluster for Context {
 
     async fn health(&self, _: Request<proto::HealthRequest>) -> Result<Response<proto::HealthReply>, Status> {
         let context = self.clone();
-        self.answer(async move { Ok(health::findings(&Survey::take(&context).await)) }).await
+        self.answer(async move {
+            let findings = status::cluster(&Survey::take(&context).await).findings;
+            Ok(proto::HealthReply { findings })
+        })
+        .await
     }
 
     async fn list_events(

@@ -39,24 +39,7 @@ pub fn process(store: StoreId, incarnation: Incarnation) -> DataProcess {
 /// So many nodes, the first three voters, and one volume with so many replicas.
 pub fn state(node_count: u32, replica_count: u8) -> ClusterState {
     let mut state = ClusterState::default();
-    for node in 1..=node_count {
-        state.apply(&Command::AddNode(NewNode {
-            cluster_id: "c1".into(),
-            name: format!("n{node}"),
-            address: "127.0.0.1".parse().expect("an address"),
-            control_port: 8080,
-            failure_domain: "default".into(),
-            instance: u64::from(node),
-            founder: node == 1,
-        }));
-        let process = process(StoreId(u64::from(node)), Incarnation(u64::from(node)));
-        state.apply(&Command::DataStarted {
-            node: NodeId(node),
-            process,
-            damaged_stores: vec![],
-            replaces: None,
-        });
-    }
+    (1..=node_count).for_each(|node| add_node(&mut state, node));
     state.apply(&Command::CreateVolume(NewVolume {
         name: "vm".into(),
         size_bytes: 1 << 30,
@@ -69,6 +52,22 @@ pub fn state(node_count: u32, replica_count: u8) -> ClusterState {
     }));
     state.set_voters([NodeId(1), NodeId(2), NodeId(3)].into());
     state
+}
+
+/// One more node, the first life of its data process, and no replica.
+pub fn add_node(state: &mut ClusterState, node: u32) {
+    state.apply(&Command::AddNode(NewNode {
+        cluster_id: "c1".into(),
+        name: format!("n{node}"),
+        address: "127.0.0.1".parse().expect("an address"),
+        control_port: 8080,
+        failure_domain: "default".into(),
+        instance: u64::from(node),
+        founder: node == 1,
+    }));
+    let process = process(StoreId(u64::from(node)), Incarnation(u64::from(node)));
+    let node = NodeId(node);
+    state.apply(&Command::DataStarted { node, process, damaged_stores: vec![], replaces: None });
 }
 
 fn store_status(node: u32, used_bytes: u64) -> proto::StoreStatus {

@@ -6,6 +6,7 @@ use xsan_protocol::ids::{NodeId, PoolId};
 use xsan_protocol::map::{Group, Node, Pool, Volume};
 use xsan_protocol::proto;
 
+use super::health;
 use super::survey::Survey;
 use crate::state::command::milliseconds;
 use crate::state::{ClusterState, Departure};
@@ -72,7 +73,7 @@ pub fn settings(state: &ClusterState) -> proto::ClusterSettings {
     }
 }
 
-/// The whole cluster.
+/// The whole cluster, with what is to be mended.
 pub fn cluster(survey: &Survey) -> proto::ClusterStatusReply {
     let state = &*survey.state;
     let statuses: Vec<_> = state.map().nodes.values().map(|known| node(survey, known)).collect();
@@ -85,7 +86,7 @@ pub fn cluster(survey: &Survey) -> proto::ClusterStatusReply {
     };
     // Capacity of which nobody knows how much is used would make the rest look emptier than it is.
     let known = || statuses.iter().filter_map(|node| Some((node.capacity_bytes, node.used_bytes?)));
-    proto::ClusterStatusReply {
+    let mut status = proto::ClusterStatusReply {
         cluster_id: state.map().cluster_id.clone(),
         map_version: state.version().0,
         leader: survey.leader.0,
@@ -96,7 +97,10 @@ pub fn cluster(survey: &Survey) -> proto::ClusterStatusReply {
         used_bytes: known().map(|(_, used)| used).sum(),
         nodes: statuses,
         settings: Some(settings(state)),
-    }
+        findings: Vec::new(),
+    };
+    status.findings = health::findings(survey, &status);
+    status
 }
 
 fn counts(survey: &Survey) -> proto::GroupCounts {

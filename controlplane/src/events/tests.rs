@@ -59,15 +59,21 @@ fn what_changes_between_two_looks_is_an_event() {
 }
 
 #[test]
-fn changes_of_groups_within_moments_are_one_event() {
+fn changes_of_groups_with_nothing_between_them_are_one_event() {
     let mut log = EventLog::default();
     log.reconfigured(1000, 3);
+    assert_eq!(log.take_unsaved(false).map(|events| events.len()), Some(1));
     log.reconfigured(2000, 4);
-    log.reconfigured(9000, 1);
+    assert_eq!(log.take_unsaved(false), None, "only a summary has grown");
+    assert_eq!(log.take_unsaved(true), Some(log.list()), "the last time");
+    assert_eq!(log.take_unsaved(true), None);
+    log.not_saved();
+    assert_eq!(log.take_unsaved(false), Some(log.list()));
+    log.reconfigured(1000 + SUMMARY_MS, 1);
     let messages: Vec<_> = log.list().into_iter().map(|event| event.message).collect();
-    assert_eq!(messages, ["7 changes of groups", "1 change of a group"]);
-    log.add(9001, "node-down", "node n1".into(), "node n1 is down".into());
-    log.reconfigured(9002, 2);
+    assert_eq!(messages, ["7 changes of groups within 1 s", "1 change of a group"]);
+    log.add(2000 + SUMMARY_MS, "node-down", "node n1".into(), "node n1 is down".into());
+    log.reconfigured(2001 + SUMMARY_MS, 2);
     assert_eq!(log.list().len(), 4, "in the order in which they happened");
 }
 
@@ -79,6 +85,9 @@ fn the_oldest_events_are_dropped() {
     }
     let events = log.list();
     assert_eq!((events.len(), events[0].unix_ms), (EVENTS_MAX, 7));
+    let mut saved = events.clone();
+    saved.insert(0, proto::Event::default());
+    assert_eq!(EventLog::after(saved).list(), events, "of a release that kept more");
 }
 
 #[test]

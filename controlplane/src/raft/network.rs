@@ -131,7 +131,8 @@ type CallResult<R> = Result<R, RPCError<TypeConfig>>;
 
 impl Peer {
     fn message(&self, body: Vec<u8>) -> proto::RaftMessage {
-        let to = u32::try_from(self.target).expect("node ids are 32 bits");
+        // No node has number 0: a membership that none of ours made reaches nobody.
+        let to = u32::try_from(self.target).unwrap_or_default();
         proto::RaftMessage { body, to, cluster: self.network.cluster }
     }
 

@@ -9,8 +9,9 @@ use std::time::Duration;
 use monoio::net::{ListenerOpts, TcpListener, TcpStream};
 use xsan_protocol::error::Code;
 
-/// How long to wait when the process has no file descriptor left for a connection.
-const EXHAUSTED_WAIT: Duration = Duration::from_millis(50);
+/// How long to wait after a failed accept, as when the process has no file descriptor left; doubled with each that follows.
+const WAIT_FIRST: Duration = Duration::from_millis(50);
+const WAIT_MAX: Duration = Duration::from_secs(1);
 
 /// A port that can not be listened on.
 #[derive(Debug, thiserror::Error)]
@@ -45,12 +46,14 @@ pub fn is_exhausted(error: &io::Error) -> bool {
 
 /// The next connection; a failed accept is logged and waited out.
 pub async fn accept(listener: &TcpListener) -> TcpStream {
+    let mut wait = WAIT_FIRST;
     loop {
         match listener.accept().await {
             Ok((stream, _)) => return stream,
             Err(error) => {
                 tracing::warn!(%error, "a connection could not be accepted");
-                monoio::time::sleep(EXHAUSTED_WAIT).await;
+                monoio::time::sleep(wait).await;
+                wait = WAIT_MAX.min(wait * 2);
             }
         }
     }

@@ -14,6 +14,32 @@ use crate::io::{Device, DiskAction, DiskCompletion, DiskError, DiskOk};
 
 type Page = Arc<[u8]>;
 
+/// Which sectors of a page land, by bit: a device promises no more than whole ones.
+pub type Sectors = u8;
+pub const NOTHING: Sectors = 0;
+pub const WHOLE: Sectors = !0;
+const SECTORS: usize = Sectors::BITS as usize;
+
+/// A page of which some sectors were written over others.
+fn torn(old: Option<&Page>, new: &[u8], landed: Sectors) -> Page {
+    let mut page = old.map_or_else(|| vec![0; PAGE_SIZE], |old| old.to_vec());
+    let sectors = page.chunks_exact_mut(PAGE_SIZE / SECTORS).zip(new.chunks_exact(PAGE_SIZE / SECTORS));
+    for (_, (to, from)) in sectors.enumerate().filter(|(sector, _)| landed >> sector & 1 == 1) {
+        to.copy_from_slice(from);
+    }
+    page.into()
+}
+
+/// What lands of one page after another: of one moment mostly much or little, and in half of them some pages are torn.
+fn some_sectors(random: &mut Random) -> impl FnMut() -> Sectors {
+    let (kept, tears) = (random.below(101), random.one_in(2));
+    move || match random.chance(kept) {
+        true => WHOLE,
+        false if tears && random.one_in(4) => random.below(1 << SECTORS) as Sectors,
+        false => NOTHING,
+    }
+}
+
 #[derive(Clone, Default)]
 struct Inner {
     stable: BTreeMap<u64, Page>,
@@ -37,6 +63,20 @@ struct Inner {
     fails: bool,
     /// The next flush fails, and what it was to cover may be gone.
     flush_fails: bool,
+}
+
+impl Inner {
+    /// Of what is not flushed only what `keep` says of each page is left.
+    fn lose(&mut self, mut keep: impl FnMut() -> Sectors) {
+        for (_, page, bytes) in std::mem::take(&mut self.volatile) {
+            let landed = keep();
+            if landed != NOTHING {
+                let page_now = torn(self.stable.get(&page), &bytes, landed);
+                self.stable.insert(page, page_now);
+            }
+        }
+        self.current = self.stable.clone();
+    }
 }
 
 /// Handles share the device.
@@ -95,30 +135,17 @@ impl SimDevice {
         let mut inner = self.inner.borrow_mut();
         inner.flush_fails = false;
         let mut random = Random::new(inner.written);
-        let kept = random.below(101);
-        for (_, page, bytes) in std::mem::take(&mut inner.volatile) {
-            if random.chance(kept) {
-                inner.stable.insert(page, bytes);
-            }
-        }
-        inner.current = inner.stable.clone();
+        inner.lose(some_sectors(&mut random));
     }
 
     /// The power goes: any subset of what was not flushed is lost.
     pub fn lose_power(&self, random: &mut Random) {
-        let kept = random.below(101);
-        self.lose_power_but(|| random.chance(kept));
+        self.lose_power_but(some_sectors(random));
     }
 
-    /// The same, and `keep` says of each page that is not flushed whether it is kept.
-    pub fn lose_power_but(&self, mut keep: impl FnMut() -> bool) {
-        let mut inner = self.inner.borrow_mut();
-        for (_, page, bytes) in std::mem::take(&mut inner.volatile) {
-            if keep() {
-                inner.stable.insert(page, bytes);
-            }
-        }
-        inner.current = inner.stable.clone();
+    /// The same, and `keep` says of each page that is not flushed what of it is kept.
+    pub fn lose_power_but(&self, keep: impl FnMut() -> Sectors) {
+        self.inner.borrow_mut().lose(keep);
     }
 
     /// Pages that a loss of power may take.
@@ -234,18 +261,19 @@ impl SimDevice {
         DiskCompletion { id, result }
     }
 
-    /// The process ends while `action` is under way: of a write any pages may have landed.
+    /// The process ends while `action` is under way: of a write any sectors may have landed.
     pub fn tear(&self, action: &DiskAction, random: &mut Random) {
-        let kept = random.below(101);
-        self.tear_but(action, || random.chance(kept));
+        self.tear_but(action, some_sectors(random));
     }
 
-    /// The same, and `keep` says of each page whether it landed.
-    pub fn tear_but(&self, action: &DiskAction, mut keep: impl FnMut() -> bool) {
+    /// The same, and `keep` says of each page what of it landed.
+    pub fn tear_but(&self, action: &DiskAction, mut keep: impl FnMut() -> Sectors) {
         let DiskAction::Write { offset, parts, .. } = action else { return };
         for (page, bytes) in pages(*offset, parts) {
-            if keep() {
-                self.write_page(page, bytes);
+            let landed = keep();
+            if landed != NOTHING {
+                let old = self.inner.borrow().current.get(&page).cloned();
+                self.write_page(page, &torn(old.as_ref(), bytes, landed));
             }
         }
     }

@@ -10,7 +10,7 @@ mod map;
 mod random;
 
 pub use content::{fill, value_of};
-pub use device::SimDevice;
+pub use device::{NOTHING, Sectors, SimDevice, WHOLE};
 pub use history::{History, Sector, Span};
 pub use map::node_of_map;
 pub use random::Random;

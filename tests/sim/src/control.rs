@@ -9,12 +9,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use xsan_controlplane::clock::BootTime;
-use xsan_controlplane::lease::{Beat, LeaseTable};
+use xsan_controlplane::lease::{Beat, Health, LeaseTable};
 use xsan_controlplane::membership::heartbeat::Grant;
 use xsan_controlplane::placement::Proposal;
 use xsan_controlplane::placement::planner::Planner;
-use xsan_controlplane::state::ClusterState;
 use xsan_controlplane::state::command::{Command, GroupChange, NewNode, NewVolume, SettingsChange};
+use xsan_controlplane::state::{ClusterState, Departure};
 use xsan_controlplane::timing::{BEAT_INTERVAL, CONTROLLER_TICK, RaftTiming};
 use xsan_protocol::ids::{GroupId, Incarnation, MapVersion, NodeId, StoreId};
 use xsan_protocol::map::{DataProcess, Durability, Member};
@@ -70,7 +70,7 @@ impl ControlPlane {
         }
     }
 
-    fn apply(&mut self, command: &Command) {
+    pub fn apply(&mut self, command: &Command) {
         let mut state = (*self.state).clone();
         state.apply(command);
         self.state = Arc::new(state);
@@ -142,9 +142,13 @@ impl World {
             group_count: self.plan.group_count,
         }));
         assert_eq!(self.control.state.map().volumes.len(), 1);
-        let demote_slow_nodes = Some(self.plan.demotes);
-        self.control
-            .apply(&Command::ChangeSettings(SettingsChange { demote_slow_nodes, ..Default::default() }));
+        let change = SettingsChange {
+            demote_slow_nodes: Some(self.plan.demotes),
+            down_out_interval: Some(Duration::from_nanos(self.plan.out_ns)),
+            ..Default::default()
+        };
+        self.control.apply(&Command::ChangeSettings(change));
+        assert_eq!(self.control.state.settings().down_out_interval.as_nanos(), u128::from(self.plan.out_ns));
         self.spread_state();
     }
 
@@ -333,13 +337,59 @@ impl World {
         self.hosts[host].control_runs(self.now) && voters.iter().filter(with).count() * 2 > voters.len()
     }
 
+    /// Nodes that were asked to leave and hold nothing any more: the leader takes their vote, and then them, as
+    /// `membership::voters` does. Guests have moved elsewhere before.
+    fn let_go(&mut self) {
+        let state = self.control.state.clone();
+        let goes = |node: &NodeId| state.departure(*node) != Departure::Stays && !state.has_replicas(*node);
+        let goes: BTreeSet<NodeId> = state.map().nodes.keys().copied().filter(goes).collect();
+        let votes = state.map().nodes.values().filter(|node| node.voter).map(|node| node.id);
+        let votes: BTreeSet<NodeId> = votes.collect();
+        for node in goes {
+            let host = node.0 as usize - 1;
+            let asked = |(_, command): &(u64, Command)| *command == Command::RemoveNode { node };
+            if votes.contains(&node) {
+                let mut state = (*self.control.state).clone();
+                state.set_voters(votes.iter().copied().filter(|other| *other != node).collect());
+                self.control.state = Arc::new(state);
+                return;
+            }
+            if !self.workload.uses(host) && !self.control.under_way.iter().any(asked) {
+                let term = self.control.term;
+                self.on_propose(term, Command::RemoveNode { node });
+            }
+        }
+    }
+
+    /// Has the leader no doubt that this node's lease has ended?
+    pub fn is_gone(&mut self, node: NodeId) -> bool {
+        let Some(leader) = &mut self.control.leader else { return false };
+        let clock = self.hosts[leader.host].clock(self.now);
+        leader.leases.health(clock, node, registered(&leader.known, node)) == Health::Gone
+    }
+
+    /// A node that hears of its removal stops, and its supervisor starts it no more.
+    fn end_removed(&mut self) {
+        for host in 0..self.hosts.len() {
+            if !self.hosts[host].removed && self.control.state.was_removed(self.hosts[host].node) {
+                self.log(|| format!("host {host} is removed"));
+                self.count("node removed");
+                self.hosts[host].removed = true;
+                self.kill_control(host);
+                self.kill_data(host);
+            }
+        }
+    }
+
     pub fn raft_beat(&mut self) {
         self.after(RAFT_BEAT, Event::RaftBeat);
+        self.end_removed();
         let leads = self.control.leader.as_ref().map(|leader| (leader.host, leader.life));
         let well = leads
             .is_some_and(|(host, life)| self.hosts[host].control.life == life && self.reaches_quorum(host));
         if well {
             self.control.leader.as_mut().expect("it is there").quorum_at = self.now;
+            self.let_go();
             self.spread_state();
         } else if self.random.one_in(4) {
             // An election ends, if anybody can win one.
@@ -363,7 +413,7 @@ impl World {
             let under_way = std::mem::take(&mut self.control.under_way);
             let kept = self.random.index(under_way.len() + 1);
             for (_, command) in under_way.into_iter().take(kept) {
-                self.control.apply(&command);
+                self.apply(&command);
             }
             self.control.former.push(old);
             if self.control.former.len() > 3 {
@@ -405,7 +455,7 @@ impl World {
     }
 
     /// A command from the control process of `host`, for the leader: lost when it can not be reached.
-    fn propose(&mut self, host: usize, command: Command) {
+    pub fn propose(&mut self, host: usize, command: Command) {
         let Some((leader, term)) = self.control.leader.as_ref().map(|leader| (leader.host, leader.term))
         else {
             return;
@@ -448,7 +498,7 @@ impl World {
         let committed: Vec<_> = self.control.under_way.drain(..before).collect();
         for (other, command) in committed {
             self.log(|| format!("committed: {command}"));
-            self.control.apply(&command);
+            self.apply(&command);
             if let Some(leader) = &mut self.control.leader
                 && leader.committing == Some(other)
             {
@@ -459,6 +509,34 @@ impl World {
         self.hosts[host].control.known = self.control.state.clone();
         self.spread_state();
         self.after(1, Event::PlanNow);
+    }
+
+    fn apply(&mut self, command: &Command) {
+        self.control.apply(command);
+        if let Command::ReconfigureGroups(changes) = command {
+            let settles = changes.iter().filter(|change| change.settle);
+            settles.for_each(|change| self.check_settled(change.group));
+        }
+    }
+
+    /// Once an epoch is settled, each of its acting members alone has all that was acknowledged.
+    fn check_settled(&mut self, id: GroupId) {
+        let Some(group) = self.control.state.map().groups.get(&id).filter(|group| group.is_settled()) else {
+            return;
+        };
+        let acknowledged = self.acknowledged.get(&id).copied().unwrap_or_default();
+        let lacks = group.acting().find_map(|member| {
+            let process = self.hosts[member.node.0 as usize - 1].process.as_ref()?;
+            let (_, durable) = process.driver.replication.journal(id)?;
+            let same = process.incarnation == member.incarnation;
+            (same && durable < acknowledged).then_some((member.node, durable))
+        });
+        if let Some((node, durable)) = lacks {
+            let epoch = group.epoch;
+            self.ledger.violation = Some(format!(
+                "epoch {epoch} of group {id} is settled: {acknowledged} is acknowledged, node {node} has {durable}"
+            ));
+        }
     }
 
     /// Sends the present state to every host that the leader reaches.
@@ -532,10 +610,18 @@ impl World {
             self.hosts.iter().filter(|host| host.found_slow_until > now).map(|host| host.node).collect();
         let (clock, known) = (host.clock(now), &leader.known);
         let changes = leader.planner.plan(clock, known, &mut leader.leases, &proposals, &slow);
+        let (term, out) = (leader.term, leader.planner.out().clone());
+        for host in 0..self.hosts.len() {
+            let is_out = out.contains(&self.hosts[host].node);
+            if is_out && !self.hosts[host].out {
+                self.log(|| format!("host {host} is left out"));
+                self.count("host left out");
+            }
+            self.hosts[host].out = is_out;
+        }
         if changes.is_empty() {
             return;
         }
-        let term = leader.term;
         self.control.next_proposal += 1;
         let number = self.control.next_proposal;
         self.control.leader.as_mut().expect("it leads").committing = Some(number);

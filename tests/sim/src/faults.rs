@@ -4,18 +4,20 @@
 //! only while every group has another live member (all hosts at once is `World::blackout`), and one host's device
 //! rots only, never in a run in which others lose what they did not flush.
 
+use xsan_controlplane::state::Departure;
+use xsan_controlplane::state::command::Command;
 use xsan_dataplane::io::DeviceRole;
 use xsan_dataplane::testing::SimDevice;
 use xsan_protocol::ids::{NodeId, Seq};
 use xsan_protocol::map::{Group, Pool};
 use xsan_protocol::units::{PAGE_SIZE, PAGES_PER_UNIT};
 
-use crate::plan::{MS, SECOND, US};
+use crate::plan::{MS, OUT_MIN, SECOND, US};
 use crate::workload::{POOL, key};
 use crate::world::{Event, World};
 
 /// Everything that goes wrong, as it is counted. A thousand seeds meet each of these.
-pub const FAULTS: [&str; 29] = [
+pub const FAULTS: [&str; 34] = [
     "all hosts down at a checkpoint",
     "all hosts down during destage",
     "all hosts down right after a promise",
@@ -33,13 +35,18 @@ pub const FAULTS: [&str; 29] = [
     "host cut off one way, from one or all",
     "host cut off, from one or all",
     "host found slow",
+    "host left out",
+    "maintenance ended",
     "maps late",
+    "node given up",
     "node joins",
+    "node removed",
     "page unreadable",
     "power of a host lost",
     "power of a primary lost before a newcomer counts",
     "power of all hosts lost",
     "processes stopped for a while",
+    "removal taken back",
     "scrub found damage",
     "store failed",
     "store found damaged",
@@ -52,10 +59,12 @@ pub const FAULTS_RARE: [&str; 2] = ["store found damaged at the end", "store rep
 /// A fault, of a host and perhaps another.
 type Kind = fn(&mut World, usize, usize);
 
-/// Hosts that a run may add.
+/// Hosts that a run may add, and lose.
 const NODES_ADDED_MAX: usize = 1;
+const NODES_REMOVED_MAX: usize = 1;
 /// As long as hosts that are cut off are waited for.
 const TAKEOVER_MAX: u64 = 6 * SECOND;
+const GIVE_UP_RETRY: u64 = SECOND;
 const TAKEOVER_POLL: u64 = 5 * MS;
 const NEWCOMER_POLL: u64 = 100 * US;
 
@@ -70,10 +79,12 @@ impl World {
     }
 
     fn fault(&mut self) {
-        let host = self.random.index(self.hosts.len());
-        let other = (host + 1 + self.random.index(self.hosts.len() - 1)) % self.hosts.len();
+        let present: Vec<usize> = self.present().collect();
+        let place = self.random.index(present.len());
+        let host = present[place];
+        let other = present[(place + 1 + self.random.index(present.len() - 1)) % present.len()];
         let weights = self.plan.weights;
-        let kinds: [(u64, Kind); 17] = [
+        let kinds: [(u64, Kind); 21] = [
             (weights.kill_data, Self::fault_kill_data),
             (weights.kill_control, Self::fault_kill_control),
             (weights.kill_host, Self::fault_kill_host),
@@ -91,6 +102,10 @@ impl World {
             (weights.damage, Self::fault_damage),
             (weights.add_node, Self::fault_add_node),
             (weights.late_maps, Self::fault_late_maps),
+            (weights.away, Self::fault_away),
+            (weights.maintenance, Self::fault_maintenance),
+            (weights.remove_node, Self::fault_remove_node),
+            (weights.give_up, Self::fault_give_up),
         ];
         let mut choice = self.random.below(kinds.iter().map(|(weight, _)| weight).sum());
         for (weight, kind) in kinds {
@@ -138,6 +153,89 @@ impl World {
         self.restart(host, wait);
     }
 
+    /// For so long that it is left out, mostly, and its replicas are made elsewhere.
+    fn fault_away(&mut self, host: usize, _: usize) {
+        self.log(|| format!("host {host} is away"));
+        self.kill_control(host);
+        self.kill_data(host);
+        let wait = OUT_MIN / 2 + self.random.below(2 * OUT_MIN);
+        self.restart(host, wait);
+        if self.random.one_in(2) {
+            self.quiet_until = self.now + wait;
+        }
+    }
+
+    /// An operator begins or ends the maintenance of a node, and may take the host down meanwhile.
+    fn fault_maintenance(&mut self, host: usize, other: usize) {
+        let node = self.hosts[host].node;
+        let on = !self.control.state.is_in_maintenance(node);
+        let force = self.random.one_in(4);
+        self.propose(other, Command::SetMaintenance { node, on, force });
+        if !on {
+            self.count("maintenance ended");
+        } else if self.random.one_in(2) {
+            self.fault_kill_host(host, other);
+        }
+    }
+
+    fn end_maintenance(&mut self) {
+        for host in 0..self.hosts.len() {
+            let node = self.hosts[host].node;
+            if self.control.state.is_in_maintenance(node) {
+                self.count("maintenance ended");
+                self.control.apply(&Command::SetMaintenance { node, on: false, force: false });
+            }
+        }
+    }
+
+    /// An operator has a node leave, or stay after all.
+    fn fault_remove_node(&mut self, host: usize, other: usize) {
+        let leaving = self.present().find(|host| self.leaves(*host));
+        let (host, departure) = match leaving {
+            Some(host) if self.random.one_in(2) => (host, Departure::Stays),
+            None if self.may_lose_another() => (host, Departure::Leaving),
+            _ => return,
+        };
+        let node = self.hosts[host].node;
+        if departure == Departure::Stays {
+            self.count("removal taken back");
+        }
+        self.propose(other, Command::LeaveNode { node, departure });
+    }
+
+    fn may_lose_another(&self) -> bool {
+        self.present().count() + NODES_REMOVED_MAX > self.hosts.len()
+    }
+
+    /// A host is gone for good, and so is what it held; once its lease has ended, an operator gives it up.
+    fn fault_give_up(&mut self, host: usize, _: usize) {
+        if self.may_lose_another() && !self.leaves(host) && self.bears_loss_of(host) {
+            self.log(|| format!("host {host} is gone for good"));
+            self.power_off(host);
+            self.hosts[host].removed = true;
+            self.after(GIVE_UP_RETRY, Event::GiveUp { host });
+        }
+    }
+
+    /// Asks for it again until it is done.
+    pub fn give_up(&mut self, host: usize) {
+        let node = self.hosts[host].node;
+        if self.control.state.was_removed(node) {
+            self.log(|| format!("host {host} is given up"));
+            return self.count("node given up");
+        }
+        self.after(GIVE_UP_RETRY, Event::GiveUp { host });
+        let asks = self.some_host();
+        if self.is_gone(node) && !self.leaves(host) {
+            self.propose(asks, Command::LeaveNode { node, departure: Departure::Lost });
+        }
+    }
+
+    /// Was it asked to leave?
+    fn leaves(&self, host: usize) -> bool {
+        self.control.state.departure(self.hosts[host].node) != Departure::Stays
+    }
+
     fn fault_lose_power(&mut self, host: usize, _: usize) {
         if !self.hosts[host].powered || !self.bears_loss_of(host) {
             return;
@@ -174,7 +272,7 @@ impl World {
     }
 
     /// What any member of the group knows to be acknowledged.
-    fn acknowledged(&self, group: &Group) -> Seq {
+    pub fn acknowledged(&self, group: &Group) -> Seq {
         let process = |node: NodeId| self.hosts[node.0 as usize - 1].process.as_ref();
         let processes = group.acting().filter_map(|member| process(member.node));
         let journals = processes.filter_map(|process| process.driver.replication.journal(group.id));
@@ -503,6 +601,7 @@ impl World {
     /// Everything works again, at once or soon; a host without power, when it gets it.
     pub fn end_faults(&mut self) {
         self.heal_network();
+        self.end_maintenance();
         for host in 0..self.hosts.len() {
             let this = &mut self.hosts[host];
             this.data_paused_until = this.data_paused_until.min(self.now);

@@ -40,6 +40,10 @@ pub struct Host {
     /// Its store failed, in this life of its data process or in an earlier one of which the cluster does not know yet.
     pub failed: bool,
     pub failed_before: bool,
+    /// It is no member of the cluster any more.
+    pub removed: bool,
+    /// The leader has left it out of placement.
+    pub out: bool,
     /// Its store, if it lost records.
     pub damaged_stores: Vec<DamagedStore>,
     pub capacity: SimDevice,
@@ -95,6 +99,8 @@ impl Host {
             store: StoreId(0),
             failed: false,
             failed_before: false,
+            removed: false,
+            out: false,
             damaged_stores: Vec::new(),
             damage_allowed: false,
             failure_allowed: false,
@@ -287,6 +293,9 @@ impl World {
     /// The supervisor starts what should run and does not.
     pub fn restart(&mut self, host: usize, wait: u64) {
         let this = &self.hosts[host];
+        if this.removed {
+            return;
+        }
         let (life, control_life) = (this.life, this.control.life);
         if this.process.is_none() {
             self.after(wait, Event::StartData { host, life });
@@ -308,6 +317,9 @@ impl World {
 
     pub fn power_on(&mut self, host: usize) {
         let this = &mut self.hosts[host];
+        if this.removed {
+            return;
+        }
         if std::mem::replace(&mut this.powered, true) {
             return;
         }
@@ -332,6 +344,7 @@ impl World {
         }
         if power {
             self.ledger.blackout();
+            self.acknowledged.clear();
         }
         // One may stay away for so long that the others go on without it.
         let late = if self.random.one_in(4) { self.random.index(self.hosts.len()) } else { usize::MAX };

@@ -6,6 +6,10 @@ pub const US: u64 = 1_000;
 pub const MS: u64 = 1_000_000;
 pub const SECOND: u64 = 1_000_000_000;
 
+/// The least that an operator may set.
+pub const OUT_MIN: u64 = 5 * SECOND;
+/// Of each host, fast or slow: two differ by no more than what leases bear.
+const DRIFT_PPM_MAX: u64 = 250;
 const DEVICE_BYTES: u64 = 64 << 20;
 /// A device with slots for 32 blocks beside its journal.
 const DEVICE_BYTES_FULL: u64 = 34 << 20;
@@ -46,6 +50,8 @@ pub struct Plan {
     pub grant_ns: u64,
     /// What the control plane agrees on takes up to so much longer.
     pub commit_ns: u64,
+    /// A host that is away for so long is left out: its replicas are made elsewhere.
+    pub out_ns: u64,
     /// Relative frequency of each kind of fault.
     pub weights: Weights,
 }
@@ -97,6 +103,10 @@ pub struct Weights {
     pub damage: u64,
     pub add_node: u64,
     pub late_maps: u64,
+    pub away: u64,
+    pub maintenance: u64,
+    pub remove_node: u64,
+    pub give_up: u64,
 }
 
 impl Plan {
@@ -129,6 +139,10 @@ impl Plan {
             damage: rot,
             add_node: sometimes(20, 2),
             late_maps: sometimes(30, 4),
+            away: 0,
+            maintenance: 0,
+            remove_node: 0,
+            give_up: 0,
         };
         let full = random.chance(8);
         let nodes = [3, 3, 3, 4, 5][random.index(5)];
@@ -185,7 +199,7 @@ impl Plan {
             network_ns: [10 * US, 50 * US, 500 * US][random.index(3)],
             device_ns: [15 * US, 80 * US, 1000 * US][random.index(3)],
             capacity_factor: if cached && random.chance(50) { 20 } else { 1 },
-            drift_ppm: if random.chance(50) { random.below(250) } else { 0 },
+            drift_ppm: if random.chance(50) { random.below(DRIFT_PPM_MAX + 1) } else { 0 },
             weights,
             demotes: random.chance(50),
             strike: match random.index(5) {
@@ -197,6 +211,7 @@ impl Plan {
             },
             grant_ns,
             commit_ns: 0,
+            out_ns: 600 * SECOND,
         };
         if plan.replica_count < 3 && rot > 0 {
             // A page that rots could be the only copy: power is lost instead.
@@ -214,6 +229,25 @@ impl Plan {
         // Of three, one goes on alone only after ten seconds.
         if plan.weights.damage == 0 && plan.replica_count == 2 && random.chance(40) {
             plan.strike = Strike::WhenAlone;
+        }
+        if random.chance(15) {
+            plan.weights.maintenance = 1 + random.below(6);
+        }
+        // There is a host to make replicas on.
+        let spare = random.chance(20) && !full && !wide;
+        if spare {
+            plan.nodes = plan.nodes.max(usize::from(plan.replica_count) + 1);
+            match random.below(3) {
+                0 if plan.weights.damage == 0 => plan.weights.give_up = 1 + random.below(4),
+                1 => plan.weights.remove_node = 4 + random.below(8),
+                _ => {}
+            }
+        }
+        if spare && !short && random.chance(60) {
+            plan.out_ns = OUT_MIN;
+            plan.part_ns += 2 * OUT_MIN;
+            plan.parts = plan.parts.min(2);
+            plan.weights.away = 4 + random.below(8);
         }
         plan
     }

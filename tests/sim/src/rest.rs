@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use xsan_controlplane::state::Departure;
 use xsan_dataplane::replication::{ScrubFindings, ScrubOrder};
 use xsan_protocol::ids::{GroupId, NodeId};
 use xsan_protocol::map::{ClusterMap, Pool};
@@ -22,7 +23,7 @@ const SCRUBS_MAX: u32 = 3;
 impl World {
     pub fn all_registered(&self) -> bool {
         let map = self.control.state.map();
-        self.hosts.iter().all(|host| {
+        self.present().map(|host| &self.hosts[host]).all(|host| {
             let data = map.nodes.get(&host.node).and_then(|node| node.data.as_ref());
             let process = host.process.as_ref();
             data.zip(process).is_some_and(|(data, process)| data.incarnation == process.incarnation)
@@ -44,7 +45,13 @@ impl World {
         if let Some(operation) = self.workload.oldest() {
             return operation;
         }
-        let alive = self.hosts.len();
+        let leaves = |node: &&NodeId| {
+            state.departure(**node) != Departure::Stays || self.hosts[node.0 as usize - 1].removed
+        };
+        if let Some(node) = map.nodes.keys().find(leaves) {
+            return format!("node {node} is not removed yet");
+        }
+        let alive = self.present().count();
         for group in map.groups.values() {
             let pool = &map.pools[&group.id.pool()];
             let wanted = usize::from(pool.replica_count).min(alive);
@@ -66,7 +73,7 @@ impl World {
             }
         }
         let mut active = 0;
-        for host in &self.hosts {
+        for host in self.present().map(|host| &self.hosts[host]) {
             let process = host.process.as_ref().expect("all are registered");
             if process.map.version != state.version() {
                 return format!("node {} does not have the newest map", host.node);
@@ -101,8 +108,7 @@ impl World {
     /// What was damaged behind a store's back is mended: by opening it, which notices what it lost, and by scrubs of all groups.
     /// Then a scrub finds nothing; where nobody damaged anything, the first one does.
     pub fn check_scrubs(&mut self) -> Result<(), String> {
-        let damaged: Vec<usize> =
-            (0..self.hosts.len()).filter(|host| self.hosts[*host].damage_allowed).collect();
+        let damaged: Vec<usize> = self.present().filter(|host| self.hosts[*host].damage_allowed).collect();
         for &host in &damaged {
             for _ in 0..ROT_BEFORE_SCRUB {
                 self.rot_in_place(host);
@@ -134,7 +140,7 @@ impl World {
         let groups: BTreeSet<GroupId> = self.control.state.map().groups.keys().copied().collect();
         let order = |group| ScrubOrder { group, deep: true, number };
         let orders: Vec<ScrubOrder> = groups.into_iter().map(order).collect();
-        for host in 0..self.hosts.len() {
+        for host in self.present().collect::<Vec<_>>() {
             self.input(host, Input::Scrub(orders.clone()));
         }
         self.run_until(SETTLE_MAX, |world| {
@@ -186,7 +192,7 @@ impl World {
     pub fn check_replicas(&mut self) -> Result<(), String> {
         let map = self.control.state.map().clone();
         let mut contents = BTreeMap::new();
-        for host in 0..self.hosts.len() {
+        for host in self.present().collect::<Vec<_>>() {
             let stores = self.hosts[host].process.iter().flat_map(|process| process.driver.stores());
             let given_away: u64 = stores.map(|store| store.status().used_bytes).sum();
             self.kill_data(host);

@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use xsan_controlplane::state::Departure;
 use xsan_dataplane::disk::buffers::{Buffer, CLASS_BYTES, Claim};
 use xsan_dataplane::replication::Operation;
 use xsan_dataplane::store::PageData;
@@ -97,6 +98,11 @@ impl Workload {
         }
     }
 
+    /// Does anything go on through a host?
+    pub fn uses(&self, host: usize) -> bool {
+        self.operations.values().any(|under_way| under_way.host == host)
+    }
+
     /// The operation that waits the longest, in words; `None` when there is none.
     pub fn oldest(&self) -> Option<String> {
         let (number, oldest) = self.operations.iter().next()?;
@@ -140,8 +146,9 @@ impl World {
             return;
         }
         let Client { host, reads, .. } = self.workload.clients[client];
-        if self.hosts[host].process.is_none() || (reads.is_none() && self.random.one_in(500)) {
-            self.workload.clients[client].host = self.random.index(self.hosts.len());
+        let leaves = self.control.state.departure(self.hosts[host].node) != Departure::Stays;
+        if self.hosts[host].process.is_none() || leaves || (reads.is_none() && self.random.one_in(500)) {
+            self.workload.clients[client].host = self.some_host();
             return;
         }
         let operation = match reads {
@@ -311,8 +318,11 @@ impl World {
     pub fn on_answer(&mut self, number: u64, result: Result<Answer, Code>) {
         let Some(under_way) = self.workload.operations.get_mut(&number) else { return };
         match (&mut under_way.kind, result) {
-            (Kind::One { .. }, Ok(Answer::Reply(reply))) => {
-                let data = data_of(reply);
+            (Kind::One { group, .. }, Ok(Answer::Reply(reply))) => {
+                let (group, data) = (*group, data_of(reply));
+                let acknowledged = self.acknowledged(&self.control.state.map().groups[&group]);
+                let known = self.acknowledged.entry(group).or_default();
+                *known = acknowledged.max(*known);
                 self.end(number, |ledger, repeated| {
                     ledger.answered(number, data.as_ref().map(|data| &data.bytes[..]), repeated);
                 });
@@ -390,7 +400,7 @@ impl World {
     /// Zeroes every `nth` block.
     pub fn free(&mut self, nth: usize) {
         for block in (0..self.plan.blocks).step_by(nth) {
-            let host = self.random.index(self.hosts.len());
+            let host = self.some_host();
             let pages = PageRange::new(0, PAGES_ZEROED);
             self.submit_operation(None, host, Operation::Zero { key: key(block), pages, fua: false });
         }
@@ -409,7 +419,7 @@ impl World {
         }
         let (answered, mut writes) = (self.ledger.answered, 0);
         for block in blocks {
-            let host = self.random.index(self.hosts.len());
+            let host = self.some_host();
             let sectors = SectorRange { block, first: 5 * SECTORS_PER_PAGE + 3, count: 2 };
             // Each has the next number as its value, so one is made when the one before has been submitted.
             for step in 0..4 {
@@ -438,7 +448,7 @@ impl World {
         let answered = self.ledger.answered;
         let mut reads = 0;
         for block in 0..self.plan.blocks {
-            let host = self.random.index(self.hosts.len());
+            let host = self.some_host();
             for first in (0..PAGES_ZEROED).step_by(12) {
                 reads += 1;
                 let pages = PageRange::new(first, 12);

@@ -7,11 +7,11 @@ use std::sync::Arc;
 use xsan_controlplane::lease::Beat;
 use xsan_controlplane::membership::heartbeat::Grant;
 use xsan_controlplane::placement::Proposal;
-use xsan_controlplane::state::ClusterState;
 use xsan_controlplane::state::command::Command;
+use xsan_controlplane::state::{ClusterState, Departure};
 use xsan_dataplane::store::StoreStatus;
 use xsan_dataplane::testing::Random;
-use xsan_protocol::ids::{BootId, Incarnation, MapVersion};
+use xsan_protocol::ids::{BootId, GroupId, Incarnation, MapVersion, Seq};
 use xsan_protocol::map::{ClusterMap, Group};
 
 use crate::Summary;
@@ -71,6 +71,7 @@ pub enum Event {
     Takeover { host: usize, cut: bool, until: u64 },
     Newcomer { host: usize, until: u64 },
     NewcomerDies { host: usize, life: u64 },
+    GiveUp { host: usize },
     Client { client: usize },
     Retry { operation: u64 },
     Fault,
@@ -115,6 +116,8 @@ pub struct World {
     pub control: ControlPlane,
     pub workload: Workload,
     pub ledger: Ledger,
+    /// What was acknowledged in each group when a client was last answered, since all hosts lost their power.
+    pub acknowledged: BTreeMap<GroupId, Seq>,
     /// Without faults until then.
     pub quiet_until: u64,
     /// When the faults of this part ended; `u64::MAX` while they go on.
@@ -145,6 +148,7 @@ impl World {
             control: ControlPlane::new(),
             workload: Workload::new(&plan),
             ledger: Ledger::default(),
+            acknowledged: BTreeMap::new(),
             quiet_until: u64::MAX,
             faults_end: 0,
             faults: BTreeMap::new(),
@@ -162,6 +166,19 @@ impl World {
         let host = Host::new(index, &self.plan, self.memory.pools[index], &mut self.random);
         self.hosts.push(host);
         index
+    }
+
+    /// The hosts that are members of the cluster.
+    pub fn present(&self) -> impl Iterator<Item = usize> {
+        (0..self.hosts.len()).filter(|host| !self.hosts[*host].removed)
+    }
+
+    /// One that clients use: they leave one that is to be removed.
+    pub fn some_host(&mut self) -> usize {
+        let state = &self.control.state;
+        let stays = |host: &usize| state.departure(self.hosts[*host].node) == Departure::Stays;
+        let able: Vec<usize> = self.present().filter(stays).collect();
+        *self.random.pick(&able).expect("the last node is never removed")
     }
 
     pub fn at(&mut self, at: u64, event: Event) {
@@ -301,7 +318,7 @@ impl World {
 
     /// A member is taken in anew, and then all that acted without it are killed.
     fn wait_until_alone(&mut self) -> Result<(), String> {
-        let host = self.random.index(self.hosts.len());
+        let host = self.some_host();
         let (node, limit) = (self.hosts[host].node, self.now + ALONE_WAIT);
         self.quiet_until = u64::MAX;
         self.kill_data(host);
@@ -453,13 +470,14 @@ impl World {
             Event::Commit { term, number } => self.on_commit(term, number),
             Event::Death { host, incarnation } => self.on_death(host, incarnation),
             Event::StartData { host, life } => {
-                if self.hosts[host].life == life && self.hosts[host].powered {
+                let this = &self.hosts[host];
+                if this.life == life && this.powered && !this.removed {
                     self.start_data(host);
                 }
             }
             Event::StartControl { host, life } => {
                 let this = &self.hosts[host];
-                if this.control.life == life && this.powered && !this.control.alive {
+                if this.control.life == life && this.powered && !this.control.alive && !this.removed {
                     self.start_control(host);
                 }
             }
@@ -471,6 +489,7 @@ impl World {
             Event::Takeover { host, cut, until } => self.takeover(host, cut, until),
             Event::Newcomer { host, until } => self.newcomer(host, until),
             Event::NewcomerDies { host, life } => self.newcomer_dies(host, life),
+            Event::GiveUp { host } => self.give_up(host),
             Event::Client { client } => self.client(client),
             Event::Retry { operation } => self.try_operation(operation),
             Event::Fault => self.next_fault(),

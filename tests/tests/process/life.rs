@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use xsan_protocol::error::Code;
+use xsan_protocol::proto::NodeStatus;
 use xsan_tests::cluster::{Cluster, RESYNC_DEADLINE, SETTLE_DEADLINE};
 use xsan_tests::node::NodeOptions;
 use xsan_tests::wait::{Look, until};
@@ -157,6 +158,52 @@ fn a_removed_node_gives_its_replicas_away_under_a_writer_and_is_told_to_go() {
                 groups.total > 0 && groups.healthy == groups.total && groups.resyncing == 0
             })
             .unwrap();
+    }
+}
+
+#[test]
+fn a_dead_node_is_replaced_and_a_new_one_takes_its_share_under_a_writer() {
+    let mut cluster = Cluster::start_with(4, options()).unwrap();
+    cluster.cli(&["cluster", "set", "down-out-interval", "5s"]).unwrap().succeeded().unwrap();
+    cluster.create_volume("vm", "256MiB", 3).unwrap();
+    let work = Work { read_percent: 50, ..Work::new(vec![cluster.node(0).nbd], "vm", 0..4000, 44) };
+    let writer = Writer::start(work).unwrap();
+    writer.wait_operations(500, SETTLE_DEADLINE).unwrap();
+
+    cluster.kill_node(3).unwrap();
+    let (mut missed, mut down) = (false, false);
+    cluster
+        .wait_status("three replicas of everything on three nodes", RESYNC_DEADLINE, |status| {
+            let groups = status.groups.unwrap_or_default();
+            down = status.nodes.iter().any(|node| node.state == "down");
+            missed |= groups.degraded > 0;
+            assert_eq!(groups.inactive, 0, "two replicas are left of everything");
+            down && missed && groups.healthy == groups.total && groups.resyncing == 0
+        })
+        .unwrap();
+    writer.wait_operations(500, SETTLE_DEADLINE).unwrap();
+
+    let joined = cluster.add_node().unwrap();
+    let name = cluster.node(joined).name.clone();
+    cluster
+        .wait_status("the new node to have its share", RESYNC_DEADLINE, |status| {
+            let groups = status.groups.unwrap_or_default();
+            assert_eq!((groups.degraded, groups.inactive), (0, 0), "at no time are there fewer replicas");
+            let is_it = |node: &&NodeStatus| node.node.as_ref().is_some_and(|node| node.name == name);
+            // Three replicas of each group on four nodes.
+            let share = status.nodes.iter().find(is_it).map_or(0, |node| node.member_groups);
+            groups.resyncing == 0 && share * 4 > groups.total * 3 * 8 / 10
+        })
+        .unwrap();
+    writer.wait_operations(500, SETTLE_DEADLINE).unwrap();
+    let report = writer.stop().unwrap();
+    assert_eq!(report.losses, 0, "the writer saw no error");
+    // What the new node has is worth as much: one of the others may go.
+    cluster.kill_node(2).unwrap();
+    report.verify(&mut cluster.connect(joined, "vm").unwrap(), 44).unwrap();
+    let kinds = event_kinds(&cluster);
+    for kind in ["node-down", "resync-finished", "node-joined"] {
+        assert!(kinds.iter().any(|found| found == kind), "{kind} is not in {kinds:?}");
     }
 }
 

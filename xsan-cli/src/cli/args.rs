@@ -64,7 +64,7 @@ pub enum Command {
         after_help = "Examples:\n  xsan-cli health\n  xsan-cli --json health\n\nExit codes: 0 nothing or info, 1 warning, 2 error.\nCodes and remedies: docs/health.md"
     )]
     Health,
-    /// What happened lately, as the leader saw it since it leads
+    /// What happened lately, as the nodes saw it while they led
     #[command(after_help = "Example:\n  xsan-cli events")]
     Events,
     /// Print a completion script for a shell

@@ -41,6 +41,7 @@ pub fn cluster_status(status: &ClusterStatusReply) -> Value {
             "left_ms": show::resync_ms_left(&groups),
         },
         "settings": status.settings.as_ref().map(settings),
+        "findings": health(&status.findings),
         "nodes": nodes(&status.nodes),
     })
 }
@@ -99,9 +100,10 @@ pub fn events(reply: &ListEventsReply) -> Value {
             "event": event.kind,
             "object": event.object,
             "message": event.message,
+            "seen_by": event.seen_by,
         })
     });
-    json!({ "leader": reply.node, "events": events.collect::<Value>() })
+    json!({ "events": events.collect::<Value>(), "silent_nodes": reply.silent_nodes })
 }
 
 pub fn nodes(nodes: &[NodeStatus]) -> Value {

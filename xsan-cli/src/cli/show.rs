@@ -1,12 +1,16 @@
 //! What xsan-cli shows to people: pure functions of the cluster's replies.
 
 use xsan_nodekit::size::{Amount, Size};
+use xsan_protocol::health::Severity;
 use xsan_protocol::proto::{
-    ClusterMap, ClusterSettings, ClusterStatusReply, Durability, Finding, GroupCounts, ListEventsReply, Node,
-    NodePlan, NodeStatus, Volume, VolumeStatus,
+    ClusterMap, ClusterSettings, ClusterStatusReply, Durability, Event, Finding, GroupCounts,
+    ListEventsReply, Node, NodePlan, NodeStatus, Volume, VolumeStatus,
 };
 
 use crate::text::{self, Number, Text, age, count, facts, join, percent, table, time, yes_or_no};
+
+/// Findings that a status ends with, so that its tables stay in sight; damage may be found in hundreds of groups.
+const FINDINGS_SHOWN: usize = 10;
 
 /// One word for the health of all groups, the worst first.
 pub fn health(groups: &GroupCounts) -> &'static str {
@@ -69,12 +73,21 @@ pub fn cluster_status(status: &ClusterStatusReply) -> String {
     let mut text = facts(&lines);
     text.push('\n');
     text += &nodes(&status.nodes);
-    let warnings = warnings(&status.nodes);
-    if !warnings.is_empty() {
-        text.push('\n');
-        for warning in warnings {
-            text += &format!("warning: {warning}\n");
-        }
+    text += &worse_than_info(&status.findings);
+    text
+}
+
+/// The findings that ask for something, a line each.
+fn worse_than_info(findings: &[Finding]) -> String {
+    let is_worse = |finding: &&Finding| Severity::named(&finding.severity) != Some(Severity::Info);
+    let worse: Vec<_> = findings.iter().filter(is_worse).collect();
+    let line = |Finding { severity, code, object, message, .. }: &Finding| {
+        format!("{severity} {code}: {object}: {message}\n")
+    };
+    let mut text = String::from(if worse.is_empty() { "" } else { "\n" });
+    text.extend(worse.iter().take(FINDINGS_SHOWN).map(|finding| line(finding)));
+    if worse.len() > FINDINGS_SHOWN {
+        text += &format!("{} more: xsan-cli health\n", worse.len() - FINDINGS_SHOWN);
     }
     text
 }
@@ -135,42 +148,6 @@ pub fn scrub_settings(settings: &ClusterSettings) -> Vec<(&'static str, String)>
         ("Deep scrub", every(settings.deep_scrub_interval_ms, "deep-scrub-interval")),
         ("Scrub rate", format!("{}/s a shard (scrub-rate)", Amount(settings.scrub_bytes_per_second))),
     ]
-}
-
-/// What an operator should look at, node by node.
-fn warnings(nodes: &[NodeStatus]) -> Vec<String> {
-    let mut warnings = Vec::new();
-    for status in nodes {
-        let name = &status.node.clone().unwrap_or_default().name;
-        match status.state.as_str() {
-            "up" => {}
-            "data-down" => warnings.push(format!("node {name}: its data process does not run")),
-            _ => warnings.push(match status.last_heartbeat_age_ms {
-                Some(ms) => format!("node {name}: no heartbeat for {}", age(ms)),
-                None => format!("node {name}: no heartbeat"),
-            }),
-        }
-        for store in &status.stores {
-            if store.failed {
-                warnings.push(format!("node {name}: {} failed; replace it", store.device));
-            } else if store.checksum_errors > 0 {
-                let (bad, good) = (count(store.checksum_errors, "checksum error"), store.repaired_pages);
-                warnings.push(format!(
-                    "node {name}: {}: {bad}, {} repaired",
-                    store.device,
-                    count(good, "page")
-                ));
-            }
-            if !store.failed
-                && store.capacity_bytes > 0
-                && store.used_bytes >= store.capacity_bytes / 100 * 90
-            {
-                let used = percent(store.used_bytes, store.capacity_bytes);
-                warnings.push(format!("node {name}: {} is {used} full", store.device));
-            }
-        }
-    }
-    warnings
 }
 
 fn space(used: u64, capacity: u64) -> String {
@@ -463,10 +440,16 @@ pub fn findings(findings: &[Finding]) -> String {
 }
 
 pub fn events(reply: &ListEventsReply) -> String {
-    if reply.events.is_empty() {
-        return format!("node {} has seen nothing happen since it leads\n", reply.node);
+    let row = |event: &Event| {
+        vec![time(event.unix_ms), event.kind.clone(), event.seen_by.clone(), event.message.clone()]
+    };
+    let columns = [Text("TIME"), Text("EVENT"), Text("SEEN BY"), Text("WHAT")];
+    let mut text = match reply.events.is_empty() {
+        true => String::from("no events\n"),
+        false => table(&columns, reply.events.iter().map(row)),
+    };
+    for node in &reply.silent_nodes {
+        text += &format!("note: node {node} does not answer; what it saw while it led is not listed\n");
     }
-    let rows =
-        reply.events.iter().map(|event| vec![time(event.unix_ms), event.kind.clone(), event.message.clone()]);
-    table(&[Text("TIME"), Text("EVENT"), Text("WHAT")], rows)
+    text
 }

@@ -1,6 +1,7 @@
 //! What the commands print, in full: reading these tests is looking at the screen.
 
 use clap::{CommandFactory, Parser};
+use xsan_protocol::health::Check;
 use xsan_protocol::proto::{
     ClusterStatusReply, ErrorDetail, Event, GroupCounts, ListEventsReply, NodePlan, NodeStatus,
 };
@@ -38,10 +39,19 @@ fn cluster_status_tells_health_nodes_and_what_to_look_at() {
             "node-002   2  up           127.0.0.2:8080  rack-1      128       256         0  1.40 GiB     8 GiB",
             "node-003   3  down         127.0.0.3:8080  rack-2        0         0       256  1.40 GiB     8 GiB",
             "",
-            "warning: node node-002: /var/lib/xsan/data/store-0.img: 1 checksum error, 1 page repaired",
-            "warning: node node-003: no heartbeat for 42.0 s",
+            "warning NODE_DOWN: node node-003: no beat for 42 s",
+            "warning GROUPS_DEGRADED: groups: 256 of 256 groups have fewer live replicas than wanted",
         ]
     );
+}
+
+#[test]
+fn a_status_does_not_drown_in_findings() {
+    let damage = sample::finding(Check::ScrubErrors, "group 1.7", "1 pages can not be mended");
+    let status = ClusterStatusReply { findings: vec![damage; 256], ..sample::cluster_status() };
+    let shown = show::cluster_status(&status);
+    assert_eq!(shown.matches("error SCRUB_ERRORS: group 1.7: ").count(), 10);
+    assert_eq!(lines(&shown).last(), Some(&"246 more: xsan-cli health"));
 }
 
 #[test]
@@ -385,15 +395,23 @@ fn events_are_listed_with_their_times() {
         kind: "node-down".into(),
         object: "node node-003".into(),
         message: "node node-003 is down: it has no lease".into(),
+        seen_by: "node-001".into(),
     };
-    let reply = ListEventsReply { node: "node-001".into(), events: vec![event] };
+    let reply = ListEventsReply { silent_nodes: vec!["node-003".into()], events: vec![event] };
     let shown = show::events(&reply);
     assert_eq!(
-        lines(&shown)[1],
-        "2026-11-21 04:30:00 UTC  node-down  node node-003 is down: it has no lease"
+        lines(&shown)[1..],
+        [
+            "2026-11-21 04:30:00 UTC  node-down  node-001  node node-003 is down: it has no lease",
+            "note: node node-003 does not answer; what it saw while it led is not listed",
+        ]
     );
-    assert_eq!(json::events(&reply)["events"][0]["event"], "node-down");
-    assert!(show::events(&ListEventsReply::default()).contains("nothing"));
+    let shown = json::events(&reply);
+    assert_eq!(
+        (&shown["events"][0]["event"], &shown["silent_nodes"][0]),
+        (&"node-down".into(), &"node-003".into())
+    );
+    assert_eq!(show::events(&ListEventsReply::default()), "no events\n");
 }
 
 #[test]

@@ -1,14 +1,17 @@
 use std::collections::HashMap;
 
-use super::super::sample::{NOW_UNIX_MS, answers, state, survey};
+use xsan_protocol::ids::Incarnation;
+
+use super::super::sample::{self, NOW_UNIX_MS, answers, state, survey};
+use super::super::status;
 use super::super::survey::Answer;
 use super::*;
-use crate::state::command::Command;
+use crate::state::command::{Command, GroupChange};
 use crate::state::scrub::ScrubEnd;
 use crate::state::{ClusterState, Departure};
 
 fn found(state: &ClusterState, answers: HashMap<NodeId, Answer>) -> Vec<(String, String)> {
-    findings(&survey(state, answers))
+    status::cluster(&survey(state, answers))
         .findings
         .into_iter()
         .map(|finding| (finding.code, finding.object))
@@ -77,7 +80,7 @@ fn a_store_that_could_not_be_opened_is_told_with_the_reason() {
     let mut answers = answers(3, &[]);
     let data = answers.get_mut(&NodeId(2)).expect("it answers").status.data.as_mut().expect("data");
     data.stores[0].failed = true;
-    let message = |answers| findings(&survey(&state(3, 3), answers)).findings.remove(0).message;
+    let message = |answers| status::cluster(&survey(&state(3, 3), answers)).findings.remove(0).message;
     assert_eq!(message(answers.clone()), "/dev/x failed");
     let data = answers.get_mut(&NodeId(2)).expect("it answers").status.data.as_mut().expect("data");
     data.stores[0].problem = "can not be opened: neither checkpoint is valid".to_owned();
@@ -106,6 +109,30 @@ fn wishes_of_the_operator_slow_members_clocks_and_releases_are_told() {
 }
 
 #[test]
+fn a_node_that_only_serves_clients_waits_with_its_removal() {
+    let mut state = state(3, 3);
+    sample::add_node(&mut state, 4);
+    state.apply(&Command::LeaveNode { node: NodeId(4), departure: Departure::Leaving });
+    assert_eq!(found(&state, answers(4, &[])), pairs(&[("NODE_LEAVING", "node n4")]));
+    let incarnation = Incarnation(4);
+    state.apply(&Command::Attach { volume: "vm".into(), node: NodeId(4), incarnation });
+    assert_eq!(found(&state, answers(4, &[])), pairs(&[("REMOVAL_WAITS", "node n4")]));
+}
+
+#[test]
+fn replicas_that_are_behind_are_told() {
+    let mut state = state(3, 3);
+    let group = state.groups().next().expect("a group").1.clone();
+    let mut members = group.members.clone();
+    let primary = group.primary;
+    members.iter_mut().filter(|member| Some(member.node) != primary).for_each(|member| member.learner = true);
+    let change = GroupChange { group: group.id, expected: group.epoch, primary, members, settle: false };
+    state.apply(&Command::ReconfigureGroups(vec![change]));
+    let codes: Vec<_> = found(&state, answers(3, &[])).into_iter().map(|(code, _)| code).collect();
+    assert_eq!(codes, ["GROUPS_UNAVAILABLE", "RESYNC"]);
+}
+
+#[test]
 fn scrubs_that_found_something_or_are_late_are_told() {
     let mut state = state(3, 3);
     let groups: Vec<_> = state.groups().map(|(_, group)| group.id).collect();
@@ -119,7 +146,7 @@ fn scrubs_that_found_something_or_are_late_are_told() {
     assert_eq!(found(&state, answers(3, &[])), pairs(&expected));
     let mut late = survey(&state, answers(3, &[]));
     late.unix_ms += 2 * 24 * 3_600_000 + 1;
-    let codes: Vec<_> = findings(&late).findings.into_iter().map(|finding| finding.code).collect();
+    let codes: Vec<_> = status::cluster(&late).findings.into_iter().map(|finding| finding.code).collect();
     assert_eq!(codes, ["SCRUB_ERRORS", "SCRUB_OVERDUE", "SCRUB_REPAIRED"]);
 }
 
@@ -153,4 +180,13 @@ fn without_a_quorum_there_is_no_leader() {
     let codes: Vec<_> = found(&state(3, 3), answers).into_iter().map(|(code, _)| code).collect();
     assert_eq!(codes[..2], ["NO_LEADER", "GROUPS_UNAVAILABLE"]);
     assert!(!codes.contains(&"NO_QUORUM_MARGIN".to_owned()), "{codes:?}");
+}
+
+/// A code that no test provokes may never be told.
+#[test]
+fn every_code_is_told_in_some_test() {
+    let tests = include_str!("tests.rs");
+    for check in Check::ALL {
+        assert!(tests.contains(&format!("\"{}\"", check.code())), "{}", check.code());
+    }
 }

@@ -7,6 +7,7 @@ use xsan_protocol::map::Durability;
 
 use super::*;
 use crate::api::sample;
+use crate::events::EventLog;
 use crate::raft::tests::open;
 use crate::state::command::{NewNode, NewVolume};
 use crate::timing::{LEADER_WAIT, RaftTiming};
@@ -19,7 +20,7 @@ async fn server(directory: &Path) -> LinkServer {
     let (timing, channels) = (RaftTiming::new(Duration::from_millis(400)), Channels::default());
     let started = RaftHandle::start(NodeId(1), "c1", log, machine, timing, channels.clone());
     let handle = started.await.expect("it starts");
-    let leader = Arc::new(Leader::new(handle.clone()));
+    let leader = Arc::new(Leader::new(handle.clone(), EventLog::default()));
     LinkServer { link: Arc::default(), handle, leader, channels, cluster_id: "c1".into() }
 }
 

@@ -13,7 +13,7 @@ use xsan_protocol::units::PageRange;
 use super::model::{Event, KEYS, Model, PAGES};
 use super::rig::{Rig, data, key, version};
 use crate::store::{Entry, Record, StoreEvent, StoreView};
-use crate::testing::Random;
+use crate::testing::{NOTHING, Random, WHOLE};
 
 const GROUP: GroupId = GroupId(0);
 /// Fills the journal beside others.
@@ -240,7 +240,7 @@ fn states_max() -> u64 {
 struct Point {
     /// Was there such an operation?
     reached: bool,
-    /// States that the crash may leave.
+    /// States that the crash may leave, by whole pages.
     states: u64,
 }
 
@@ -254,10 +254,10 @@ fn crash_at(workload: &[Step], operation: u64, power: bool, cached: bool, state:
     let Replay { mut rig, mut model, .. } = replay;
     let undecided = rig.undecided(power);
     let states = 1u64.checked_shl(undecided as u32).unwrap_or(u64::MAX);
-    if states <= states_max() {
+    if states <= states_max() && state < states {
         let mut subset = state;
         rig = rig.crash_into(power, || {
-            let keep = subset & 1 == 1;
+            let keep = if subset & 1 == 1 { WHOLE } else { NOTHING };
             subset >>= 1;
             keep
         });
@@ -289,13 +289,15 @@ fn crash_everywhere(workload: &[Step], power: bool, cached: bool) {
         if !point.reached {
             break;
         }
-        let states = point.states.min(states_max());
+        let is_complete = point.states <= states_max();
+        // Whole pages in all ways that there are, and then at random as often, with pages that are torn.
+        let states = if is_complete { 2 * point.states } else { states_max() };
         for state in 1..states {
             crash_at(workload, points, power, cached, state);
         }
         points += 1;
         checked += states;
-        complete += u64::from(point.states == states);
+        complete += u64::from(is_complete);
     }
     println!("{points} crash points, {checked} states, of {complete} points all there are; none bad");
     assert!(points > 80, "the workload has only {points} operations");

@@ -12,8 +12,7 @@ use crate::store::{
     Entry, FormatParameters, OpenError, Options, PageData, ReadError, ReadPages, Record, Recovered, Refused,
     Store, StoreEvent,
 };
-use crate::testing::Random;
-use crate::testing::SimDevice;
+use crate::testing::{Random, Sectors, SimDevice, WHOLE};
 
 pub const JOURNAL_BYTES: u64 = 16 << 20;
 pub const DEVICE_BYTES: u64 = 64 << 20;
@@ -208,10 +207,10 @@ impl Rig {
         self.reopen()
     }
 
-    /// The same, and `keep` says of each of the `undecided` pages whether it is there afterwards.
-    pub fn crash_into(mut self, power: bool, mut keep: impl FnMut() -> bool) -> Self {
+    /// The same, and `keep` says of each of the `undecided` pages what of it is there afterwards.
+    pub fn crash_into(mut self, power: bool, mut keep: impl FnMut() -> Sectors) -> Self {
         for InFlight { action, .. } in std::mem::take(&mut self.in_flight) {
-            self.device(action.device()).clone().tear_but(&action, || power || keep());
+            self.device(action.device()).clone().tear_but(&action, || if power { WHOLE } else { keep() });
         }
         if power {
             for device in self.devices() {

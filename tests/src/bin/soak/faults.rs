@@ -151,6 +151,8 @@ fn device_file(cluster: &Cluster, node: usize) -> PathBuf {
 /// The order of the faults of a seed, and what they need.
 pub struct Faults<'a> {
     kinds: &'a [Fault],
+    /// Kinds whose turn is still to come: every kind strikes before one does again.
+    left: Vec<Fault>,
     seed: u64,
     random: Random,
     garbage: Garbage,
@@ -166,6 +168,7 @@ impl<'a> Faults<'a> {
     pub fn new(kinds: &'a [Fault], seed: u64) -> Self {
         Self {
             kinds,
+            left: Vec::new(),
             seed,
             random: Random::new(seed),
             garbage: Garbage::new(GARBAGE_VOLUME, seed),
@@ -181,7 +184,10 @@ impl<'a> Faults<'a> {
     /// # Errors
     /// Something that docs/testing.md promises did not hold.
     pub fn strike(&mut self, cluster: &mut Cluster) -> Result<(Fault, String, Summary)> {
-        let fault = self.kinds[self.random.index(self.kinds.len())];
+        if self.left.is_empty() {
+            self.left.extend(self.kinds);
+        }
+        let fault = self.left.swap_remove(self.random.index(self.left.len()));
         let (what, summary) = self.strike_with(cluster, fault).with_context(|| fault.name())?;
         Ok((fault, what, summary))
     }
