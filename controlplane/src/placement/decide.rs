@@ -325,7 +325,7 @@ fn changed(group: &Group, primary: Option<NodeId>, members: Vec<Member>) -> Grou
 }
 
 /// The present primary while it can be; else the acting member with the fewest primaries. One that is leaving
-/// because replicas moved elsewhere hands over first.
+/// because replicas moved elsewhere hands over first, but not before the epoch is settled: it may be the only one that can lead.
 fn pick_primary(
     view: &View<'_>,
     group: &Group,
@@ -339,7 +339,8 @@ fn pick_primary(
     let sure = acting().any(|member| surely(&member));
     let able = |member: &&Member| if sure { surely(member) } else { live(member) };
     let wanted = view.targets.get(&group.id).map_or(0, Vec::len);
-    let leaving = |node: NodeId| wanted > 0 && acting().count() > wanted && !view.is_target(group.id, node);
+    let surplus = group.is_settled() && wanted > 0 && acting().count() > wanted;
+    let leaving = |node: NodeId| surplus && !view.is_target(group.id, node);
     let keep = group
         .primary
         .filter(|primary| acting().filter(able).any(|member| member.node == *primary) && !leaving(*primary));

@@ -37,9 +37,10 @@ pub fn follow_wishes(view: &View<'_>, taken: &[GroupChange]) -> Vec<GroupChange>
     changes
 }
 
-/// Another live acting member takes over from a primary that is in maintenance, or slow.
+/// Another live acting member takes over from a primary that is in maintenance, or slow. Not before the epoch is settled:
+/// it may be the only one whose journal the group can go on from, and would be given the lead again.
 fn relieve(view: &View<'_>, group: &Group, counts: &PrimaryCounts) -> Option<GroupChange> {
-    let primary = group.primary.filter(|primary| view.is_relieved(*primary))?;
+    let primary = group.primary.filter(|primary| group.is_settled() && view.is_relieved(*primary))?;
     let able = |member: &&Member| {
         let up = view.nodes.get(&member.node).is_some_and(|node| node.health == Health::Up);
         up && view.standing(member) == Standing::Live && !view.state.is_in_maintenance(member.node)

@@ -106,6 +106,46 @@ fn a_primary_that_does_not_get_on_hands_over_and_so_does_one_with_a_short_journa
     assert_eq!(cluster.learners(), []);
 }
 
+/// All hosts lost their power while a replica was moving: three members act, and the longest journal has the one that does
+/// not belong there.
+fn led_by_the_one_too_many() -> (Cluster, NodeId) {
+    let mut cluster = Cluster::new(4, 2);
+    let surplus = cluster.others(&cluster.acting())[0];
+    let incarnation = cluster.state.map().nodes[&surplus].data.as_ref().expect("a data process").incarnation;
+    let mut members = cluster.group().members.clone();
+    members.push(Member { node: surplus, store: StoreId(u64::from(surplus.0)), incarnation, ..members[0] });
+    let (expected, primary) = (cluster.group().epoch, cluster.group().primary);
+    cluster.apply(vec![GroupChange { group: GROUP, expected, primary, members, settle: false }]);
+    cluster.settle();
+    cluster.settles = false;
+    (1..=4).for_each(|node| cluster.start(node, 2, 8, false));
+    assert!(cluster.step());
+    cluster.wish(surplus, ProposedChange::Lead);
+    assert!(cluster.step());
+    assert_eq!((cluster.acting().len(), cluster.primary()), (3, surplus));
+    cluster.confirm_all();
+    (cluster, surplus)
+}
+
+#[test]
+fn who_has_the_longest_journal_leads_until_the_epoch_is_settled_though_it_is_leaving() {
+    let (mut cluster, surplus) = led_by_the_one_too_many();
+    cluster.rest();
+    cluster.settle();
+    assert!(cluster.step());
+    assert_ne!(cluster.primary(), surplus);
+}
+
+#[test]
+fn who_has_the_longest_journal_leads_until_the_epoch_is_settled_though_it_is_in_maintenance() {
+    let (mut cluster, node) = led_by_the_one_too_many();
+    cluster.set_maintenance(node, true);
+    assert_eq!(cluster.follow_group(), None);
+    cluster.settle();
+    cluster.follow();
+    assert_ne!(cluster.primary(), node);
+}
+
 #[test]
 fn members_without_the_groups_past_leave_however_few_are_left() {
     let mut cluster = Cluster::new(3, 3);
