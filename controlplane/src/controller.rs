@@ -7,7 +7,7 @@
 //! - One lease table per term: a leader of a new term starts with nothing but the grace time.
 //! - A batch is decided, and the nodes that it takes for gone are held, under one lock.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -52,6 +52,8 @@ struct Inner {
     latest: BTreeMap<NodeId, (Beat, SocketAddr, BootTime)>,
     proposals: Vec<Proposal>,
     slow: SlowNodes,
+    /// Nodes that nobody waits for any more, by the last plan.
+    out: BTreeSet<NodeId>,
     events: EventLog,
 }
 
@@ -169,6 +171,7 @@ impl Leader {
                 },
                 heard,
                 heartbeat_age_ms: age.map(|age| age.as_millis() as u64),
+                out: inner.out.contains(node),
             }
         };
         state.map().nodes.keys().map(health).collect()
@@ -180,8 +183,8 @@ impl Leader {
     }
 
     /// See `EventLog::take_unsaved`.
-    pub fn unsaved_events(&self, last: bool) -> Option<Vec<proto::Event>> {
-        self.lock().events.take_unsaved(last)
+    pub fn unsaved_events(&self, summaries: bool) -> Option<Vec<proto::Event>> {
+        self.lock().events.take_unsaved(summaries)
     }
 
     /// See `EventLog::not_saved`.
@@ -273,7 +276,7 @@ impl Controller {
         let health = |node| leases.health(now, node, state.registered(node));
         self.observer.look(unix_ms(), &state, health, &slow, &mut events);
         let changes = self.planner.plan(now, &state, leases, &proposals, &slow);
-        inner.events = events;
+        (inner.events, inner.out) = (events, self.planner.out().clone());
         changes
     }
 

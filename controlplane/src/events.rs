@@ -48,9 +48,9 @@ impl EventLog {
         Self { events: events.into_iter().skip(surplus).collect(), ..Self::default() }
     }
 
-    /// All events, if some of them are to be saved, which the caller does; before the `last` time a growing summary waits.
-    pub fn take_unsaved(&mut self, last: bool) -> Option<Vec<proto::Event>> {
-        let least = if last { Unsaved::Summary } else { Unsaved::Events };
+    /// All events, if some of them are to be saved, which the caller does; for a summary that has grown only with `summaries`.
+    pub fn take_unsaved(&mut self, summaries: bool) -> Option<Vec<proto::Event>> {
+        let least = if summaries { Unsaved::Summary } else { Unsaved::Events };
         if self.unsaved < least {
             return None;
         }

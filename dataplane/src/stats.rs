@@ -39,6 +39,10 @@ names! {
         PrimaryRead "read.primary",
         /// From a group's new epoch to its serving again.
         Peering "group.peering",
+        /// From a store's order to its device to the end of that, with what waits before it.
+        DeviceRead "device.read",
+        DeviceWrite "device.write",
+        DeviceFlush "device.flush",
     }
 }
 
@@ -83,8 +87,52 @@ const NS_MAX: u64 = 60_000_000_000;
 const NS_MIN: u64 = 1_000;
 
 /// An empty histogram of nanoseconds.
-pub fn histogram() -> Histogram<u64> {
+fn histogram() -> Histogram<u64> {
     Histogram::new_with_bounds(NS_MIN, NS_MAX, 2).expect("the bounds are constants in order")
+}
+
+/// Latencies of the last seconds: of the present span and the one before.
+#[derive(Debug)]
+pub struct Recent {
+    present: Histogram<u64>,
+    before: Histogram<u64>,
+    /// When the present span began.
+    since_ns: u64,
+}
+
+impl Default for Recent {
+    fn default() -> Self {
+        Self { present: histogram(), before: histogram(), since_ns: 0 }
+    }
+}
+
+impl Recent {
+    pub const SPAN_NS: u64 = 5_000_000_000;
+    /// Fewer say nothing.
+    pub const SAMPLES_MIN: u64 = 30;
+
+    pub fn record(&mut self, ns: u64) {
+        self.present.saturating_record(ns);
+    }
+
+    pub fn on_tick(&mut self, now_ns: u64) {
+        if now_ns.saturating_sub(self.since_ns) >= Self::SPAN_NS {
+            self.since_ns = now_ns;
+            std::mem::swap(&mut self.present, &mut self.before);
+            self.present.reset();
+        }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.present.is_empty() && self.before.is_empty()
+    }
+
+    /// In nanoseconds; `None` of too few.
+    pub fn p99(&self) -> Option<u64> {
+        let mut both = self.present.clone();
+        both.add(&self.before).expect("all histograms have the same bounds");
+        (both.len() >= Self::SAMPLES_MIN).then(|| both.value_at_quantile(0.99))
+    }
 }
 
 #[derive(Clone, Debug, Default)]

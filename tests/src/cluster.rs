@@ -6,7 +6,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -206,19 +205,23 @@ impl Cluster {
     }
 
     pub fn kill_node(&mut self, index: usize) -> Result<()> {
-        self.note_lives(index..index + 1)?;
-        self.nodes[index].kill()?;
-        self.killed().controls.insert(index);
+        self.kill_nodes(&[index])
+    }
+
+    /// As at once as can be.
+    pub fn kill_nodes(&mut self, indexes: &[usize]) -> Result<()> {
+        self.note_lives(indexes.iter().copied())?;
+        for &index in indexes {
+            self.nodes[index].kill()?;
+            self.killed().controls.insert(index);
+        }
         Ok(())
     }
 
     /// All the processes of all the nodes, as a power cut of the room would (without losing what disks hold).
     pub fn kill_all(&mut self) -> Result<()> {
-        self.note_lives(0..self.nodes.len())?;
-        self.nodes.iter_mut().try_for_each(Node::kill)?;
-        let all = 0..self.nodes.len();
-        self.killed().controls.extend(all);
-        Ok(())
+        let all: Vec<usize> = (0..self.nodes.len()).collect();
+        self.kill_nodes(&all)
     }
 
     fn killed(&self) -> MutexGuard<'_, Killed> {
@@ -226,7 +229,7 @@ impl Cluster {
     }
 
     /// These data processes are about to be killed.
-    fn note_lives(&self, indexes: Range<usize>) -> Result<()> {
+    fn note_lives(&self, indexes: impl Iterator<Item = usize>) -> Result<()> {
         let status = self.status().context("before a kill")?;
         let life = |index: usize| Some((index, control::life(&status, &self.nodes[index].name)?));
         self.killed().lives.extend(indexes.filter_map(life));
@@ -297,7 +300,7 @@ impl Cluster {
         &self,
         what: &str,
         deadline: Duration,
-        holds: impl Fn(&ClusterStatusReply) -> bool,
+        mut holds: impl FnMut(&ClusterStatusReply) -> bool,
     ) -> Result<ClusterStatusReply> {
         until(what, deadline, || match self.status() {
             Ok(status) if holds(&status) => Ok(Look::Done(status)),

@@ -28,6 +28,7 @@ pub mod random;
 pub mod rot;
 pub mod stamp;
 pub mod switch;
+pub mod throttle;
 pub mod tools;
 pub mod wait;
 pub mod writer;

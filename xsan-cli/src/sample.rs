@@ -59,6 +59,7 @@ pub fn node_status(id: u32) -> NodeStatus {
             checksum_errors: u64::from(id == 2),
             repaired_pages: u64::from(id == 2),
             problem: String::new(),
+            write_us_p99: Some(180),
         }],
         ..NodeStatus::default()
     }

@@ -90,6 +90,7 @@ pub async fn events(context: &Context) -> proto::ListEventsReply {
     all.events.sort_by_key(|event| event.unix_ms);
     let surplus = all.events.len().saturating_sub(EVENTS_MAX);
     all.events.drain(..surplus);
+    all.left_out = u32::try_from(surplus).unwrap_or(u32::MAX);
     all
 }
 

@@ -153,8 +153,22 @@ fn of_node(survey: &Survey, status: &proto::NodeStatus, found: &mut Found) {
         let whom =
             nodes.get(&NodeId(slow.node)).map_or_else(|| slow.node.to_string(), |node| node.name.clone());
         let (own, peers, seen_by) = (slow.us_p99, slow.us_p99_peers, name(status));
-        let message = format!("p99 {own} µs, its peers {peers} µs, seen by node {seen_by}");
+        let told = survey.answers.get(&NodeId(slow.node)).and_then(|answer| answer.status.data.as_ref());
+        let reason = why_slow(told.map_or(&[], |data| &data.stores), own);
+        let message = format!("p99 {own} µs, its peers {peers} µs, seen by node {seen_by}{reason}");
         found.add(Check::SlowMember, format!("node {whom}"), message);
+    }
+}
+
+/// Which part of a write's way is slow, where that takes `us_p99` from the primary to these stores and back.
+fn why_slow(stores: &[proto::StoreStatus], us_p99: u64) -> String {
+    let timed = stores.iter().filter_map(|store| Some((store.write_us_p99?, &store.device)));
+    match timed.max() {
+        Some((us, device)) if us > us_p99 / 2 => format!("; its device {device} takes {us} µs for a write"),
+        Some((us, _)) => {
+            format!("; its devices take {us} µs for a write at most: it is its network, or the host is busy")
+        }
+        None => String::new(),
     }
 }
 

@@ -146,16 +146,29 @@ fn others(survey: &Survey, node: NodeId) -> Vec<Candidate> {
 
 /// Replicas that each node gets when `node` leaves, as far as the nodes are up.
 fn moves(survey: &Survey, node: NodeId) -> BTreeMap<NodeId, u64> {
-    let state = &*survey.state;
-    let candidates = others(survey, node);
-    let mut moves = BTreeMap::new();
-    for placement in state.map().pools.values().flat_map(|pool| place_what_fits(pool, &candidates)) {
-        let group = &state.map().groups[&placement.group];
+    missing(survey, &others(survey, node))
+}
+
+/// Replicas that each of these nodes lacks, where groups have theirs there.
+fn missing(survey: &Survey, candidates: &[Candidate]) -> BTreeMap<NodeId, u64> {
+    let map = survey.state.map();
+    let mut missing = BTreeMap::new();
+    for placement in map.pools.values().flat_map(|pool| place_what_fits(pool, candidates)) {
+        let group = &map.groups[&placement.group];
         for replica in placement.replicas.iter().filter(|replica| group.member(replica.node).is_none()) {
-            *moves.entry(replica.node).or_default() += 1;
+            *missing.entry(replica.node).or_default() += 1;
         }
     }
-    moves
+    missing
+}
+
+/// About so many bytes are in the replicas that are to be made, and are not begun: only some groups at a time move one.
+pub fn waiting_bytes(survey: &Survey) -> u64 {
+    let missing = missing(survey, &survey.state.candidates(&survey.out()));
+    // What is missing on a node that is down waits for that.
+    let replicas: u64 =
+        missing.iter().filter(|(node, _)| survey.serves(**node)).map(|(_, count)| count).sum();
+    replicas.saturating_mul(mean_replica_bytes(survey, survey.answers.keys()))
 }
 
 /// Used and total bytes of a node's stores, as it says.
@@ -165,19 +178,27 @@ fn space(survey: &Survey, node: NodeId) -> Option<(u64, u64)> {
     Some((used, data.stores.iter().map(|store| store.capacity_bytes).sum()))
 }
 
-/// Bytes of one replica of a group: on `node`, or on the others when it does not answer. What is in the journals
-/// counts as if it were all different, so this is more rather than less.
+/// Bytes of one replica of a group: on `node`, or on the others when it does not answer.
 fn replica_bytes(survey: &Survey, node: NodeId) -> u64 {
+    let answers = survey.answers.get(&node).is_some_and(|answer| answer.status.data.is_some());
+    if answers {
+        mean_replica_bytes(survey, [&node])
+    } else {
+        mean_replica_bytes(survey, survey.answers.keys())
+    }
+}
+
+/// Of those on `nodes`, as far as they answer. What is in the journals counts as if it were all different, so this is more
+/// rather than less.
+fn mean_replica_bytes<'a>(survey: &Survey, nodes: impl IntoIterator<Item = &'a NodeId>) -> u64 {
     let held = |node: &NodeId| {
         let data = survey.answers.get(node)?.status.data.as_ref()?;
         let bytes: u64 = data.stores.iter().map(|store| store.used_bytes + store.journal_used_bytes).sum();
         let replicas = survey.state.groups().filter(|(_, group)| group.member(*node).is_some()).count();
         Some((bytes, replicas as u64))
     };
-    let (bytes, replicas) = held(&node).unwrap_or_else(|| {
-        let told = survey.answers.keys().filter_map(held);
-        told.fold((0, 0), |(bytes, replicas), more| (bytes + more.0, replicas + more.1))
-    });
+    let told = nodes.into_iter().filter_map(held);
+    let (bytes, replicas) = told.fold((0, 0), |(bytes, replicas), more| (bytes + more.0, replicas + more.1));
     bytes.checked_div(replicas).unwrap_or(0)
 }
 

@@ -84,7 +84,8 @@ fn store_status(node: u32, used_bytes: u64) -> proto::StoreStatus {
 pub fn answers(node_count: u32, down: &[u32]) -> HashMap<NodeId, Answer> {
     let health = |node: u32| {
         let up = !down.contains(&node);
-        proto::NodeHealth { node, up, heard: up, heartbeat_age_ms: Some(if up { 100 } else { 42_000 }) }
+        let heartbeat_age_ms = Some(if up { 100 } else { 42_000 });
+        proto::NodeHealth { node, up, heard: up, heartbeat_age_ms, out: false }
     };
     let answer = |node: u32| proto::LocalStatusReply {
         data: Some(proto::DataStatus { stores: vec![store_status(node, 100)], ..Default::default() }),

@@ -7,6 +7,7 @@ use xsan_protocol::map::{Group, Node, Pool, Volume};
 use xsan_protocol::proto;
 
 use super::health;
+use super::life::waiting_bytes;
 use super::survey::Survey;
 use crate::state::command::milliseconds;
 use crate::state::{ClusterState, Departure};
@@ -80,7 +81,7 @@ pub fn cluster(survey: &Survey) -> proto::ClusterStatusReply {
     let data = || survey.answers.values().filter_map(|answer| answer.status.data.as_ref());
     let groups = proto::GroupCounts {
         resync_bytes_moved: data().map(|data| data.resync_bytes_moved).sum(),
-        resync_bytes_left: data().map(|data| data.resync_bytes_left).sum(),
+        resync_bytes_left: data().map(|data| data.resync_bytes_left).sum::<u64>() + waiting_bytes(survey),
         resync_bytes_per_second: survey.resync_rate(),
         ..counts(survey)
     };

@@ -2,7 +2,7 @@
 //!
 //! Taken by the API for what is more than the state: `status`, `health` and `life` are worked out from it.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use futures::future::join_all;
@@ -86,6 +86,11 @@ impl Survey {
     pub fn serves(&self, node: NodeId) -> bool {
         let runs = || self.answers.get(&node).is_some_and(|answer| answer.status.data.is_some());
         self.health.get(&node).map_or_else(runs, |health| health.up)
+    }
+
+    /// Nodes that nobody waits for any more, as the leader says.
+    pub fn out(&self) -> BTreeSet<NodeId> {
+        self.health.iter().filter(|(_, health)| health.out).map(|(node, _)| *node).collect()
     }
 
     /// Acting members that serve: in the life that acts, with a store that works.

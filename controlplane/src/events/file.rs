@@ -21,6 +21,8 @@ use crate::controller::Leader;
 
 /// Between two looks for new events: one burst of them is one flush, and behind that of what Raft wrote at the same moment.
 const SAVE_INTERVAL: Duration = Duration::from_secs(1);
+/// A summary that grows is saved with what comes after it, or at the next of so many looks.
+const LOOKS_PER_SUMMARY: u32 = 60;
 
 #[derive(Clone, Debug)]
 pub struct EventFile(PathBuf);
@@ -51,12 +53,14 @@ impl EventFile {
     }
 }
 
-fn encode(events: Vec<proto::Event>) -> Vec<u8> {
+pub fn encode(events: Vec<proto::Event>) -> Vec<u8> {
     let message = proto::ListEventsReply { events, ..Default::default() }.encode_to_vec();
     [&crc64(&message).to_le_bytes()[..], &message].concat()
 }
 
-fn decode(content: &[u8]) -> io::Result<Vec<proto::Event>> {
+/// # Errors
+/// `UnexpectedEof`: too short; otherwise its checksum or what it covers is wrong.
+pub fn decode(content: &[u8]) -> io::Result<Vec<proto::Event>> {
     let (checksum, message) = content.split_first_chunk().ok_or(ErrorKind::UnexpectedEof)?;
     if u64::from_le_bytes(*checksum) != crc64(message) {
         return Err(io::Error::other("its checksum is wrong"));
@@ -92,13 +96,15 @@ impl EventSaver {
 
 fn run(file: &EventFile, leader: &Leader, stopped: &mpsc::Receiver<oneshot::Sender<()>>) {
     let mut fails = false;
-    loop {
+    for look in 1u32.. {
         let stopping = match stopped.recv_timeout(SAVE_INTERVAL) {
             Ok(saved) => Some(saved),
             Err(mpsc::RecvTimeoutError::Timeout) => None,
             Err(mpsc::RecvTimeoutError::Disconnected) => return,
         };
-        if let Some(events) = leader.unsaved_events(stopping.is_some()) {
+        if let Some(events) =
+            leader.unsaved_events(stopping.is_some() || look.is_multiple_of(LOOKS_PER_SUMMARY))
+        {
             let result = file.save(events);
             if let Err(error) = &result {
                 leader.events_not_saved();

@@ -44,7 +44,7 @@ fn odd(able: usize) -> usize {
 }
 
 /// Nodes that are to leave and hold nothing any more: till then their votes count.
-fn retiring(state: &ClusterState) -> BTreeSet<NodeId> {
+pub fn retiring(state: &ClusterState) -> BTreeSet<NodeId> {
     let nodes = state.map().nodes.keys().copied();
     nodes.filter(|node| state.departure(*node) != Departure::Stays && !state.has_replicas(*node)).collect()
 }

@@ -339,11 +339,11 @@ fn pick_primary(
     let sure = acting().any(|member| surely(&member));
     let able = |member: &&Member| if sure { surely(member) } else { live(member) };
     let wanted = view.targets.get(&group.id).map_or(0, Vec::len);
-    let surplus = group.is_settled() && wanted > 0 && acting().count() > wanted;
-    let leaving = |node: NodeId| surplus && !view.is_target(group.id, node);
-    let keep = group
-        .primary
-        .filter(|primary| acting().filter(able).any(|member| member.node == *primary) && !leaving(*primary));
+    let leaving = |node: NodeId| wanted > 0 && acting().count() > wanted && !view.is_target(group.id, node);
+    let keep = group.primary.filter(|primary| {
+        let stays = !(group.is_settled() && leaving(*primary));
+        stays && acting().filter(able).any(|member| member.node == *primary)
+    });
     keep.or_else(|| {
         let wanted = |node: &NodeId| !leaving(*node) && !view.avoids(*node);
         counts.least(acting().filter(able).map(|member| member.node).filter(wanted))

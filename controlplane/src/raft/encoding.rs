@@ -113,6 +113,10 @@ pub fn membership(record: proto::RaftMembership) -> Result<Membership<u64, Basic
     if voters.is_empty() && peers.is_empty() {
         return Ok(Membership::default());
     }
+    let is_node = |id: &u64| u32::try_from(*id).is_ok_and(|id| id > 0);
+    if !voters.iter().flatten().chain(peers.keys()).all(is_node) {
+        return Err(RecordError::Membership);
+    }
     Membership::new(voters, peers).map_err(|_| RecordError::Membership)
 }
 

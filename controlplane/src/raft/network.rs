@@ -131,8 +131,7 @@ type CallResult<R> = Result<R, RPCError<TypeConfig>>;
 
 impl Peer {
     fn message(&self, body: Vec<u8>) -> proto::RaftMessage {
-        // No node has number 0: a membership that none of ours made reaches nobody.
-        let to = u32::try_from(self.target).unwrap_or_default();
+        let to = u32::try_from(self.target).expect("a membership is checked when it is decoded");
         proto::RaftMessage { body, to, cluster: self.network.cluster }
     }
 

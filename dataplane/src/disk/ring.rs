@@ -77,11 +77,20 @@ enum Work {
 struct Operation {
     device: usize,
     id: u64,
+    submitted_ns: u64,
     /// Device offset and bytes of the whole operation; both 0 for a flush.
     offset: u64,
     length: usize,
     done: usize,
     work: Work,
+}
+
+/// What has completed, on the device in which slot, and after how long.
+#[derive(Debug)]
+pub struct Completed {
+    pub slot: usize,
+    pub took_ns: u64,
+    pub completion: DiskCompletion,
 }
 
 /// How many of what the ring has carried out.
@@ -189,20 +198,19 @@ impl DiskRing {
     /// # Panics
     /// Not whole pages, past the end of the device, or no such device: our bug.
     pub fn submit(&mut self, device: usize, action: DiskAction) {
-        let operation = match action {
-            DiskAction::Read { id, offset, buffer, .. } => {
-                let length = buffer.len();
-                Operation { device, id, offset, length, done: 0, work: Work::Read(buffer) }
-            }
+        let (id, offset, length, work) = match action {
+            DiskAction::Read { id, offset, buffer, .. } => (id, offset, buffer.len(), Work::Read(buffer)),
             DiskAction::Write { id, offset, parts, .. } => {
                 let (work, length) = self.write_work(parts);
-                Operation { device, id, offset, length, done: 0, work }
+                (id, offset, length, work)
             }
             DiskAction::Flush { id, .. } => {
                 assert!(device < self.device_bytes.len());
-                Operation { device, id, offset: 0, length: 0, done: 0, work: Work::Flush }
+                (id, 0, 0, Work::Flush)
             }
         };
+        let submitted_ns = os::boottime_ns();
+        let operation = Operation { device, id, submitted_ns, offset, length, done: 0, work };
         if !matches!(operation.work, Work::Flush) {
             assert!(operation.offset.is_multiple_of(PAGE_SIZE as u64));
             assert!(operation.length > 0 && operation.length.is_multiple_of(PAGE_SIZE));
@@ -238,8 +246,8 @@ impl DiskRing {
         self.enter()
     }
 
-    /// Appends what has completed to `out`, with the slot of its device. Does not enter the kernel.
-    pub fn completions(&mut self, out: &mut Vec<(usize, DiskCompletion)>) {
+    /// Appends what has completed to `out`. Does not enter the kernel.
+    pub fn completions(&mut self, out: &mut Vec<Completed>) {
         loop {
             let next = self.ring.completion().next();
             let Some(entry) = next else { break };
@@ -255,7 +263,7 @@ impl DiskRing {
     ///
     /// # Errors
     /// The ring is broken.
-    pub fn drain(&mut self, out: &mut Vec<(usize, DiskCompletion)>) -> Result<(), RingError> {
+    pub fn drain(&mut self, out: &mut Vec<Completed>) -> Result<(), RingError> {
         while self.in_flight() > 0 {
             self.flush_submissions()?;
             match self.ring.submit_and_wait(1) {
@@ -352,7 +360,7 @@ impl DiskRing {
     }
 
     /// Ends the operation, or queues the rest of it.
-    fn on_result(&mut self, index: u32, result: i32) -> Option<(usize, DiskCompletion)> {
+    fn on_result(&mut self, index: u32, result: i32) -> Option<Completed> {
         let operation = self.operations[index as usize].as_mut().expect("it is in flight");
         let is_flush = matches!(operation.work, Work::Flush);
         let failed = match result {
@@ -402,7 +410,9 @@ impl DiskRing {
                 Ok(DiskOk::Flushed)
             }
         };
-        Some((operation.device, DiskCompletion { id: operation.id, result }))
+        let took_ns = os::boottime_ns().saturating_sub(operation.submitted_ns);
+        let completion = DiskCompletion { id: operation.id, result };
+        Some(Completed { slot: operation.device, took_ns, completion })
     }
 }
 

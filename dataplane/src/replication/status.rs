@@ -4,10 +4,9 @@
 
 use std::collections::BTreeMap;
 
-use hdrhistogram::Histogram;
 use xsan_protocol::ids::NodeId;
 
-use crate::stats::histogram;
+use crate::stats::Recent;
 
 /// Part of a request's way that is timed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -70,35 +69,15 @@ pub struct SlowMember {
 
 /// Samples kept between two drains; more are dropped, since they only serve statistics.
 const SAMPLES_MAX: usize = 8192;
-/// Members are judged by the present span of this length and the one before.
-const MEMBER_SPAN_NS: u64 = 5_000_000_000;
-/// Fewer entries in that time say nothing of a member.
-const MEMBER_SAMPLES_MIN: u64 = 30;
 /// A member is slow when its p99 is this many times that of its fastest peer, and above the floor.
 const SLOW_FACTOR: u64 = 5;
 const SLOW_FLOOR_NS: u64 = 20_000_000;
 
-/// Times that a member took for an entry, in the present span and the one before.
-#[derive(Debug)]
-struct MemberTimes {
-    present: Histogram<u64>,
-    before: Histogram<u64>,
-}
-
-impl MemberTimes {
-    fn p99(&self) -> Option<u64> {
-        let mut both = self.present.clone();
-        both.add(&self.before).expect("all histograms have the same bounds");
-        (both.len() >= MEMBER_SAMPLES_MIN).then(|| both.value_at_quantile(0.99))
-    }
-}
-
 #[derive(Debug, Default)]
 pub(super) struct Latencies {
     samples: Vec<(Stage, u64)>,
-    members: BTreeMap<NodeId, MemberTimes>,
-    /// When the present span began.
-    span_ns: u64,
+    /// How long a member took for an entry.
+    members: BTreeMap<NodeId, Recent>,
 }
 
 impl Latencies {
@@ -110,8 +89,7 @@ impl Latencies {
 
     /// `node` took so long from when an entry was made to when it had it in its journal.
     pub fn add_member(&mut self, node: NodeId, ns: u64) {
-        let empty = || MemberTimes { present: histogram(), before: histogram() };
-        self.members.entry(node).or_insert_with(empty).present.saturating_record(ns);
+        self.members.entry(node).or_default().record(ns);
     }
 
     pub fn drain(&mut self, out: &mut Vec<(Stage, u64)>) {
@@ -119,15 +97,8 @@ impl Latencies {
     }
 
     pub fn on_tick(&mut self, now_ns: u64) {
-        if now_ns.saturating_sub(self.span_ns) < MEMBER_SPAN_NS {
-            return;
-        }
-        self.span_ns = now_ns;
-        self.members.retain(|_, times| !(times.present.is_empty() && times.before.is_empty()));
-        for times in self.members.values_mut() {
-            std::mem::swap(&mut times.present, &mut times.before);
-            times.present.reset();
-        }
+        self.members.retain(|_, times| !times.is_empty());
+        self.members.values_mut().for_each(|times| times.on_tick(now_ns));
     }
 
     pub fn slow_members(&self) -> Vec<SlowMember> {
@@ -166,16 +137,16 @@ mod tests {
         assert_eq!(slow_nodes(&latencies), [NodeId(3)]);
         let peers = latencies.slow_members()[0].us_p99_peers;
         assert!((100..=103).contains(&peers), "{peers} µs");
-        latencies.on_tick(MEMBER_SPAN_NS);
+        latencies.on_tick(Recent::SPAN_NS);
         assert_eq!(slow_nodes(&latencies), [NodeId(3)], "one span says as much as two");
-        latencies.on_tick(2 * MEMBER_SPAN_NS);
+        latencies.on_tick(2 * Recent::SPAN_NS);
         assert_eq!(slow_nodes(&latencies), [], "what was long ago is forgotten");
     }
 
     #[test]
     fn a_few_slow_entries_say_nothing() {
         let mut latencies = Latencies::default();
-        for _ in 0..MEMBER_SAMPLES_MIN - 1 {
+        for _ in 0..Recent::SAMPLES_MIN - 1 {
             latencies.add_member(NodeId(1), SLOW_NS);
         }
         (0..1000).for_each(|_| latencies.add_member(NodeId(2), 100_000));

@@ -37,7 +37,7 @@ use crate::gateway::nbd;
 use crate::net::connection::Memory;
 use crate::net::listener::{self, BindError};
 use crate::replication::{Driver, Replication};
-use crate::stats::Stats;
+use crate::stats::{Recent, Stats};
 use crate::store::{FormatError, OpenError};
 use crate::volume::VolumeClient;
 use crate::volume::calls::Calls;
@@ -427,7 +427,8 @@ fn take_stores(
         let cache_slot = cache.as_ref().map(|_| slot + 1);
         let path = capacity.path().display().to_string();
         let media = media_name(media).to_owned();
-        table.insert(store.id(), Devices { path, media, capacity_slot: slot, cache_slot });
+        let devices = Devices { path, media, capacity_slot: slot, cache_slot, writes: Recent::default() };
+        table.insert(store.id(), devices);
         slot += 1 + usize::from(cache.is_some());
         driver.add_store(store, recovered);
         // The devices stay open and locked for the life of the process.

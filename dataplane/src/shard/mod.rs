@@ -26,16 +26,16 @@ use xsan_protocol::wire::session::Hello;
 
 use crate::disk::buffers::BufferPool;
 use crate::disk::os;
-use crate::disk::ring::DiskRing;
+use crate::disk::ring::{Completed, DiskRing};
 use crate::gateway::nbd::Gateway;
-use crate::io::{DiskAction, DiskCompletion};
+use crate::io::DiskAction;
 use crate::net::connection::Outbox;
 use crate::net::frame::Frame;
 use crate::net::notify::Notify;
 use crate::replication::{
     Action, Change, Driver, Origin, Output, Replication, Reply, Request, RequestId, StoreTable,
 };
-use crate::stats::Stats;
+use crate::stats::{Recent, Stats};
 use crate::volume::calls::{Answer, Calls};
 use crate::volume::{VolumeClient, wire};
 
@@ -131,9 +131,18 @@ struct Devices {
     media: String,
     capacity_slot: usize,
     cache_slot: Option<usize>,
+    /// Writes to the device that holds the journal: what a client's write waits for.
+    writes: Recent,
 }
 
 impl Devices {
+    const fn journal_slot(&self) -> usize {
+        match self.cache_slot {
+            Some(cache) => cache,
+            None => self.capacity_slot,
+        }
+    }
+
     fn has_slot(&self, slot: usize) -> bool {
         self.capacity_slot == slot || self.cache_slot == Some(slot)
     }
@@ -181,7 +190,7 @@ type Opened = Box<(Volume, MapVersion)>;
 struct Scratch {
     outputs: Vec<Output>,
     operations: Vec<(StoreId, DiskAction)>,
-    completions: Vec<(usize, DiskCompletion)>,
+    completions: Vec<Completed>,
     proposals: Vec<proto::GroupProposal>,
 }
 

@@ -143,6 +143,7 @@ impl Devices {
             checksum_errors: status.counters.checksum_errors,
             repaired_pages: status.counters.repaired_pages,
             problem: String::new(),
+            write_us_p99: self.writes.p99().map(|ns| ns / 1000),
         }
     }
 }

@@ -3,8 +3,8 @@
 use super::control::Outcome;
 use super::peers::{Accepted, Closed, Dialled};
 use super::*;
-use crate::io::DeviceRole;
-use crate::stats::Counter;
+use crate::io::{DeviceRole, DiskOk};
+use crate::stats::{Counter, Stage};
 
 impl Shard {
     /// Runs one turn over `events`.
@@ -57,8 +57,10 @@ impl Shard {
             }
             Event::Wake => {}
             Event::Tick => {
+                let now_ns = os::boottime_ns();
+                self.devices.values_mut().for_each(|devices| devices.writes.on_tick(now_ns));
                 let mut outputs = std::mem::take(&mut self.scratch.outputs);
-                self.driver.on_tick(os::boottime_ns(), &mut outputs);
+                self.driver.on_tick(now_ns, &mut outputs);
                 self.carry_out(outputs);
             }
         }
@@ -132,10 +134,22 @@ impl Shard {
     fn run_stores(&mut self) {
         let mut completions = std::mem::take(&mut self.scratch.completions);
         self.ring.completions(&mut completions);
-        for (slot, completion) in completions.drain(..) {
-            let store = self.devices.iter().find(|(_, devices)| devices.has_slot(slot)).map(|(id, _)| *id);
-            let store = store.expect("the ring has only slots of this shard's stores");
-            self.driver.on_disk(store, completion);
+        for Completed { slot, took_ns, completion } in completions.drain(..) {
+            let of_slot = self.devices.iter_mut().find(|(_, devices)| devices.has_slot(slot));
+            let (store, devices) = of_slot.expect("the ring has only slots of this shard's stores");
+            let stage = match &completion.result {
+                Ok(DiskOk::Read(_)) => Some(Stage::DeviceRead),
+                Ok(DiskOk::Written) => Some(Stage::DeviceWrite),
+                Ok(DiskOk::Flushed) => Some(Stage::DeviceFlush),
+                Err(_) => None,
+            };
+            if let Some(stage) = stage {
+                self.stats.borrow_mut().record(stage, took_ns);
+            }
+            if stage == Some(Stage::DeviceWrite) && slot == devices.journal_slot() {
+                devices.writes.record(took_ns);
+            }
+            self.driver.on_disk(*store, completion);
         }
         self.scratch.completions = completions;
     }

@@ -11,12 +11,14 @@ use std::time::Duration;
 use xsan_controlplane::clock::BootTime;
 use xsan_controlplane::lease::{Beat, Health, LeaseTable};
 use xsan_controlplane::membership::heartbeat::Grant;
+use xsan_controlplane::membership::voters;
 use xsan_controlplane::placement::Proposal;
 use xsan_controlplane::placement::planner::Planner;
+use xsan_controlplane::raft::handle::Members;
 use xsan_controlplane::state::command::{Command, GroupChange, NewNode, NewVolume, SettingsChange};
 use xsan_controlplane::state::{ClusterState, Departure};
 use xsan_controlplane::timing::{BEAT_INTERVAL, CONTROLLER_TICK, RaftTiming};
-use xsan_protocol::ids::{GroupId, Incarnation, MapVersion, NodeId, StoreId};
+use xsan_protocol::ids::{GroupId, Incarnation, MapVersion, NodeId, Seq, StoreId};
 use xsan_protocol::map::{DataProcess, Durability, Member};
 use xsan_protocol::proto;
 
@@ -104,14 +106,12 @@ impl World {
         for host in 0..self.hosts.len() {
             self.add_to_cluster(host);
         }
-        let voters = self.hosts.iter().map(|host| host.node).collect::<BTreeSet<_>>();
-        let mut state = (*self.control.state).clone();
-        state.set_voters(voters);
-        self.control.state = Arc::new(state);
-        self.elect(0);
+        self.set_voters([self.hosts[0].node].into());
         for host in 0..self.hosts.len() {
             self.start_control(host);
         }
+        self.elect(0);
+        self.reconcile(0);
         self.after(RAFT_BEAT, Event::RaftBeat);
         self.after(1, Event::Plan);
     }
@@ -326,39 +326,56 @@ impl World {
 
     /// Can this host, as a leader, reach a quorum?
     fn reaches_quorum(&self, host: usize) -> bool {
-        let voters: Vec<usize> = (0..self.hosts.len())
-            .filter(|other| {
-                self.control.state.map().nodes.get(&self.hosts[*other].node).is_some_and(|node| node.voter)
-            })
-            .collect();
-        let with = |other: &&usize| {
-            **other == host || (self.hosts[**other].control_runs(self.now) && self.net.meets(host, **other))
-        };
-        self.hosts[host].control_runs(self.now) && voters.iter().filter(with).count() * 2 > voters.len()
+        let voters = self.voters();
+        voters.contains(&self.hosts[host].node) && self.reaches_most(host, &voters)
     }
 
-    /// Nodes that were asked to leave and hold nothing any more: the leader takes their vote, and then them, as
-    /// `membership::voters` does. Guests have moved elsewhere before.
-    fn let_go(&mut self) {
-        let state = self.control.state.clone();
-        let goes = |node: &NodeId| state.departure(*node) != Departure::Stays && !state.has_replicas(*node);
-        let goes: BTreeSet<NodeId> = state.map().nodes.keys().copied().filter(goes).collect();
-        let votes = state.map().nodes.values().filter(|node| node.voter).map(|node| node.id);
-        let votes: BTreeSet<NodeId> = votes.collect();
-        for node in goes {
-            let host = node.0 as usize - 1;
-            let asked = |(_, command): &(u64, Command)| *command == Command::RemoveNode { node };
-            if votes.contains(&node) {
-                let mut state = (*self.control.state).clone();
-                state.set_voters(votes.iter().copied().filter(|other| *other != node).collect());
-                self.control.state = Arc::new(state);
-                return;
+    fn reaches_most(&self, host: usize, voters: &BTreeSet<NodeId>) -> bool {
+        let reached = voters.iter().filter(|voter| self.is_reached(host, voter.0 as usize - 1));
+        reached.count() * 2 > voters.len()
+    }
+
+    /// Do the control processes of these two hosts run, and hear each other?
+    fn is_reached(&self, host: usize, other: usize) -> bool {
+        let runs = |host: usize| self.hosts[host].control_runs(self.now);
+        runs(host) && runs(other) && (host == other || self.net.meets(host, other))
+    }
+
+    fn voters(&self) -> BTreeSet<NodeId> {
+        self.control.state.map().nodes.values().filter(|node| node.voter).map(|node| node.id).collect()
+    }
+
+    /// The leader keeps the voters in line with the nodes, a step at a time, and takes out who was asked to leave and holds nothing any
+    /// more: as `voters::reconcile` does, but that a change of the voters is agreed on at once.
+    fn reconcile(&mut self, leader: usize) {
+        let ids = |nodes: &BTreeSet<NodeId>| nodes.iter().map(|node| u64::from(node.0)).collect();
+        let (voters, retiring) = (self.voters(), voters::retiring(&self.control.state));
+        let caught_up = self.present().filter(|host| self.is_reached(leader, *host));
+        let caught_up = caught_up.map(|host| self.hosts[host].node).collect();
+        let members = Members { voters: ids(&voters), caught_up: ids(&caught_up), ..Members::default() };
+        let wanted = voters::wanted(&members, u64::from(self.hosts[leader].node.0), &ids(&retiring));
+        let wanted: BTreeSet<NodeId> = wanted.into_iter().map(|id| NodeId(id as u32)).collect();
+        if wanted != voters {
+            if self.reaches_most(leader, &wanted) {
+                self.log(|| format!("{wanted:?} vote"));
+                self.set_voters(wanted);
             }
-            if !self.workload.uses(host) && !self.control.under_way.iter().any(asked) {
+            return;
+        }
+        for node in retiring.difference(&voters).copied() {
+            let asked = |(_, command): &(u64, Command)| *command == Command::RemoveNode { node };
+            // Guests have moved elsewhere before.
+            if !self.workload.uses(node.0 as usize - 1) && !self.control.under_way.iter().any(asked) {
                 let term = self.control.term;
                 self.on_propose(term, Command::RemoveNode { node });
             }
         }
+    }
+
+    fn set_voters(&mut self, voters: BTreeSet<NodeId>) {
+        let mut state = (*self.control.state).clone();
+        state.set_voters(voters);
+        self.control.state = Arc::new(state);
     }
 
     /// Has the leader no doubt that this node's lease has ended?
@@ -368,13 +385,14 @@ impl World {
         leader.leases.health(clock, node, registered(&leader.known, node)) == Health::Gone
     }
 
-    /// A node that hears of its removal stops, and its supervisor starts it no more.
-    fn end_removed(&mut self) {
+    /// A node that hears of its removal from the leader stops, and its supervisor starts it no more.
+    fn end_removed(&mut self, leader: usize) {
         for host in 0..self.hosts.len() {
-            if !self.hosts[host].removed && self.control.state.was_removed(self.hosts[host].node) {
+            let removed = !self.hosts[host].gone && self.control.state.was_removed(self.hosts[host].node);
+            if removed && self.is_reached(leader, host) {
                 self.log(|| format!("host {host} is removed"));
                 self.count("node removed");
-                self.hosts[host].removed = true;
+                self.hosts[host].gone = true;
                 self.kill_control(host);
                 self.kill_data(host);
             }
@@ -383,13 +401,15 @@ impl World {
 
     pub fn raft_beat(&mut self) {
         self.after(RAFT_BEAT, Event::RaftBeat);
-        self.end_removed();
         let leads = self.control.leader.as_ref().map(|leader| (leader.host, leader.life));
         let well = leads
             .is_some_and(|(host, life)| self.hosts[host].control.life == life && self.reaches_quorum(host));
         if well {
-            self.control.leader.as_mut().expect("it is there").quorum_at = self.now;
-            self.let_go();
+            let leader = self.control.leader.as_mut().expect("it is there");
+            leader.quorum_at = self.now;
+            let host = leader.host;
+            self.reconcile(host);
+            self.end_removed(host);
             self.spread_state();
         } else if self.random.one_in(4) {
             // An election ends, if anybody can win one.
@@ -512,10 +532,25 @@ impl World {
     }
 
     fn apply(&mut self, command: &Command) {
+        let before = self.control.state.clone();
         self.control.apply(command);
-        if let Command::ReconfigureGroups(changes) = command {
-            let settles = changes.iter().filter(|change| change.settle);
-            settles.for_each(|change| self.check_settled(change.group));
+        let now = self.control.state.clone();
+        match command {
+            Command::ReconfigureGroups(changes) => {
+                let settles = changes.iter().filter(|change| change.settle);
+                settles.for_each(|change| self.check_settled(change.group));
+            }
+            Command::SetMaintenance { node, .. }
+                if before.is_in_maintenance(*node) && !now.is_in_maintenance(*node) =>
+            {
+                self.count("maintenance ended");
+            }
+            Command::LeaveNode { node, departure: Departure::Stays }
+                if before.departure(*node) != now.departure(*node) =>
+            {
+                self.count("removal taken back");
+            }
+            _ => {}
         }
     }
 
@@ -527,15 +562,15 @@ impl World {
         let acknowledged = self.acknowledged.get(&id).copied().unwrap_or_default();
         let lacks = group.acting().find_map(|member| {
             let process = self.hosts[member.node.0 as usize - 1].process.as_ref()?;
-            let (_, durable) = process.driver.replication.journal(id)?;
+            let durable = process.driver.replication.journal(id).map_or(Seq(0), |(_, durable)| durable);
             let same = process.incarnation == member.incarnation;
             (same && durable < acknowledged).then_some((member.node, durable))
         });
         if let Some((node, durable)) = lacks {
             let epoch = group.epoch;
-            self.ledger.violation = Some(format!(
-                "epoch {epoch} of group {id} is settled: {acknowledged} is acknowledged, node {node} has {durable}"
-            ));
+            self.ledger.violation.get_or_insert_with(|| {
+                format!("epoch {epoch} of group {id} is settled: {acknowledged} is acknowledged, node {node} has {durable}")
+            });
         }
     }
 

@@ -64,7 +64,7 @@ const NODES_ADDED_MAX: usize = 1;
 const NODES_REMOVED_MAX: usize = 1;
 /// As long as hosts that are cut off are waited for.
 const TAKEOVER_MAX: u64 = 6 * SECOND;
-const GIVE_UP_RETRY: u64 = SECOND;
+const OPERATOR_RETRY: u64 = SECOND;
 const TAKEOVER_POLL: u64 = 5 * MS;
 const NEWCOMER_POLL: u64 = 100 * US;
 
@@ -171,20 +171,22 @@ impl World {
         let on = !self.control.state.is_in_maintenance(node);
         let force = self.random.one_in(4);
         self.propose(other, Command::SetMaintenance { node, on, force });
-        if !on {
-            self.count("maintenance ended");
-        } else if self.random.one_in(2) {
+        if on && self.random.one_in(2) {
             self.fault_kill_host(host, other);
         }
     }
 
-    fn end_maintenance(&mut self) {
-        for host in 0..self.hosts.len() {
-            let node = self.hosts[host].node;
-            if self.control.state.is_in_maintenance(node) {
-                self.count("maintenance ended");
-                self.control.apply(&Command::SetMaintenance { node, on: false, force: false });
-            }
+    /// Goes on while there are no faults: what was asked for before may come late.
+    pub fn end_maintenance(&mut self) {
+        if self.faults_end == u64::MAX {
+            return;
+        }
+        self.after(OPERATOR_RETRY, Event::EndMaintenance);
+        let state = self.control.state.clone();
+        let mut nodes = state.map().nodes.keys().filter(|node| state.is_in_maintenance(**node));
+        if let Some(&node) = nodes.next() {
+            let asks = self.some_host();
+            self.propose(asks, Command::SetMaintenance { node, on: false, force: false });
         }
     }
 
@@ -197,9 +199,6 @@ impl World {
             _ => return,
         };
         let node = self.hosts[host].node;
-        if departure == Departure::Stays {
-            self.count("removal taken back");
-        }
         self.propose(other, Command::LeaveNode { node, departure });
     }
 
@@ -212,8 +211,8 @@ impl World {
         if self.may_lose_another() && !self.leaves(host) && self.bears_loss_of(host) {
             self.log(|| format!("host {host} is gone for good"));
             self.power_off(host);
-            self.hosts[host].removed = true;
-            self.after(GIVE_UP_RETRY, Event::GiveUp { host });
+            self.hosts[host].gone = true;
+            self.after(OPERATOR_RETRY, Event::GiveUp { host });
         }
     }
 
@@ -224,7 +223,7 @@ impl World {
             self.log(|| format!("host {host} is given up"));
             return self.count("node given up");
         }
-        self.after(GIVE_UP_RETRY, Event::GiveUp { host });
+        self.after(OPERATOR_RETRY, Event::GiveUp { host });
         let asks = self.some_host();
         if self.is_gone(node) && !self.leaves(host) {
             self.propose(asks, Command::LeaveNode { node, departure: Departure::Lost });
@@ -232,7 +231,7 @@ impl World {
     }
 
     /// Was it asked to leave?
-    fn leaves(&self, host: usize) -> bool {
+    pub fn leaves(&self, host: usize) -> bool {
         self.control.state.departure(self.hosts[host].node) != Departure::Stays
     }
 
@@ -601,7 +600,7 @@ impl World {
     /// Everything works again, at once or soon; a host without power, when it gets it.
     pub fn end_faults(&mut self) {
         self.heal_network();
-        self.end_maintenance();
+        self.after(1, Event::EndMaintenance);
         for host in 0..self.hosts.len() {
             let this = &mut self.hosts[host];
             this.data_paused_until = this.data_paused_until.min(self.now);

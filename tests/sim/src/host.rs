@@ -40,8 +40,8 @@ pub struct Host {
     /// Its store failed, in this life of its data process or in an earlier one of which the cluster does not know yet.
     pub failed: bool,
     pub failed_before: bool,
-    /// It is no member of the cluster any more.
-    pub removed: bool,
+    /// It never runs again: it has heard that it is removed, or was lost with all that it held.
+    pub gone: bool,
     /// The leader has left it out of placement.
     pub out: bool,
     /// Its store, if it lost records.
@@ -99,7 +99,7 @@ impl Host {
             store: StoreId(0),
             failed: false,
             failed_before: false,
-            removed: false,
+            gone: false,
             out: false,
             damaged_stores: Vec::new(),
             damage_allowed: false,
@@ -293,7 +293,7 @@ impl World {
     /// The supervisor starts what should run and does not.
     pub fn restart(&mut self, host: usize, wait: u64) {
         let this = &self.hosts[host];
-        if this.removed {
+        if this.gone {
             return;
         }
         let (life, control_life) = (this.life, this.control.life);
@@ -317,7 +317,7 @@ impl World {
 
     pub fn power_on(&mut self, host: usize) {
         let this = &mut self.hosts[host];
-        if this.removed {
+        if this.gone {
             return;
         }
         if std::mem::replace(&mut this.powered, true) {

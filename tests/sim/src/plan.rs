@@ -1,5 +1,6 @@
 //! The plan of one run: its cluster, its load, and which faults may happen how often. All of it follows from the seed.
 
+use xsan_controlplane::timing::DOWN_OUT_MIN;
 use xsan_dataplane::testing::Random;
 
 pub const US: u64 = 1_000;
@@ -7,7 +8,7 @@ pub const MS: u64 = 1_000_000;
 pub const SECOND: u64 = 1_000_000_000;
 
 /// The least that an operator may set.
-pub const OUT_MIN: u64 = 5 * SECOND;
+pub const OUT_MIN: u64 = DOWN_OUT_MIN.as_nanos() as u64;
 /// Of each host, fast or slow: two differ by no more than what leases bear.
 const DRIFT_PPM_MAX: u64 = 250;
 const DEVICE_BYTES: u64 = 64 << 20;

@@ -2,7 +2,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use xsan_controlplane::state::Departure;
 use xsan_dataplane::replication::{ScrubFindings, ScrubOrder};
 use xsan_protocol::ids::{GroupId, NodeId};
 use xsan_protocol::map::{ClusterMap, Pool};
@@ -45,11 +44,16 @@ impl World {
         if let Some(operation) = self.workload.oldest() {
             return operation;
         }
-        let leaves = |node: &&NodeId| {
-            state.departure(**node) != Departure::Stays || self.hosts[node.0 as usize - 1].removed
-        };
+        let host = |node: &NodeId| node.0 as usize - 1;
+        let leaves = |node: &&NodeId| self.leaves(host(node)) || self.hosts[host(node)].gone;
         if let Some(node) = map.nodes.keys().find(leaves) {
             return format!("node {node} is not removed yet");
+        }
+        if let Some(other) = self.hosts.iter().find(|host| !host.gone && state.was_removed(host.node)) {
+            return format!("node {} has not heard that it is removed", other.node);
+        }
+        if let Some(node) = map.nodes.keys().find(|node| state.is_in_maintenance(**node)) {
+            return format!("node {node} is in maintenance");
         }
         let alive = self.present().count();
         for group in map.groups.values() {

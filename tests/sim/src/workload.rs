@@ -5,7 +5,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use xsan_controlplane::state::Departure;
 use xsan_dataplane::disk::buffers::{Buffer, CLASS_BYTES, Claim};
 use xsan_dataplane::replication::Operation;
 use xsan_dataplane::store::PageData;
@@ -146,8 +145,8 @@ impl World {
             return;
         }
         let Client { host, reads, .. } = self.workload.clients[client];
-        let leaves = self.control.state.departure(self.hosts[host].node) != Departure::Stays;
-        if self.hosts[host].process.is_none() || leaves || (reads.is_none() && self.random.one_in(500)) {
+        let stays = self.present().any(|present| present == host) && !self.leaves(host);
+        if self.hosts[host].process.is_none() || !stays || (reads.is_none() && self.random.one_in(500)) {
             self.workload.clients[client].host = self.some_host();
             return;
         }

@@ -7,8 +7,8 @@ use std::sync::Arc;
 use xsan_controlplane::lease::Beat;
 use xsan_controlplane::membership::heartbeat::Grant;
 use xsan_controlplane::placement::Proposal;
+use xsan_controlplane::state::ClusterState;
 use xsan_controlplane::state::command::Command;
-use xsan_controlplane::state::{ClusterState, Departure};
 use xsan_dataplane::store::StoreStatus;
 use xsan_dataplane::testing::Random;
 use xsan_protocol::ids::{BootId, GroupId, Incarnation, MapVersion, Seq};
@@ -72,6 +72,7 @@ pub enum Event {
     Newcomer { host: usize, until: u64 },
     NewcomerDies { host: usize, life: u64 },
     GiveUp { host: usize },
+    EndMaintenance,
     Client { client: usize },
     Retry { operation: u64 },
     Fault,
@@ -170,14 +171,14 @@ impl World {
 
     /// The hosts that are members of the cluster.
     pub fn present(&self) -> impl Iterator<Item = usize> {
-        (0..self.hosts.len()).filter(|host| !self.hosts[*host].removed)
+        let state = &self.control.state;
+        (0..self.hosts.len())
+            .filter(|host| !self.hosts[*host].gone && !state.was_removed(self.hosts[*host].node))
     }
 
     /// One that clients use: they leave one that is to be removed.
     pub fn some_host(&mut self) -> usize {
-        let state = &self.control.state;
-        let stays = |host: &usize| state.departure(self.hosts[*host].node) == Departure::Stays;
-        let able: Vec<usize> = self.present().filter(stays).collect();
+        let able: Vec<usize> = self.present().filter(|host| !self.leaves(*host)).collect();
         *self.random.pick(&able).expect("the last node is never removed")
     }
 
@@ -471,13 +472,13 @@ impl World {
             Event::Death { host, incarnation } => self.on_death(host, incarnation),
             Event::StartData { host, life } => {
                 let this = &self.hosts[host];
-                if this.life == life && this.powered && !this.removed {
+                if this.life == life && this.powered && !this.gone {
                     self.start_data(host);
                 }
             }
             Event::StartControl { host, life } => {
                 let this = &self.hosts[host];
-                if this.control.life == life && this.powered && !this.control.alive && !this.removed {
+                if this.control.life == life && this.powered && !this.control.alive && !this.gone {
                     self.start_control(host);
                 }
             }
@@ -490,6 +491,7 @@ impl World {
             Event::Newcomer { host, until } => self.newcomer(host, until),
             Event::NewcomerDies { host, life } => self.newcomer_dies(host, life),
             Event::GiveUp { host } => self.give_up(host),
+            Event::EndMaintenance => self.end_maintenance(),
             Event::Client { client } => self.client(client),
             Event::Retry { operation } => self.try_operation(operation),
             Event::Fault => self.next_fault(),

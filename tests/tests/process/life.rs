@@ -198,13 +198,14 @@ fn a_dead_node_is_replaced_and_a_new_one_takes_its_share_under_a_writer() {
     writer.wait_operations(500, SETTLE_DEADLINE).unwrap();
     let report = writer.stop().unwrap();
     assert_eq!(report.losses, 0, "the writer saw no error");
-    // What the new node has is worth as much: one of the others may go.
-    cluster.kill_node(2).unwrap();
-    report.verify(&mut cluster.connect(joined, "vm").unwrap(), 44).unwrap();
+    // Whoever led saw them, and is still asked.
     let kinds = event_kinds(&cluster);
     for kind in ["node-down", "resync-finished", "node-joined"] {
         assert!(kinds.iter().any(|found| found == kind), "{kind} is not in {kinds:?}");
     }
+    // What the new node has is worth as much: one of the others may go.
+    cluster.kill_node(2).unwrap();
+    report.verify(&mut cluster.connect(joined, "vm").unwrap(), 44).unwrap();
 }
 
 /// The volume is shown as attached at these nodes.

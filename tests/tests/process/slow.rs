@@ -1,17 +1,19 @@
 //! A node that works, but far slower than its peers: it is found and told; when the operator wants that, clients wait for it
 //! no more, and it acts again once it keeps up. And a leader of the control plane whose disk is slow.
 //!
-//! Links are slow, each node being in a network namespace of its own, and flushes are, by strace; both need root.
+//! Links are slow, each node being in a network namespace of its own; a device is, by a control group; and flushes are, by strace. All need root.
 
 use std::time::{Duration, Instant};
 
 use xsan_protocol::proto::{ClusterStatusReply, NodeStatus};
 use xsan_tests::cluster::{Cluster, RESYNC_DEADLINE, SETTLE_DEADLINE};
 use xsan_tests::crowd::{Crowd, Field};
+use xsan_tests::device::LoopDevice;
 use xsan_tests::flushes::SlowFlushes;
 use xsan_tests::node::NodeOptions;
 use xsan_tests::random::Random;
 use xsan_tests::switch::Link;
+use xsan_tests::throttle::SlowWrites;
 use xsan_tests::wait::{Look, until};
 use xsan_tests::writer::{Pages, Work, Writer};
 
@@ -23,15 +25,26 @@ const LATENCY_SLOW: Duration = Duration::from_millis(60);
 const WRITES: usize = 200;
 /// Of a disk in a bad moment: more than a follower waits before it calls for an election, and than a lease lasts.
 const FLUSH_TAKES: Duration = Duration::from_secs(3);
+/// The node with a disk that takes so many writes, each of them at once or after a while.
+const SLOW_DISK: usize = 1;
+const WRITES_PER_SECOND: u32 = 20;
 const SLOW_DISK_STALL_MAX: Duration = Duration::from_secs(1);
 const OPERATIONS_AFTER: u64 = 200;
 
-fn codes(cluster: &Cluster) -> Vec<(String, String)> {
-    let answer = cluster.cli(&["--json", "health"]).unwrap();
-    let findings: serde_json::Value = serde_json::from_str(&answer.stdout).unwrap();
-    let word = |finding: &serde_json::Value, field: &str| finding[field].as_str().unwrap().to_owned();
-    let findings = findings.as_array().unwrap();
-    findings.iter().map(|finding| (word(finding, "code"), word(finding, "object"))).collect()
+/// Waits until `health` finds the node slow, with `reason` in what it says.
+fn wait_slow(cluster: &Cluster, node: usize, reason: &str) {
+    let object = format!("node {}", xsan_tests::node::node_name(node));
+    until("the slow node to be told", SETTLE_DEADLINE, || {
+        let findings: serde_json::Value = serde_json::from_str(&cluster.cli(&["--json", "health"])?.stdout)?;
+        let is_it = |finding: &serde_json::Value| {
+            finding["code"] == "SLOW_MEMBER"
+                && finding["object"] == object
+                && finding["message"].as_str().is_some_and(|message| message.contains(reason))
+        };
+        let found = findings.as_array().into_iter().flatten().any(is_it);
+        Ok(if found { Look::Done(()) } else { Look::NotYet(findings.to_string()) })
+    })
+    .unwrap();
 }
 
 fn wait_event(cluster: &Cluster, kind: &str) {
@@ -72,18 +85,12 @@ fn clients_wait_for_a_slow_node_only_as_long_as_the_operator_wants_it() {
     cluster.create_volume(VOLUME, "512MiB", 3).unwrap();
     let leader = cluster.leader().unwrap();
     let (slow, gateway) = ((leader + 1) % 3, (leader + 2) % 3);
-    let name = xsan_tests::node::node_name(slow);
     let field = Field { first: 0, pages: VOLUME_PAGES, round: 1 };
     let crowd = Crowd::start(&cluster, VOLUME, field, 41).unwrap();
     crowd.wait_operations(OPERATIONS_AFTER, SETTLE_DEADLINE, &[]).unwrap();
 
     cluster.set_links(slow, Link::slow(DELAY));
-    let object = ("SLOW_MEMBER".to_owned(), format!("node {name}"));
-    until("the slow node to be told", SETTLE_DEADLINE, || {
-        let found = codes(&cluster);
-        Ok(if found.contains(&object) { Look::Done(()) } else { Look::NotYet(format!("{found:?}")) })
-    })
-    .unwrap();
+    wait_slow(&cluster, slow, "it is its network");
     // It is told, and no more than that: every write waits for it.
     assert!(node(&cluster.status().unwrap(), slow).member_groups == 256);
     let waited = write_latency(&cluster, gateway);
@@ -110,6 +117,31 @@ fn clients_wait_for_a_slow_node_only_as_long_as_the_operator_wants_it() {
     println!("acts again {:?} after it was mended", healed.elapsed());
     crowd.wait_operations(OPERATIONS_AFTER, SETTLE_DEADLINE, &[]).unwrap();
     crowd.finish(&cluster, &[slow]).unwrap();
+    cluster.stop().unwrap();
+}
+
+#[test]
+fn a_slow_disk_is_told_with_the_device() {
+    let options = NodeOptions { file_size: "1GiB".to_owned(), ..NodeOptions::default() };
+    let mut cluster = Cluster::prepare(options).unwrap();
+    let device = LoopDevice::over_file(&cluster.directory().join("disk.img"), 1 << 30).unwrap();
+    let path = device.path().to_owned();
+    cluster.use_device(SLOW_DISK, device);
+    cluster.add_nodes(3).unwrap();
+    cluster.create_volume(VOLUME, "256MiB", 3).unwrap();
+    let pages = Pages { first: 0, step: 16, count: VOLUME_PAGES / 16 };
+    let writer = Writer::start(Work::new(vec![cluster.node(0).nbd], VOLUME, pages, 8)).unwrap();
+    writer.wait_operations(OPERATIONS_AFTER, SETTLE_DEADLINE).unwrap();
+
+    let data = cluster.node(SLOW_DISK).child("xsan-data").unwrap();
+    let slow = SlowWrites::of(data.pid, &path, WRITES_PER_SECOND).unwrap();
+    wait_slow(&cluster, SLOW_DISK, &format!("its device {} takes", path.display()));
+    drop(slow);
+    cluster.wait_healthy(RESYNC_DEADLINE).unwrap();
+    writer.wait_operations(OPERATIONS_AFTER, SETTLE_DEADLINE).unwrap();
+    let report = writer.stop().unwrap();
+    println!("a device took {WRITES_PER_SECOND} writes a second: stall {:?}", report.stall);
+    report.verify(&mut cluster.connect(0, VOLUME).unwrap(), 8).unwrap();
     cluster.stop().unwrap();
 }
 

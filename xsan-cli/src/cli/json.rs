@@ -103,7 +103,11 @@ pub fn events(reply: &ListEventsReply) -> Value {
             "seen_by": event.seen_by,
         })
     });
-    json!({ "events": events.collect::<Value>(), "silent_nodes": reply.silent_nodes })
+    json!({
+        "events": events.collect::<Value>(),
+        "silent_nodes": reply.silent_nodes,
+        "left_out": reply.left_out,
+    })
 }
 
 pub fn nodes(nodes: &[NodeStatus]) -> Value {
@@ -152,6 +156,7 @@ fn store(store: &StoreStatus) -> Value {
         "journal_used_bytes": store.journal_used_bytes,
         "checksum_errors": store.checksum_errors,
         "repaired_pages": store.repaired_pages,
+        "write_us_p99": store.write_us_p99,
     })
 }
 

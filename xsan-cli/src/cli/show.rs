@@ -266,6 +266,7 @@ fn stores(status: &NodeStatus) -> String {
             Amount(store.used_bytes).to_string(),
             Amount(store.capacity_bytes).to_string(),
             percent(store.journal_used_bytes, store.journal_bytes),
+            store.write_us_p99.map_or_else(|| "-".into(), |us| us.to_string()),
             store.checksum_errors.to_string(),
             store.repaired_pages.to_string(),
         ]
@@ -278,6 +279,7 @@ fn stores(status: &NodeStatus) -> String {
         Number("USED"),
         Number("CAPACITY"),
         Number("JOURNAL"),
+        Number("WRITE P99 µs"),
         Number("CHECKSUM ERRORS"),
         Number("REPAIRED PAGES"),
     ];
@@ -450,6 +452,9 @@ pub fn events(reply: &ListEventsReply) -> String {
     };
     for node in &reply.silent_nodes {
         text += &format!("note: node {node} does not answer; what it saw while it led is not listed\n");
+    }
+    if reply.left_out > 0 {
+        text += &format!("note: {} older events are in the logs of the nodes\n", reply.left_out);
     }
     text
 }

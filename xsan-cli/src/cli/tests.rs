@@ -98,8 +98,8 @@ fn node_info_shows_addresses_and_stores() {
             "Space           1.40 GiB of 8 GiB used (17 %)",
             "Release         0.1.0",
             "",
-            "STORE             DEVICE                          MEDIA  STATE      USED  CAPACITY  JOURNAL  CHECKSUM ERRORS  REPAIRED PAGES",
-            "0123456789abcdef  /var/lib/xsan/data/store-0.img  ssd    ok     1.40 GiB     8 GiB     29 %                1               1",
+            "STORE             DEVICE                          MEDIA  STATE      USED  CAPACITY  JOURNAL  WRITE P99 µs  CHECKSUM ERRORS  REPAIRED PAGES",
+            "0123456789abcdef  /var/lib/xsan/data/store-0.img  ssd    ok     1.40 GiB     8 GiB     29 %           180                1               1",
         ]
     );
 }
@@ -397,13 +397,15 @@ fn events_are_listed_with_their_times() {
         message: "node node-003 is down: it has no lease".into(),
         seen_by: "node-001".into(),
     };
-    let reply = ListEventsReply { silent_nodes: vec!["node-003".into()], events: vec![event] };
+    let silent_nodes = vec!["node-003".into()];
+    let reply = ListEventsReply { silent_nodes, events: vec![event], left_out: 40 };
     let shown = show::events(&reply);
     assert_eq!(
         lines(&shown)[1..],
         [
             "2026-11-21 04:30:00 UTC  node-down  node-001  node node-003 is down: it has no lease",
             "note: node node-003 does not answer; what it saw while it led is not listed",
+            "note: 40 older events are in the logs of the nodes",
         ]
     );
     let shown = json::events(&reply);

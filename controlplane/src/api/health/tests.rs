@@ -108,6 +108,27 @@ fn wishes_of_the_operator_slow_members_clocks_and_releases_are_told() {
     assert_eq!(found(&state, answers), pairs(&expected));
 }
 
+/// A reason is told only where that node says how long its devices take.
+#[test]
+fn a_slow_node_is_told_with_the_part_that_is_slow() {
+    let told = |us_p99: Option<u64>| {
+        let mut answers = answers(3, &[]);
+        let data = |answers: &mut HashMap<NodeId, Answer>, node, change: &dyn Fn(&mut proto::DataStatus)| {
+            change(answers.get_mut(&NodeId(node)).expect("it answers").status.data.as_mut().expect("data"));
+        };
+        let slow = proto::SlowMember { node: 2, us_p99: 9000, us_p99_peers: 100 };
+        data(&mut answers, 1, &|data| data.slow_members.push(slow));
+        data(&mut answers, 2, &|data| data.stores[0].write_us_p99 = us_p99);
+        let status = status::cluster(&survey(&state(3, 3), answers));
+        status.findings.into_iter().find(|finding| finding.code == "SLOW_MEMBER").expect("it is told").message
+    };
+    let numbers = "p99 9000 µs, its peers 100 µs, seen by node n1";
+    assert_eq!(told(None), numbers);
+    assert_eq!(told(Some(8000)), format!("{numbers}; its device /dev/x takes 8000 µs for a write"));
+    let elsewhere = "its devices take 90 µs for a write at most: it is its network, or the host is busy";
+    assert_eq!(told(Some(90)), format!("{numbers}; {elsewhere}"));
+}
+
 #[test]
 fn a_node_that_only_serves_clients_waits_with_its_removal() {
     let mut state = state(3, 3);

@@ -1,5 +1,6 @@
-use super::super::sample::{CAPACITY, answers, state, survey};
+use super::super::sample::{self, CAPACITY, answers, state, survey};
 use super::*;
+use crate::state::ClusterState;
 use crate::state::command::GroupChange;
 
 fn node(survey: &Survey, id: u32) -> &Node {
@@ -118,6 +119,29 @@ fn bytes_are_taken_from_the_node_or_from_the_others_when_it_is_silent() {
 }
 
 /// Both copies are on nodes that are down: giving one of them up was told to lose nothing, "every group has another live copy".
+#[test]
+fn replicas_that_are_to_be_made_are_counted_where_a_node_can_take_them() {
+    let waiting = |state: &ClusterState, nodes: u32, down: &[u32], out: &[u32]| {
+        let mut answers = answers(nodes, down);
+        for answer in answers.values_mut() {
+            answer.status.data.as_mut().expect("data").stores[0].used_bytes = 1 << 30;
+            answer.status.health.iter_mut().for_each(|health| health.out = out.contains(&health.node));
+        }
+        waiting_bytes(&survey(state, answers))
+    };
+    let mut state = state(4, 3);
+    assert_eq!(waiting(&state, 4, &[], &[]), 0);
+    assert_eq!(waiting(&state, 4, &[4], &[]), 0, "it is waited for");
+    let rebuilt = waiting(&state, 4, &[4], &[4]);
+    // Each of the three that are left has a third of what the replicas of the dead one come to.
+    assert!((900 << 20..=1100 << 20).contains(&rebuilt), "{rebuilt}");
+    sample::add_node(&mut state, 5);
+    assert_eq!(waiting(&state, 5, &[5], &[]), 0, "nothing can be moved there now");
+    let joined = waiting(&state, 5, &[], &[]);
+    let share = (4u64 << 30) / 5;
+    assert!((share * 4 / 5..=share * 6 / 5).contains(&joined), "{joined}, a share is {share}");
+}
+
 #[test]
 fn copies_on_nodes_that_are_down_as_well_are_told() {
     let state = state(3, 3);

@@ -36,7 +36,7 @@ fn run(ring: &mut DiskRing, device: usize, action: DiskAction) -> DiskCompletion
     ring.submit(device, action);
     ring.drain(&mut out).unwrap();
     assert_eq!(out.len(), 1);
-    let (slot, completion) = out.pop().unwrap();
+    let Completed { slot, completion, .. } = out.pop().unwrap();
     assert_eq!(slot, device);
     completion
 }
@@ -96,7 +96,7 @@ fn devices_hold_what_a_model_holds() {
         ring.flush_submissions().unwrap();
         ring.drain(&mut out).unwrap();
         assert_eq!(out.len(), 16, "round {round}");
-        for (device, completion) in out {
+        for Completed { slot: device, completion, .. } in out {
             let (expected_device, pages) = expected.remove(&completion.id).expect("each completes once");
             assert_eq!(device, expected_device);
             if let DiskOk::Read(buffer) = completion.result.unwrap() {
@@ -152,7 +152,8 @@ fn a_transfer_that_stops_early_goes_on_with_the_rest() {
     ring.backlog.pop_back();
     let mut out = Vec::new();
     ring.drain(&mut out).unwrap();
-    assert!(matches!(out[..], [(0, DiskCompletion { id: 5, result: Ok(DiskOk::Written) })]));
+    let [Completed { slot: 0, completion, .. }] = &out[..] else { panic!("{out:?}") };
+    assert!(matches!(completion, DiskCompletion { id: 5, result: Ok(DiskOk::Written) }));
     let mut all = vec![1; 7 * PAGE_SIZE];
     bench.devices[0].read_at(0, &mut all).unwrap();
     let pages: Vec<u8> = all.chunks(PAGE_SIZE).map(|page| page[0]).collect();
@@ -170,7 +171,7 @@ fn a_transfer_that_moves_nothing_or_half_a_page_fails() {
             DiskAction::Write { id: 1, device: CAPACITY, offset: 0, parts: vec![filled(pool, 1, 1)] },
         );
         let index = ring.backlog.pop_front().unwrap();
-        let (_, completion) = ring.on_result(index, result).unwrap();
+        let completion = ring.on_result(index, result).unwrap().completion;
         let errno = if result < 0 { -result } else { libc::EIO };
         assert_eq!(completion.result.unwrap_err(), DiskError { errno });
     }
@@ -209,7 +210,8 @@ fn a_task_of_the_runtime_is_woken_for_completions() {
                 woken.expect("the ring never signalled").unwrap();
                 ring.completions(&mut out);
             }
-            assert!(matches!(out.pop(), Some((0, DiskCompletion { result: Ok(DiskOk::Written), .. }))));
+            let done = out.pop().unwrap();
+            assert!(matches!((done.slot, done.completion.result), (0, Ok(DiskOk::Written))));
         }
     });
 }

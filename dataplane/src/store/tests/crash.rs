@@ -1,8 +1,8 @@
 //! A crash after every single device operation of three recorded workloads: one destages, trims, resets and raises the mark of
 //! the block records, one writes as much as the journal takes while it is destaged, and in one the journal goes on while entries
 //! of other groups wait to be acknowledged. What was flushed is there after power
-//! loss, what was durable after a kill. Each with every subset of the pages that may be lost, or, when there are too many, with
-//! some random ones (`tools/crash`).
+//! loss, what was durable after a kill. Each with every subset of the pages that may be lost and as often at random with
+//! pages torn between sectors, or, when there are too many, with some random ones of both kinds (`tools/crash`).
 //!
 //! It found that a page was overwritten in place whose newer entry came back as pending, because nothing on disk said
 //! that it had been acknowledged; hence the checkpoint before the copying (`destage`).

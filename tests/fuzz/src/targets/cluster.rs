@@ -7,11 +7,13 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use prost::Message;
+use xsan_controlplane::events::{self, EVENTS_MAX, EventLog};
 use xsan_controlplane::state::command::{Command, GroupChange, NewNode, NewVolume, Reply, SettingsChange};
 use xsan_controlplane::state::error::Refusal;
 use xsan_controlplane::state::image::Key;
 use xsan_controlplane::state::scrub::ScrubEnd;
 use xsan_controlplane::state::{ClusterState, Departure};
+use xsan_protocol::checksum::crc64;
 use xsan_protocol::error::Code;
 use xsan_protocol::ids::{
     BlockIndex, BootId, GroupId, Incarnation, NodeId, PoolId, ShardIndex, StoreId, VolumeId,
@@ -43,6 +45,13 @@ pub const TARGETS: &[Target] = &[
         what: "a snapshot of the state",
         seeds: image_seeds,
         check: check_image,
+        ..MESSAGE
+    },
+    Target {
+        name: "events",
+        what: "the file of a node's events, its checksum made right",
+        seeds: || vec![event_file()[8..].to_vec()],
+        check: check_events,
         ..MESSAGE
     },
     Target {
@@ -323,6 +332,37 @@ fn check_image(bytes: &[u8]) -> anyhow::Result<Verdict> {
     if let Ok(state) = &decoded {
         survives(state)?;
         check_routes(state.map())?;
+    }
+    Ok(Verdict::of(&decoded))
+}
+
+/// Behind its checksum: the protocol buffer of the inputs.
+fn event_file() -> Vec<u8> {
+    let event = |unix_ms, kind: &str| proto::Event {
+        unix_ms,
+        kind: kind.to_owned(),
+        object: "node node-003".to_owned(),
+        message: "node node-003 is down: it has no lease".to_owned(),
+        seen_by: String::new(),
+    };
+    events::file::encode(vec![event(1_795_235_400_000, "node-down"), event(u64::MAX, "node-up")])
+}
+
+fn check_events(bytes: &[u8]) -> anyhow::Result<Verdict> {
+    // As it is, it has its checksum as good as never.
+    events::file::decode(bytes).ok();
+    let content = [&crc64(bytes).to_le_bytes()[..], bytes].concat();
+    let decoded = MESSAGE_BOUND.hold(bytes.len(), || events::file::decode(&content))?;
+    if let Ok(found) = &decoded {
+        let again = events::file::decode(&events::file::encode(found.clone()))?;
+        ensure!(again == *found, "events are not the same after their encoding");
+        let kept = EventLog::after(found.clone()).list();
+        ensure!(
+            kept.len() == found.len().min(EVENTS_MAX),
+            "{} of {} events are kept",
+            kept.len(),
+            found.len()
+        );
     }
     Ok(Verdict::of(&decoded))
 }

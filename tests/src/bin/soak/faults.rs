@@ -11,12 +11,14 @@ use xsan_tests::cluster::{Cluster, RESYNC_DEADLINE, SETTLE_DEADLINE};
 use xsan_tests::control::repaired_pages;
 use xsan_tests::crowd::{Crowd, Field, Summary};
 use xsan_tests::device::LoopDevice;
+use xsan_tests::flushes::SlowFlushes;
 use xsan_tests::garbage::Garbage;
 use xsan_tests::node::{NodeOptions, Part};
 use xsan_tests::random::Random;
 use xsan_tests::rot;
 use xsan_tests::stamp::{PAGE_SIZE, Stamp};
 use xsan_tests::switch::Link;
+use xsan_tests::throttle::SlowWrites;
 
 use crate::{FIELD, MIB, NODES, VOLUME};
 
@@ -45,7 +47,12 @@ const OPERATIONS: u64 = 100;
 const STALL_MAX: Duration = Duration::from_secs(4);
 const ONE_WAY_STALL_MAX: Duration = Duration::from_secs(6);
 
-/// What is done to one node, or to all.
+const SLOW_LINK: Duration = Duration::from_millis(50);
+const SLOW_WRITES_PER_SECOND: u32 = 20;
+/// Longer than a follower of Raft waits for its leader.
+const SLOW_FLUSH: Duration = Duration::from_secs(2);
+
+/// What is done to one node, to two, or to all.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
 pub enum Fault {
     KillData,
@@ -66,6 +73,11 @@ pub enum Fault {
     CutPairOneWay,
     Lossy,
     Slow,
+    LossySlow,
+    /// Its device takes few writes.
+    SlowDevice,
+    /// Its control process waits long for each flush.
+    SlowControlDisk,
     /// Its device turns read-only; it is mended, and the data process started again.
     FailDevice,
     /// Its device takes nothing where it was never written to; it is mended, and the data process started again.
@@ -74,6 +86,8 @@ pub enum Fault {
     ChangeBytes,
     /// Broken clients and peers.
     Garbage,
+    /// And another one.
+    KillTwo,
     KillAll,
     /// All nodes, while one is cut off.
     KillDuringCut,
@@ -94,10 +108,14 @@ pub const ALL: &[Fault] = &[
     Fault::CutPairOneWay,
     Fault::Lossy,
     Fault::Slow,
+    Fault::LossySlow,
+    Fault::SlowDevice,
+    Fault::SlowControlDisk,
     Fault::FailDevice,
     Fault::FullPool,
     Fault::ChangeBytes,
     Fault::Garbage,
+    Fault::KillTwo,
     Fault::KillAll,
     Fault::KillDuringCut,
 ];
@@ -108,11 +126,12 @@ impl Fault {
         value.get_name().to_owned()
     }
 
-    /// How long clients of other gateways may wait; `None`: there are no others, or TCP alone decides.
+    /// How long clients of other gateways may wait; `None`: there are none, TCP or the slow device decides, or too few are left.
     const fn stall_max(self) -> Option<Duration> {
         match self {
             Self::Deaf | Self::Mute | Self::CutPairOneWay => Some(ONE_WAY_STALL_MAX),
-            Self::Lossy | Self::Slow | Self::KillAll | Self::KillDuringCut => None,
+            Self::Lossy | Self::Slow | Self::LossySlow | Self::SlowDevice => None,
+            Self::KillTwo | Self::KillAll | Self::KillDuringCut => None,
             _ => Some(STALL_MAX),
         }
     }
@@ -122,6 +141,7 @@ impl Fault {
     const fn losses(self) -> RangeInclusive<u64> {
         match self {
             Self::KillData | Self::KillNode | Self::FailDevice | Self::FullPool => 1..=1,
+            Self::KillTwo => 2..=4,
             Self::KillAll | Self::KillDuringCut => 3..=6,
             _ => 0..=0,
         }
@@ -256,7 +276,19 @@ impl<'a> Faults<'a> {
             Fault::CutPair => hold(cluster, &[to_victim[0], from_victim[0]], Link::CUT),
             Fault::CutPairOneWay => hold(cluster, &[from_victim[0]], Link::CUT),
             Fault::Lossy => hold(cluster, &both, Link::lossy(10)),
-            Fault::Slow => hold(cluster, &both, Link::slow(Duration::from_millis(50))),
+            Fault::Slow => hold(cluster, &both, Link::slow(SLOW_LINK)),
+            Fault::LossySlow => hold(cluster, &both, Link { delay: SLOW_LINK, ..Link::lossy(10) }),
+            Fault::SlowDevice => {
+                let data = cluster.node(victim).child("xsan-data")?;
+                let device = cluster.device(victim).path();
+                let _slow = SlowWrites::of(data.pid, device, SLOW_WRITES_PER_SECOND)?;
+                thread::sleep(held);
+            }
+            Fault::SlowControlDisk => {
+                let control = cluster.node(victim).child("xsan-control")?;
+                let _slow = SlowFlushes::of(control.pid, SLOW_FLUSH)?;
+                thread::sleep(held);
+            }
             Fault::FailDevice => {
                 cluster.device(victim).set_read_only(true)?;
                 thread::sleep(held);
@@ -277,6 +309,12 @@ impl<'a> Faults<'a> {
                 }
                 ensure!(cluster.processes()? == before, "a process died");
             }
+            Fault::KillTwo => {
+                let pair = [victim, others[0]];
+                cluster.kill_nodes(&pair)?;
+                thread::sleep(held);
+                cluster.start_again(&pair)?;
+            }
             Fault::KillAll => {
                 cluster.kill_all()?;
                 cluster.start_again(&all)?;
@@ -291,7 +329,7 @@ impl<'a> Faults<'a> {
         cluster.heal();
         Ok(match fault {
             Fault::KillAll | Fault::KillDuringCut => all,
-            Fault::CutPair | Fault::CutPairOneWay => vec![victim, others[0]],
+            Fault::CutPair | Fault::CutPairOneWay | Fault::KillTwo => vec![victim, others[0]],
             _ => vec![victim],
         })
     }

@@ -2,8 +2,8 @@
 //!
 //! fio works through a bridge that reconnects, so that its own gateway's process may die as well. Beside it a crowd
 //! of depth-1 clients, one through each gateway, reads and writes the same pages; a new one for each fault, so that its
-//! stalls are the fault's. Between two faults the cluster must become whole again: never are two nodes away at once, but
-//! when all are killed. A stall that is longer than what docs/testing.md promises ends it, and so does a connection that broke
+//! stalls are the fault's. Between two faults the cluster must become whole again: two nodes are away at once only when
+//! two, or all, are killed. A stall that is longer than what docs/testing.md promises ends it, and so does a connection that broke
 //! though its gateway's process lived.
 
 mod faults;
@@ -45,8 +45,8 @@ struct Arguments {
     /// Seconds between two faults
     #[arg(long, default_value_t = 8.0)]
     interval: f64,
-    /// Not only kills: pauses, cut, lossy and slow links, failing, full and rotting devices, garbage from clients and peers,
-    /// and all nodes killed at once (needs root)
+    /// Not only kills: pauses, cut, lossy and slow links, slow, failing, full and rotting devices, garbage from clients and
+    /// peers, and two or all nodes killed at once (needs root)
     #[arg(long)]
     all: bool,
     /// Of these, only one kind (may be given more than once)
