@@ -123,8 +123,9 @@ fn bytes_are_taken_from_the_node_or_from_the_others_when_it_is_silent() {
 fn replicas_that_are_to_be_made_are_counted_where_a_node_can_take_them() {
     let waiting = |state: &ClusterState, nodes: u32, down: &[u32], out: &[u32]| {
         let mut answers = answers(nodes, down);
-        for answer in answers.values_mut() {
-            answer.status.data.as_mut().expect("data").stores[0].used_bytes = 1 << 30;
+        for (node, answer) in &mut answers {
+            let used_bytes = if state.has_replicas(*node) { 1 << 30 } else { 0 };
+            answer.status.data.as_mut().expect("data").stores[0].used_bytes = used_bytes;
             answer.status.health.iter_mut().for_each(|health| health.out = out.contains(&health.node));
         }
         waiting_bytes(&survey(state, answers))
