@@ -7,7 +7,7 @@ use xsan_dataplane::net::connection::claim_of;
 use xsan_dataplane::net::frame::Frame;
 
 /// Of a cluster, with the host that joins.
-const HOSTS_MAX: usize = 6;
+const HOSTS_MAX: usize = 7;
 
 #[derive(Clone, Copy)]
 pub struct Memory {

@@ -146,7 +146,7 @@ impl Plan {
             give_up: 0,
         };
         let full = random.chance(8);
-        let nodes = [3, 3, 3, 4, 5][random.index(5)];
+        let nodes = [3, 3, 3, 4, 5, 6][random.index(6)];
         let grant_ns = if random.chance(25) { 100 * MS + random.below(700 * MS) } else { 0 };
         // Few writes, and long cuts: what one primary has sent arrives after another has taken over, and before its first write.
         let calm = !full && random.chance(10);

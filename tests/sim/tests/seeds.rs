@@ -1,5 +1,8 @@
 //! A short run of the simulator with every test run, and the seeds that once found something.
 
+use std::num::NonZero;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use xsan_sim::{FAULTS, Plan, Summary};
 
 /// Seeds that found a fault of XSAN, now mended: docs/testing.md says which. Their plans may have changed since.
@@ -15,7 +18,9 @@ const RARE: [&str; 6] = [
     "write lost by a device",
     "write misdirected by a device",
 ];
-const FRESH: std::ops::Range<u64> = 1..34;
+const FRESH: std::ops::Range<u64> = 31..61;
+/// With kinds that those rarely meet: hosts that are left out, and given up.
+const MORE: [u64; 4] = [69, 76, 165, 171];
 
 fn run(seed: u64) -> Summary {
     match xsan_sim::run(&Plan::of(seed)) {
@@ -30,8 +35,20 @@ fn run(seed: u64) -> Summary {
 
 #[test]
 fn nothing_acknowledged_is_lost() {
+    // Among the last of the fresh ones are the longest, which begin first.
+    let seeds: Vec<u64> = FRESH.rev().chain(FOUND).chain(MORE).collect();
+    let next = AtomicUsize::new(0);
+    let work = || {
+        let take = || seeds.get(next.fetch_add(1, Ordering::Relaxed)).copied();
+        std::iter::from_fn(take).map(run).collect::<Vec<Summary>>()
+    };
     let mut total = Summary::default();
-    FOUND.into_iter().chain(FRESH).for_each(|seed| total.add(&run(seed)));
+    std::thread::scope(|scope| {
+        let threads = std::thread::available_parallelism().map_or(1, NonZero::get);
+        let workers: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
+        let summaries = workers.into_iter().flat_map(|worker| worker.join().expect("a seed failed"));
+        summaries.for_each(|summary| total.add(&summary));
+    });
     println!("{total:?}");
     for fault in FAULTS.into_iter().filter(|fault| !RARE.contains(fault)) {
         assert!(total.faults.contains_key(fault), "no seed had this: {fault}");

@@ -142,12 +142,12 @@ fn soak(arguments: &Arguments, seed: u64) -> Result<()> {
 
 fn print(tallies: &BTreeMap<Fault, Tally>) {
     println!(
-        "{:<14}{:>8}{:>14}{:>18}{:>24}",
+        "{:<18}{:>8}{:>14}{:>18}{:>24}",
         "fault", "times", "operations", "longest stall", "stall of other clients"
     );
     for (fault, tally) in tallies {
         println!(
-            "{:<14}{:>8}{:>14}{:>15} ms{:>21} ms",
+            "{:<18}{:>8}{:>14}{:>15} ms{:>21} ms",
             fault.name(),
             tally.faults,
             tally.operations,
