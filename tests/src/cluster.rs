@@ -112,14 +112,14 @@ impl Cluster {
         healthy
     }
 
-    /// Gives a node that is still to be added a block device instead of a file.
+    /// Gives a node that is still to be added a block device instead of a file, or one more.
     pub fn use_device(&mut self, index: usize, device: LoopDevice) {
         assert!(index >= self.nodes.len(), "node {index} has its store already");
-        self.options.devices.insert(index, device.path().to_owned());
+        self.options.devices.entry(index).or_default().push(device.path().to_owned());
         self.devices.push((index, device));
     }
 
-    /// The device that `use_device` gave to a node.
+    /// The first device that `use_device` gave to a node.
     pub fn device(&self, index: usize) -> &LoopDevice {
         let (_, device) = self.devices.iter().find(|(node, _)| *node == index).expect("it has a device");
         device

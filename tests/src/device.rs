@@ -126,6 +126,15 @@ impl LoopDevice {
     }
 }
 
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        // The next one with this number would be read-only, too.
+        if let Err(error) = self.set_read_only(false) {
+            eprintln!("{error:#}");
+        }
+    }
+}
+
 /// The root of a new file system that is mounted nowhere and gone with its last file.
 fn memory_file_system(limit: u64) -> io::Result<OwnedFd> {
     // SAFETY: fsopen takes a C string and flags.

@@ -31,7 +31,7 @@ pub struct NodeOptions {
     pub cores: Vec<String>,
     pub log_level: String,
     /// Block devices of the nodes that do not keep their store in a file, by the nodes' indexes.
-    pub devices: BTreeMap<usize, PathBuf>,
+    pub devices: BTreeMap<usize, Vec<PathBuf>>,
 }
 
 impl Default for NodeOptions {
@@ -82,7 +82,7 @@ impl Node {
         let name = node_name(index);
         let ports = network.ports();
         let device = |path: &PathBuf| json!({ "path": path, "type": "ssd", "role": "capacity" });
-        let devices: Vec<_> = options.devices.get(&index).map(device).into_iter().collect();
+        let devices: Vec<_> = options.devices.get(&index).into_iter().flatten().map(device).collect();
         let config = json!({
             "cluster": { "bind_port": ports.control },
             "dataplane": {

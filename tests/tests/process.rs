@@ -22,6 +22,8 @@ mod faults;
 mod hostile;
 #[path = "process/life.rs"]
 mod life;
+#[path = "process/mix.rs"]
+mod mix;
 #[path = "process/network.rs"]
 mod network;
 #[path = "process/pauses.rs"]

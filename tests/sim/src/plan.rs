@@ -22,7 +22,8 @@ pub struct Plan {
     pub replica_count: u8,
     pub group_count: u16,
     pub clients: usize,
-    /// More clients, each of which reads one block only: that of a primary that is cut off goes on for as long as it is answered.
+    /// More clients, each of which only reads one page of a block that its host leads: that of a primary that is cut off goes on for
+    /// as long as it is answered.
     pub readers: usize,
     /// Operations that one client has under way.
     pub depth: usize,

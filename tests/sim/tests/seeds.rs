@@ -19,8 +19,8 @@ const RARE: [&str; 6] = [
     "write misdirected by a device",
 ];
 const FRESH: std::ops::Range<u64> = 31..61;
-/// With kinds that those rarely meet: hosts that are left out, and given up.
-const MORE: [u64; 4] = [69, 76, 165, 171];
+/// With kinds that those rarely meet: hosts that are left out, given up, or asked to stay after all; damaged stores.
+const MORE: [u64; 7] = [69, 108, 124, 136, 149, 159, 165];
 
 fn run(seed: u64) -> Summary {
     match xsan_sim::run(&Plan::of(seed)) {

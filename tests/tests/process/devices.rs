@@ -2,6 +2,7 @@
 //! them. The devices are loop devices; needs root.
 
 use serde_json::Value;
+use xsan_protocol::proto::NodeStatus;
 use xsan_tests::cluster::{Cluster, RESYNC_DEADLINE, SETTLE_DEADLINE};
 use xsan_tests::crowd::{Crowd, Field};
 use xsan_tests::device::LoopDevice;
@@ -19,14 +20,20 @@ const POOL_BYTES: u64 = 200 << 20;
 const OPERATIONS_AFTER: u64 = 200;
 const VICTIM: usize = 1;
 
-fn start(device: impl FnOnce(&Cluster) -> LoopDevice) -> Cluster {
+fn start(devices: &[&dyn Fn(&Cluster) -> LoopDevice]) -> Cluster {
     let options = NodeOptions { file_size: "1GiB".to_owned(), ..NodeOptions::default() };
     let mut cluster = Cluster::prepare(options).unwrap();
-    let device = device(&cluster);
-    cluster.use_device(VICTIM, device);
+    for device in devices {
+        let device = device(&cluster);
+        cluster.use_device(VICTIM, device);
+    }
     cluster.add_nodes(3).unwrap();
     cluster.create_volume(VOLUME, "256MiB", 3).unwrap();
     cluster
+}
+
+fn over_file(cluster: &Cluster, name: &str) -> LoopDevice {
+    LoopDevice::over_file(&cluster.directory().join(name), DEVICE_BYTES).unwrap()
 }
 
 /// Waits until `health` says that the node's store failed, with the exit code of an error.
@@ -44,8 +51,7 @@ fn wait_named(cluster: &Cluster) {
 
 #[test]
 fn a_device_that_turns_read_only_is_gone_on_without_until_it_is_mended() {
-    let cluster =
-        start(|cluster| LoopDevice::over_file(&cluster.directory().join("disk.img"), DEVICE_BYTES).unwrap());
+    let cluster = start(&[&|cluster| over_file(cluster, "disk.img")]);
     let field = Field { first: 0, pages: VOLUME_PAGES, round: 0 };
     let crowd = Crowd::start(&cluster, VOLUME, field, 90).unwrap();
     crowd.wait_operations(OPERATIONS_AFTER, SETTLE_DEADLINE, &[]).unwrap();
@@ -63,9 +69,36 @@ fn a_device_that_turns_read_only_is_gone_on_without_until_it_is_mended() {
 }
 
 #[test]
+fn a_node_goes_on_with_its_other_device_and_has_what_the_failed_one_held_made_there() {
+    let cluster =
+        start(&[&|cluster| over_file(cluster, "disk-1.img"), &|cluster| over_file(cluster, "disk-2.img")]);
+    let processes = cluster.processes().unwrap();
+    let field = Field { first: 0, pages: VOLUME_PAGES, round: 0 };
+    let crowd = Crowd::start(&cluster, VOLUME, field, 92).unwrap();
+    crowd.wait_operations(OPERATIONS_AFTER, SETTLE_DEADLINE, &[]).unwrap();
+    cluster.device(VICTIM).set_read_only(true).unwrap();
+    wait_named(&cluster);
+    let name = &cluster.node(VICTIM).name;
+    cluster
+        .wait_status("every replica of the node to act", RESYNC_DEADLINE, |status| {
+            let groups = status.groups.unwrap_or_default();
+            let is_it = |node: &&NodeStatus| node.node.as_ref().is_some_and(|node| node.name == *name);
+            let node = status.nodes.iter().find(is_it).unwrap();
+            let failed = node.stores.iter().filter(|store| store.failed).count();
+            assert!(failed <= 1, "the other device works");
+            failed == 1 && node.member_groups == groups.total && groups.healthy == groups.total
+        })
+        .unwrap();
+    crowd.wait_operations(OPERATIONS_AFTER, SETTLE_DEADLINE, &[]).unwrap();
+    let summary = crowd.finish(&cluster, &[VICTIM]).unwrap();
+    println!("one of a node's two devices failed, and all of its replicas are on the other: {summary:?}");
+    assert_eq!((summary.losses, cluster.processes().unwrap()), (0, processes), "nothing ended");
+}
+
+#[test]
 fn a_thin_device_whose_pool_is_full_is_gone_on_without() {
     // What the store lays out at first fits; the volume's data do not.
-    let cluster = start(|_| LoopDevice::over_memory(DEVICE_BYTES, POOL_BYTES).unwrap());
+    let cluster = start(&[&|_| LoopDevice::over_memory(DEVICE_BYTES, POOL_BYTES).unwrap()]);
     let mut client = cluster.connect(0, VOLUME).unwrap();
     // Every page says which one it is: another's data is found.
     let content = |first: u64| -> Vec<u8> {
