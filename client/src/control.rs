@@ -203,6 +203,14 @@ impl ControlClient {
         .await
     }
 
+    /// What the join of a node would move; changes nothing.
+    pub async fn plan_join(&self, request: proto::PlanJoinRequest) -> Result<proto::NodePlan, ClientError> {
+        self.call(Effect::Repeatable, request, |channel, request| async move {
+            cluster(channel).plan_join(request).await
+        })
+        .await
+    }
+
     /// Begins to remove a node, or takes that back.
     pub async fn remove_node(
         &self,

@@ -77,6 +77,7 @@ service! {
     perf_stats(PerfStatsRequest) -> PerfStatsReply;
     set_maintenance(SetMaintenanceRequest) -> NodePlan;
     remove_node(RemoveNodeRequest) -> NodePlan;
+    plan_join(PlanJoinRequest) -> NodePlan;
     change_settings(ChangeSettingsRequest) -> ClusterSettings;
     start_scrub(StartScrubRequest) -> StartScrubReply;
     stop_scrub(StopScrubRequest) -> StopScrubReply;

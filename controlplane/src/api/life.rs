@@ -1,4 +1,4 @@
-//! What becomes of a node: maintenance and removal, what they would cost, and when they are refused.
+//! What becomes of a node: maintenance and removal, what they and a join would cost, and when they are refused.
 //!
 //! The state refuses what the log alone forbids (`state::life`); here is added what depends on the health of the nodes
 //! and on the space that is used. A dry run tries the command on a copy of the state.
@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use xsan_protocol::error::Code;
-use xsan_protocol::ids::{BlockIndex, GroupId, NodeId, PoolId};
+use xsan_protocol::ids::{BlockIndex, GroupId, NodeId, PoolId, StoreId};
 use xsan_protocol::map::Node;
 use xsan_protocol::placement::{Candidate, place, place_what_fits};
 use xsan_protocol::proto;
@@ -85,6 +85,25 @@ pub async fn remove_node(
     carry_out(context, &survey, command, plan, refusal, request.dry_run).await
 }
 
+/// What a node with one store of this size takes over when it joins.
+pub fn plan_join(survey: &Survey, request: proto::PlanJoinRequest) -> proto::NodePlan {
+    let newest = survey.state.map().nodes.keys().next_back();
+    // Which groups move depends on the numbers that it gets, how many of them hardly does.
+    let node = NodeId(newest.map_or(0, |node| node.0) + 1);
+    let stores = vec![(StoreId(u64::MAX), request.capacity_bytes)];
+    let mut candidates = survey.state.candidates(&survey.out());
+    candidates.push(Candidate { node, failure_domain: request.failure_domain, stores });
+    let missing = missing(survey, &candidates);
+    let able = missing.iter().filter(|(to, _)| **to == node || survey.serves(**to));
+    let moves: u64 = able.map(|(_, count)| count).sum();
+    proto::NodePlan {
+        name: "a new node".to_owned(),
+        moves: count(moves),
+        bytes_to_move: moves.saturating_mul(mean_replica_bytes(survey, survey.answers.keys())),
+        ..at_rate(survey)
+    }
+}
+
 /// Proposes `command`, or only says what would become of it.
 async fn carry_out(
     context: &Context,
@@ -113,17 +132,21 @@ fn count(number: impl TryInto<u32>) -> u32 {
     number.try_into().unwrap_or(u32::MAX)
 }
 
+/// How fast data moves.
+fn at_rate(survey: &Survey) -> proto::NodePlan {
+    let rate = survey.resync_rate();
+    let bytes_per_second = if rate > 0 { rate } else { RATE_ASSUMED };
+    proto::NodePlan { bytes_per_second, rate_is_measured: rate > 0, ..proto::NodePlan::default() }
+}
+
 /// What the node has, and how fast data moves.
 fn plan(survey: &Survey, node: &Node) -> proto::NodePlan {
-    let rate = survey.resync_rate();
     let groups = || survey.state.groups().map(|(_, group)| group);
     proto::NodePlan {
         name: node.name.clone(),
         groups: count(groups().filter(|group| group.member(node.id).is_some()).count()),
         primary_groups: count(groups().filter(|group| group.primary == Some(node.id)).count()),
-        bytes_per_second: if rate > 0 { rate } else { RATE_ASSUMED },
-        rate_is_measured: rate > 0,
-        ..proto::NodePlan::default()
+        ..at_rate(survey)
     }
 }
 

@@ -272,6 +272,14 @@ impl Cluster for Context {
         self.answer(async move { life::remove_node(&context, request).await }).await
     }
 
+    async fn plan_join(
+        &self,
+        request: Request<proto::PlanJoinRequest>,
+    ) -> Result<Response<proto::NodePlan>, Status> {
+        let (context, request) = (self.clone(), request.into_inner());
+        self.answer(async move { Ok(life::plan_join(&Survey::take(&context).await, request)) }).await
+    }
+
     async fn change_settings(
         &self,
         request: Request<proto::ChangeSettingsRequest>,

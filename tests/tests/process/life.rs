@@ -183,6 +183,8 @@ fn a_dead_node_is_replaced_and_a_new_one_takes_its_share_under_a_writer() {
         .unwrap();
     writer.wait_operations(500, SETTLE_DEADLINE).unwrap();
 
+    let plan = cluster.cli_json(&["node", "join", "--dry-run", "--capacity", "8GiB"]).unwrap();
+    assert!(plan["moves"].as_u64().unwrap() > 0, "{plan}");
     let joined = cluster.add_node().unwrap();
     let name = cluster.node(joined).name.clone();
     cluster

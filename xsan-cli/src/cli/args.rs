@@ -186,6 +186,21 @@ pub enum NodeCommand {
         #[arg(long)]
         dry_run: bool,
     },
+    /// What the join of a node would move (a node joins by itself: xsan-node --join-cluster)
+    #[command(
+        after_help = "Example:\n  xsan-cli node join --dry-run --capacity 4TiB --failure-domain rack-2"
+    )]
+    Join {
+        /// Of all its devices together
+        #[arg(long, value_parser = size::parse)]
+        capacity: u64,
+        /// As in its configuration
+        #[arg(long, default_value_t)]
+        failure_domain: String,
+        /// Change nothing, say what would be
+        #[arg(long, required = true)]
+        dry_run: bool,
+    },
     /// Move a node's replicas to the others, then take it out of the cluster
     #[command(
         after_help = "Examples:\n  xsan-cli node remove node-004 --dry-run\n  xsan-cli node remove node-004 --wait\n  \

@@ -7,7 +7,7 @@ use std::time::Duration;
 use xsan_client::ControlClient;
 use xsan_protocol::health::Severity;
 use xsan_protocol::proto::{
-    ChangeSettingsRequest, CreateVolumeRequest, Finding, ResizeVolumeRequest, Volume,
+    ChangeSettingsRequest, CreateVolumeRequest, Finding, PlanJoinRequest, ResizeVolumeRequest, Volume,
 };
 
 mod args;
@@ -97,6 +97,10 @@ async fn node(client: &ControlClient, command: NodeCommand, as_json: bool) -> Re
         }
         NodeCommand::Maintenance { id, state, force, dry_run } => {
             life::maintenance(client, id, state, force, dry_run, as_json).await
+        }
+        NodeCommand::Join { capacity: capacity_bytes, failure_domain, dry_run: _ } => {
+            let plan = client.plan_join(PlanJoinRequest { capacity_bytes, failure_domain }).await?;
+            Ok(if as_json { format!("{:#}", json::plan(&plan, true)) } else { show::plan(&plan) })
         }
         NodeCommand::Remove(options) => life::remove(client, options, as_json).await,
     }

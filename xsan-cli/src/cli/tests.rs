@@ -420,6 +420,7 @@ fn events_are_listed_with_their_times() {
 fn commands_of_a_nodes_life_are_taken_as_documented() {
     for command in [
         "node maintenance node-003 on --dry-run",
+        "node join --dry-run --capacity 4TiB --failure-domain rack-2",
         "node maintenance node-003 off",
         "node remove node-004 --wait --yes",
         "node remove --cancel node-004",

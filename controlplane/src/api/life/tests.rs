@@ -144,6 +144,28 @@ fn replicas_that_are_to_be_made_are_counted_where_a_node_can_take_them() {
 }
 
 #[test]
+fn a_join_moves_what_the_new_nodes_share_comes_to() {
+    let state = state(4, 3);
+    let mut answers = answers(4, &[]);
+    for answer in answers.values_mut() {
+        answer.status.data.as_mut().expect("data").stores[0].used_bytes = 1 << 30;
+    }
+    let survey = survey(&state, answers);
+    let join = |capacity_bytes, failure_domain: &str| {
+        let failure_domain = failure_domain.to_owned();
+        plan_join(&survey, proto::PlanJoinRequest { capacity_bytes, failure_domain })
+    };
+    let plan = join(CAPACITY, "");
+    // A fifth of all 768 replicas, and little else.
+    assert!((140..=200).contains(&plan.moves), "{plan:?}");
+    let replica_bytes = (4u64 << 30) / 768;
+    assert_eq!(plan.bytes_to_move, u64::from(plan.moves) * replica_bytes);
+    assert_eq!((plan.bytes_per_second, plan.rate_is_measured), (RATE_ASSUMED, false));
+    let larger = join(CAPACITY << 20, "");
+    assert!(larger.moves > plan.moves, "a larger one takes more: {larger:?}");
+}
+
+#[test]
 fn copies_on_nodes_that_are_down_as_well_are_told() {
     let state = state(3, 3);
     let two_down = survey(&state, answers(3, &[1, 2]));
