@@ -86,7 +86,13 @@ pub async fn remove_node(
 }
 
 /// What a node with one store of this size takes over when it joins.
-pub fn plan_join(survey: &Survey, request: proto::PlanJoinRequest) -> proto::NodePlan {
+///
+/// # Errors
+/// 2 `InvalidArgument`: without capacity it takes nothing.
+pub fn plan_join(survey: &Survey, request: proto::PlanJoinRequest) -> Result<proto::NodePlan, ApiError> {
+    if request.capacity_bytes == 0 {
+        return Err(ApiError::Invalid { field: "capacity_bytes", object: "a new node".to_owned() });
+    }
     let newest = survey.state.map().nodes.keys().next_back();
     // Which groups move depends on the numbers that it gets, how many of them hardly does.
     let node = NodeId(newest.map_or(0, |node| node.0) + 1);
@@ -96,12 +102,12 @@ pub fn plan_join(survey: &Survey, request: proto::PlanJoinRequest) -> proto::Nod
     let missing = missing(survey, &candidates);
     let able = missing.iter().filter(|(to, _)| **to == node || survey.serves(**to));
     let moves: u64 = able.map(|(_, count)| count).sum();
-    proto::NodePlan {
+    Ok(proto::NodePlan {
         name: "a new node".to_owned(),
         moves: count(moves),
         bytes_to_move: moves.saturating_mul(mean_replica_bytes(survey, survey.answers.keys())),
         ..at_rate(survey)
-    }
+    })
 }
 
 /// Proposes `command`, or only says what would become of it.

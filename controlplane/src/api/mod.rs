@@ -277,7 +277,7 @@ impl Cluster for Context {
         request: Request<proto::PlanJoinRequest>,
     ) -> Result<Response<proto::NodePlan>, Status> {
         let (context, request) = (self.clone(), request.into_inner());
-        self.answer(async move { Ok(life::plan_join(&Survey::take(&context).await, request)) }).await
+        self.answer(async move { life::plan_join(&Survey::take(&context).await, request) }).await
     }
 
     async fn change_settings(

@@ -1,22 +1,13 @@
 use super::*;
-use crate::state::command::{Command, NewNode};
+use crate::api::sample;
+use crate::state::command::Command;
 use crate::state::scrub::ScrubEnd;
 
 const NOBODY: BTreeSet<NodeId> = BTreeSet::new();
 
 fn cluster(count: u32) -> ClusterState {
     let mut state = ClusterState::default();
-    for node in 1..=count {
-        state.apply(&Command::AddNode(NewNode {
-            cluster_id: "c1".into(),
-            name: format!("n{node}"),
-            address: "127.0.0.1".parse().expect("an address"),
-            control_port: 8080,
-            failure_domain: "default".into(),
-            instance: u64::from(node),
-            founder: node == 1,
-        }));
-    }
+    (1..=count).for_each(|node| sample::add_node(&mut state, node));
     state
 }
 

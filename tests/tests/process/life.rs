@@ -171,11 +171,11 @@ fn a_dead_node_is_replaced_and_a_new_one_takes_its_share_under_a_writer() {
     writer.wait_operations(500, SETTLE_DEADLINE).unwrap();
 
     cluster.kill_node(3).unwrap();
-    let (mut missed, mut down) = (false, false);
+    let mut missed = false;
     cluster
         .wait_status("three replicas of everything on three nodes", RESYNC_DEADLINE, |status| {
             let groups = status.groups.unwrap_or_default();
-            down = status.nodes.iter().any(|node| node.state == "down");
+            let down = status.nodes.iter().any(|node| node.state == "down");
             missed |= groups.degraded > 0;
             assert_eq!(groups.inactive, 0, "two replicas are left of everything");
             down && missed && groups.healthy == groups.total && groups.resyncing == 0

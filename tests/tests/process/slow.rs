@@ -25,7 +25,7 @@ const LATENCY_SLOW: Duration = Duration::from_millis(60);
 const WRITES: usize = 200;
 /// Of a disk in a bad moment: more than a follower waits before it calls for an election, and than a lease lasts.
 const FLUSH_TAKES: Duration = Duration::from_secs(3);
-/// The node with a disk that takes so many writes, each of them at once or after a while.
+/// The node whose device takes few writes.
 const SLOW_DISK: usize = 1;
 const WRITES_PER_SECOND: u32 = 20;
 const SLOW_DISK_STALL_MAX: Duration = Duration::from_secs(1);

@@ -5,6 +5,7 @@ use std::time::Duration;
 use clap::{Parser, Subcommand, ValueEnum};
 use xsan_nodekit::size::{self, Size};
 use xsan_protocol::limits::{REPLICAS_MAX, VOLUME_BYTES_MAX};
+use xsan_protocol::placement::DEFAULT_FAILURE_DOMAIN;
 use xsan_protocol::proto::Durability as Message;
 use xsan_protocol::units::SECTOR_SIZE;
 
@@ -195,7 +196,7 @@ pub enum NodeCommand {
         #[arg(long, value_parser = size::parse)]
         capacity: u64,
         /// As in its configuration
-        #[arg(long, default_value_t)]
+        #[arg(long, default_value = DEFAULT_FAILURE_DOMAIN)]
         failure_domain: String,
         /// Change nothing, say what would be
         #[arg(long, required = true)]

@@ -155,13 +155,15 @@ fn a_join_moves_what_the_new_nodes_share_comes_to() {
         let failure_domain = failure_domain.to_owned();
         plan_join(&survey, proto::PlanJoinRequest { capacity_bytes, failure_domain })
     };
-    let plan = join(CAPACITY, "");
+    let code = |error: ApiError| error.code();
+    assert_eq!(join(0, "").map_err(code), Err(Code::InvalidArgument));
+    let plan = join(CAPACITY, "").expect("it has a size");
     // A fifth of all 768 replicas, and little else.
     assert!((140..=200).contains(&plan.moves), "{plan:?}");
     let replica_bytes = (4u64 << 30) / 768;
     assert_eq!(plan.bytes_to_move, u64::from(plan.moves) * replica_bytes);
     assert_eq!((plan.bytes_per_second, plan.rate_is_measured), (RATE_ASSUMED, false));
-    let larger = join(CAPACITY << 20, "");
+    let larger = join(u64::MAX, "").expect("it has a size");
     assert!(larger.moves > plan.moves, "a larger one takes more: {larger:?}");
 }
 
