@@ -71,7 +71,7 @@ impl Handle {
     }
 }
 
-/// The live children of a process.
+/// The children of a process, with those that have ended and that it has not waited for yet.
 pub fn children(pid: u32) -> Result<Vec<u32>> {
     let mut found = Vec::new();
     let tasks =
@@ -86,13 +86,13 @@ pub fn children(pid: u32) -> Result<Vec<u32>> {
     Ok(found)
 }
 
-/// The child of `parent` whose command is `name`.
+/// The live child of `parent` whose command is `name`.
 pub fn child_named(parent: u32, name: &str) -> Result<Option<Handle>> {
     for pid in children(parent)? {
         let Ok(handle) = Handle::open(pid) else { continue };
         // Read after the handle was opened: the number can not have gone to another process in between.
         let command = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-        if command.trim_end() == name && parent_of(pid) == Some(parent) {
+        if command.trim_end() == name && parent_of(pid) == Some(parent) && !handle.has_ended()? {
             return Ok(Some(handle));
         }
     }
@@ -215,18 +215,24 @@ impl Drop for Running {
 
 #[cfg(test)]
 mod tests {
+    use std::process::Stdio;
+
     use super::*;
 
-    #[test]
-    fn children_are_found_by_name_and_killed() {
-        let mut shell = Running::start(Command::new("sh").args(["-c", "sleep 1000 & wait"])).unwrap();
-        let child = until("the child", Duration::from_secs(5), || {
-            Ok(match child_named(shell.pid(), "sleep")? {
+    fn sleeping_child(parent: u32) -> Handle {
+        until("the child", Duration::from_secs(5), || {
+            Ok(match child_named(parent, "sleep")? {
                 Some(child) => Look::Done(child),
                 None => Look::NotYet("no child".to_owned()),
             })
         })
-        .unwrap();
+        .unwrap()
+    }
+
+    #[test]
+    fn children_are_found_by_name_and_killed() {
+        let mut shell = Running::start(Command::new("sh").args(["-c", "sleep 1000 & wait"])).unwrap();
+        let child = sleeping_child(shell.pid());
         assert!(child_named(shell.pid(), "other").unwrap().is_none());
         // It has its name before its memory.
         until("memory of the child", Duration::from_secs(5), || {
@@ -238,6 +244,18 @@ mod tests {
         // A handle of a process that is gone takes signals without harm.
         child.signal(libc::SIGKILL).unwrap();
         assert!(shell.wait(Duration::from_secs(5)).unwrap().success());
+    }
+
+    #[test]
+    fn a_killed_child_is_not_found_before_its_parent_waits_for_it() {
+        // A program that waits for no child, and here for its input only.
+        let mut command = Command::new("sh");
+        let parent =
+            Running::start(command.args(["-c", "sleep 1000 & exec cat"]).stdin(Stdio::piped())).unwrap();
+        let child = sleeping_child(parent.pid());
+        child.kill().unwrap();
+        assert_eq!(children(parent.pid()).unwrap(), [child.pid]);
+        assert!(child_named(parent.pid(), "sleep").unwrap().is_none());
     }
 
     #[test]
