@@ -58,7 +58,6 @@ mutations! {
     MergeUnlocked: "other writes go on while a page is read to put sectors into it",
     PushUnlocked: "writes to a unit go on while it is read for a learner",
     PromotedEarly: "a learner is proposed after one pass, whatever became of the units pushed to it",
-    PushesNotFlushed: "a learner is proposed before what was pushed to it is on stable media",
     PromotedUnflushed: "a learner that acts vouches for what is not on stable media",
     KeptWithoutBound: "what late learners lack is kept for them without bound",
     PreviousVersionIgnored: "a part of a unit is written over another content and gets the version nevertheless",

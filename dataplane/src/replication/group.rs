@@ -116,8 +116,8 @@ impl Group {
         call.core.ticking.insert(self.id);
     }
 
-    /// The replica acts from here on, or may later be asked for what it has. While it learnt, nobody waited for that when clients flushed: it
-    /// vouches for it once it is on stable media.
+    /// The replica acts from here on, or may later be asked for what it has. While it learnt, nobody waited for that when clients flushed, and
+    /// that pushed units are missing could not be told from its journal's end: it vouches for all that once it is on stable media.
     fn stop_learning(&mut self, call: &mut Call<'_>) {
         let acted = self.learning.take().is_none_or(|learning| !learning.is_started());
         if !acted && !Mutation::PromotedUnflushed.is_on() {

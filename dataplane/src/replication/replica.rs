@@ -125,8 +125,10 @@ impl Replica {
         call.core.ticking.insert(self.group);
     }
 
-    /// What it has so far counts once it is on stable media.
+    /// What it has so far counts once it is on stable media, with what was pushed: that has no place in the order, and a flush that is under way may
+    /// have begun before it came.
     pub fn sync_all(&mut self, call: &mut Call<'_>) {
+        self.syncing = None;
         self.mark_unsynced(self.last.seq);
         self.maybe_sync(call);
     }

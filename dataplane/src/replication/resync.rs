@@ -376,11 +376,11 @@ impl Group {
             learner.differences = 0;
             learner.pass = Pass::From(BlockKey::default());
             self.compare(call, index, BlockKey::default());
-        } else if learner.complete || Mutation::PushesNotFlushed.is_on() {
+        } else if learner.complete {
             learner.propose(call, self.id, epoch, Change::Promote);
         } else if learner.flush.is_none() {
-            // Pushed units have no place in the order: after a loss of power their absence could not be told from the
-            // journal's end. So they are made stable first.
+            // When it acts, it vouches for nothing before all that it got is stable (`stop_learning`), and the writes of the group wait for
+            // that: most of it is made stable now, while nobody waits.
             let number = call.core.fresh_token();
             learner.flush = Some(number);
             let node = learner.node;

@@ -14,7 +14,7 @@ use xsan_dataplane::testing::{Random, SimDevice};
 use xsan_protocol::ids::{BootId, Incarnation, NodeId, ShardIndex, StoreId};
 use xsan_protocol::map::DamagedStore;
 
-use crate::plan::{MS, Plan, SECOND};
+use crate::plan::{MS, Plan, SECOND, Strike};
 use crate::process::{Input, Process};
 use crate::world::{Event, TICK, World};
 
@@ -331,7 +331,8 @@ impl World {
 
     /// Power of all hosts at once: what was not flushed may be lost, what was flushed may not.
     pub fn blackout(&mut self) {
-        let power = self.plan.weights.damage == 0 && self.random.chance(60);
+        let always = self.plan.strike == Strike::WhenAlone;
+        let power = self.plan.weights.damage == 0 && (always || self.random.chance(60));
         self.log(|| format!("all hosts {}", if power { "lose power" } else { "are killed" }));
         self.count(if power { "power of all hosts lost" } else { "all hosts killed" });
         for host in 0..self.hosts.len() {

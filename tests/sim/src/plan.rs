@@ -33,6 +33,8 @@ pub struct Plan {
     /// Of each host's capacity; so few in some runs that writes are refused.
     pub device_bytes: u64,
     pub every_write: bool,
+    /// Some writes ask for FUA: each makes all that its members have stable.
+    pub fua: bool,
     /// Virtual time with faults, in each of the run's parts.
     pub part_ns: u64,
     /// Parts; between two of them the whole cluster loses its power, or (sometimes) is just killed.
@@ -179,6 +181,7 @@ impl Plan {
             cached,
             device_bytes: if full { DEVICE_BYTES_FULL } else { DEVICE_BYTES },
             every_write: random.chance(15),
+            fua: true,
             part_ns: match (short, random.chance(50)) {
                 _ if calm => (10 + random.below(20)) * SECOND,
                 // Long enough for a slow learner to fall far behind.
@@ -231,6 +234,11 @@ impl Plan {
         // Of three, one goes on alone only after ten seconds.
         if plan.weights.damage == 0 && plan.replica_count == 2 && random.chance(40) {
             plan.strike = Strike::WhenAlone;
+            plan.parts = plan.parts.max(2);
+            // What the last one taken in has is to be made stable by nothing but its being taken in.
+            plan.fua = random.chance(30);
+            plan.every_write &= plan.fua;
+            plan.commit_ns = if random.chance(70) { 50 * MS } else { plan.commit_ns };
         }
         if random.chance(15) {
             plan.weights.maintenance = 1 + random.below(6);

@@ -246,7 +246,7 @@ impl World {
     fn random_operation(&mut self, host: usize) -> Option<Operation> {
         let block = self.random.below(u64::from(self.plan.blocks)) as u32;
         let (key, pages) = (key(block), self.random_pages());
-        let fua = self.random.one_in(8);
+        let fua = self.random.one_in(8) && self.plan.fua;
         let operation = match self.random.below(12) {
             0..4 => Operation::Read { key, pages },
             4 => Operation::Zero { key, pages, fua },

@@ -325,6 +325,8 @@ impl World {
         self.kill_data(host);
         let wait = 5 * MS + self.random.below(50 * MS);
         self.restart(host, wait);
+        // Once it acts, a flush would cover what this is about.
+        let goes_on = self.random.one_in(3);
         let mut groups = Vec::new();
         while groups.is_empty() && self.now < limit {
             self.step()?;
@@ -333,13 +335,13 @@ impl World {
                 group.acting().any(|member| member.node == node && Some(member.incarnation) == life)
             };
             let all = self.control.state.map().groups.values();
-            groups = all.filter(acts).filter(|group| group.is_settled()).map(|group| group.id).collect();
+            let acting: Vec<&Group> = all.filter(acts).collect();
+            self.workload.running &= goes_on || acting.is_empty();
+            groups = acting.iter().filter(|group| group.is_settled()).map(|group| group.id).collect();
         }
         let most = if self.random.one_in(2) { 200 * US } else { 5 * MS };
         let wait = self.random.below(most);
         self.run_for(self.now + wait)?;
-        // A flush would cover what this is about.
-        self.workload.running = self.random.one_in(3);
         for other in (0..self.hosts.len()).filter(|other| *other != host) {
             self.kill_data(other);
         }
