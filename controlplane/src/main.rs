@@ -33,7 +33,7 @@ enum Failure {
 }
 
 impl Failure {
-    const fn code(&self) -> Code {
+    fn code(&self) -> Code {
         match self {
             Self::Node(error) => error.code(),
             Self::System(_) => Code::MemoryShort,

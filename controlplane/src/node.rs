@@ -34,6 +34,7 @@ use crate::events::file::{EventFile, EventSaver};
 use crate::link::Link;
 use crate::link::server::{LinkServer, bind};
 use crate::membership::heartbeat::Heartbeats;
+use crate::raft::encoding::RecordError;
 use crate::raft::handle::{ProposeError, RaftHandle, StartError};
 use crate::raft::log_store::{LogStore, RaftIdentity};
 use crate::raft::network::{Channels, MESSAGE_BYTES_MAX, cluster_hash};
@@ -127,9 +128,14 @@ pub enum NodeError {
 }
 
 impl NodeError {
-    pub const fn code(&self) -> Code {
+    pub fn code(&self) -> Code {
         match self {
-            Self::Storage { .. } => Code::DataDirUnusable,
+            Self::Storage { source, .. } => {
+                match source.get_ref().and_then(|inner| inner.downcast_ref::<RecordError>()) {
+                    Some(RecordError::Format { .. }) => Code::FormatUnsupported,
+                    _ => Code::DataDirUnusable,
+                }
+            }
             Self::LogLost { .. } => Code::RaftLogLost,
             Self::Address { .. } => Code::AddressInUse,
             Self::Raft(error) => error.code(),
@@ -404,5 +410,20 @@ async fn keep_registered(handle: RaftHandle, new: NewNode) {
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_log_of_another_format_is_told_as_that() {
+        let code = |record: RecordError| {
+            let source = io::Error::from(record);
+            NodeError::Storage { path: "raft.redb".into(), source }.code()
+        };
+        assert_eq!(code(RecordError::Format { found: 9 }), Code::FormatUnsupported);
+        assert_eq!(code(RecordError::Empty), Code::DataDirUnusable);
     }
 }

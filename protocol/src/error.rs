@@ -88,14 +88,14 @@ errors! {
     118 LifeNotRegistered   Backoff "the cluster knows another life of the node's data process" "it registers by itself; if it lasts, look into the log of xsan-control there";
 
     200 StoreNotFormatted   Never   "the device holds no store" "correct the path; a node formats an empty device when it starts, and another when --force-format names it";
-    201 DeviceInUse         Never   "the device holds data that is not XSAN's, another cluster's, or half of a store whose other half is not there" "correct the path, or start the node with --force-format PATH for the device that the message names; what it holds is lost";
+    201 DeviceInUse         Never   "the device holds data that is not XSAN's, a store of another cluster or node, a damaged one, or half of one" "correct the path, or start the node with --force-format PATH for the device that the message names; what it holds is lost";
     202 StorageFull         Never   "no space left in the pool for the write" "delete or trim data, or add devices";
     203 JournalFull         Backoff "the journal waits for destage" "try again; if it lasts, the capacity device is too slow";
     204 StoreFailed         Refresh "the store's device failed, it takes no more writes" "its replicas are made elsewhere; replace the device and restart the node, with --force-format PATH if the new one is not empty";
     205 ChecksumMismatch    Backoff "stored data does not match its checksum" "it is repaired from another replica; replace the device if it repeats";
     206 StoreCorrupt        Never   "the store's own records are damaged, it can not be opened" "its replicas are made elsewhere; restart the node with --force-format PATH for each device of the store, or replace the device if it repeats";
     207 DeviceTooSmall      Never   "the device is too small for a store" "use a device or file of at least the size that the message names";
-    208 FormatUnsupported   Never   "the store was written by a newer release" "start it with that release";
+    208 FormatUnsupported   Never   "what is stored has a format that this release does not read" "start the release that wrote it; to give a store up, start the node with --force-format PATH for each of its devices";
     209 DeviceUnusable      Never   "the device can not be opened, locked or sized" "check that the path exists and that no other process uses it";
 
     300 NotPrimary          Refresh "this node is not the primary of the group" "refresh the map and ask the primary";

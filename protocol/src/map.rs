@@ -59,7 +59,7 @@ pub struct Store {
     pub device: String,
     pub media: String,
     pub failed: bool,
-    /// It failed in an earlier life of the process, whose control plane may not have heard of it.
+    /// In an earlier life of the process it failed, which the cluster may not have heard of, or what it had written then is not there.
     pub failed_before: bool,
 }
 

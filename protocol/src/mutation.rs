@@ -2,7 +2,7 @@
 //! alone (`tools/crash --mutations`) find them.
 //!
 //! Each is asked for at the line that it spoils. Without the feature `mutations` the answer is a constant, and no build but
-//! that of these two commands has the feature: see docs/testing.md.
+//! those of these two commands and of `tools/test` has the feature: see docs/testing.md.
 
 macro_rules! mutations {
     ($($name:ident: $what:literal,)+) => {

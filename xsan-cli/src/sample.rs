@@ -60,6 +60,7 @@ pub fn node_status(id: u32) -> NodeStatus {
             repaired_pages: u64::from(id == 2),
             problem: String::new(),
             write_us_p99: Some(180),
+            cache_device: if id == 2 { "/dev/nvme0n1".into() } else { String::new() },
         }],
         ..NodeStatus::default()
     }

@@ -162,7 +162,10 @@ fn of_node(survey: &Survey, status: &proto::NodeStatus, found: &mut Found) {
 
 /// Which part of a write's way is slow, where that takes `us_p99` from the primary to these stores and back.
 fn why_slow(stores: &[proto::StoreStatus], us_p99: u64) -> String {
-    let timed = stores.iter().filter_map(|store| Some((store.write_us_p99?, &store.device)));
+    let timed = stores.iter().filter_map(|store| {
+        let journal = if store.cache_device.is_empty() { &store.device } else { &store.cache_device };
+        Some((store.write_us_p99?, journal))
+    });
     match timed.max() {
         Some((us, device)) if us > us_p99 / 2 => format!("; its device {device} takes {us} µs for a write"),
         Some((us, _)) => {

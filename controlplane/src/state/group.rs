@@ -5,6 +5,7 @@
 
 use std::collections::BTreeSet;
 
+use xsan_protocol::ids::BootId;
 use xsan_protocol::limits::REPLICAS_MAX;
 use xsan_protocol::map::{Group, Member};
 use xsan_protocol::mutation::Mutation;
@@ -71,7 +72,13 @@ impl ClusterState {
         }
         group.epoch = group.epoch.next();
         group.primary = change.primary;
+        // The change may be older than the news that a member may lack writes.
+        let may_lack: BTreeSet<_> =
+            group.replicas().filter(|member| member.boot_id == BootId(0)).map(life).collect();
         group.members.clone_from(&change.members);
+        for member in group.members.iter_mut().filter(|member| may_lack.contains(&life(member))) {
+            member.boot_id = BootId(0);
+        }
         touched.groups.insert(change.group);
         for replica in &promoted {
             self.healed(replica, change.group, touched);

@@ -75,11 +75,13 @@ impl ClusterState {
         }
         node.data = Some(process.clone());
         let private = self.nodes.get_mut(&id).expect("every node of the map has a private part");
-        // Also the groups that the store does not name: all that it had of them may be what it lost.
+        // Also the groups that the store does not name: all that it had of them may be what it lost. It forgets that it is damaged once it
+        // has learnt those that it knows: what it never named stays damaged until it was a learner here.
         let lost = |group: &&Group| {
-            group.replicas().any(|member| {
+            group.replicas().filter(|member| member.node == id).any(|member| {
                 let store = damaged_stores.iter().find(|store| store.store == member.store);
-                member.node == id && store.is_some_and(|store| !store.intact_groups.contains(&group.id))
+                private.damaged.contains(&group.id)
+                    || store.is_some_and(|store| !store.intact_groups.contains(&group.id))
             })
         };
         private.damaged = self.map.groups.values().filter(lost).map(|group| group.id).collect();

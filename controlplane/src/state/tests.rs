@@ -305,8 +305,13 @@ fn damage_is_remembered_until_the_learner_is_promoted() {
     }
     state.apply(&Command::ReconfigureGroups(vec![change.clone()]));
     assert!(state.is_damaged(NodeId(2), group.id));
+    // The store may have learnt what it still knew of, and count as whole.
+    state.apply(&started(2, 2002, false));
+    assert!(state.is_damaged(NodeId(2), group.id), "it was no learner since");
     change.expected = group.epoch.next();
-    change.members.iter_mut().for_each(|m| (m.learner, m.damaged) = (false, false));
+    for member in change.members.iter_mut().filter(|m| m.node == NodeId(2)) {
+        (member.learner, member.damaged, member.incarnation) = (false, false, Incarnation(2002));
+    }
     state.apply(&Command::ReconfigureGroups(vec![change]));
     assert!(!state.is_damaged(NodeId(2), group.id));
 }
@@ -357,12 +362,26 @@ fn a_life_that_tells_of_an_earlier_failure_may_lack_writes() {
         members.filter(|member| member.node == NodeId(node)).map(|member| member.boot_id).collect()
     };
     assert!(members(&state, 2).contains(&BootId(7)));
+    let group = any_group(&state);
     let mut again = started(2, 2001, false);
     let Command::DataStarted { process, .. } = &mut again else { unreachable!("it starts a process") };
     process.stores[0].failed_before = true;
     state.apply(&again);
     assert!(members(&state, 2).iter().all(|boot| *boot == BootId(0)));
     assert!(members(&state, 3).iter().all(|boot| *boot == BootId(7)));
+    // What was decided before that was known, and does nothing to the acting set.
+    let change = GroupChange {
+        group: group.id,
+        expected: group.epoch,
+        primary: group.primary,
+        members: group.members,
+        settle: false,
+    };
+    assert_eq!(
+        state.apply(&Command::ReconfigureGroups(vec![change])).0,
+        Reply::Groups { changed: 1, refused: 0 }
+    );
+    assert!(members(&state, 2).iter().all(|boot| *boot == BootId(0)));
 }
 
 fn scrub_end(group: GroupId, number: u64) -> ScrubEnd {

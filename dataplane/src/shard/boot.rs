@@ -60,7 +60,7 @@ pub enum BootError {
     #[error(transparent)]
     Device(#[from] DeviceError),
     #[error("{}: {}", path.display(), content)]
-    Foreign { path: PathBuf, content: String },
+    Foreign { path: PathBuf, content: String, code: Code },
     #[error("{}: {source}", path.display())]
     Format { path: PathBuf, source: FormatError },
     #[error("{}: {source}", path.display())]
@@ -84,7 +84,7 @@ impl BootError {
         match self {
             Self::Topology(error) => error.code(),
             Self::Device(error) => error.code(),
-            Self::Foreign { .. } => Code::DeviceInUse,
+            Self::Foreign { code, .. } => *code,
             Self::Format { source, .. } => source.code(),
             Self::Open { source, .. } => source.code(),
             Self::Ring(error) => error.code(),
@@ -287,7 +287,7 @@ fn serve(plan: ShardPlan) -> Result<(), BootError> {
     let memory = config.dataplane.memory_bytes(usize::from(plan.shard_count)) / u64::from(plan.shard_count);
     let pool = topology::memory(&plan.core, memory as usize, config.dataplane.numa)?;
     let owner = Owner { cluster_id: &config.cluster.cluster_id, node: config.numeric_id };
-    let mut opened = stores::open(&plan.stores, owner, pool)?;
+    let mut opened = stores::open(&plan.stores, owner, &plan.failures, pool)?;
     let ready = Ready {
         shard: plan.shard,
         stores: opened.for_map(plan.shard, &plan.failed_before),
@@ -393,7 +393,7 @@ fn assemble(
         devices,
         broken_stores: opened.broken,
         failures: plan.failures,
-        tells_failures: plan.shard == ShardIndex(0) && !plan.failed_before.is_empty(),
+        tells_failures: plan.shard == ShardIndex(0),
         ring,
         peers: Peers::default(),
         connections,
@@ -426,8 +426,14 @@ fn take_stores(
     for OpenStore { store, recovered, capacity, cache, media } in opened {
         let cache_slot = cache.as_ref().map(|_| slot + 1);
         let path = capacity.path().display().to_string();
-        let media = media_name(media).to_owned();
-        let devices = Devices { path, media, capacity_slot: slot, cache_slot, writes: Recent::default() };
+        let devices = Devices {
+            path,
+            cache_path: cache.as_ref().map(|cache| cache.path().display().to_string()),
+            media: media_name(media).to_owned(),
+            capacity_slot: slot,
+            cache_slot,
+            writes: Recent::default(),
+        };
         table.insert(store.id(), devices);
         slot += 1 + usize::from(cache.is_some());
         driver.add_store(store, recovered);

@@ -2,7 +2,8 @@
 //!
 //! A flush that fails may take with it what it was to cover, and the next life of the process finds a store in which nothing looks
 //! wrong. The control plane is told of a failure at once; but while it has no leader, the node may be restarted before it has heard.
-//! So a failure is noted in a file, too, and the next life tells of it when it registers (`map::Store::failed_before`).
+//! So a failure is noted in a file, too, and the next life tells of it when it registers (`map::Store::failed_before`). So is what is found
+//! when a store is opened: the data process may be killed before it has registered, and a later life would find nothing.
 //!
 //! A file is of one store and one life: noting a failure of this life never meets forgetting those of earlier ones.
 
@@ -15,6 +16,8 @@ use xsan_protocol::ids::{Incarnation, StoreId};
 
 /// What the names of the files begin with; the store and the life follow.
 const PREFIX: &str = "failed-";
+/// Stands for whatever life came before: the first has number 1.
+const EARLIER: Incarnation = Incarnation(0);
 
 #[derive(Clone)]
 pub struct Failures {
@@ -28,13 +31,18 @@ impl Failures {
         Self { directory, incarnation }
     }
 
-    fn name(&self, store: StoreId) -> String {
-        format!("{PREFIX}{store}-{}", self.incarnation.0)
-    }
-
     /// The store failed in this life. On stable media when it returns.
     pub fn note(&self, store: StoreId) -> io::Result<()> {
-        config::replace(&self.directory.join(self.name(store)), b"")
+        self.note_of(store, self.incarnation)
+    }
+
+    /// The store lacks, or may lack, something that it had in an earlier life. On stable media when it returns.
+    pub fn note_earlier(&self, store: StoreId) -> io::Result<()> {
+        self.note_of(store, EARLIER)
+    }
+
+    fn note_of(&self, store: StoreId, life: Incarnation) -> io::Result<()> {
+        config::replace(&self.directory.join(format!("{PREFIX}{store}-{}", life.0)), b"")
     }
 
     /// The files of earlier lives, with their stores.
@@ -92,5 +100,11 @@ mod tests {
         second.forget_earlier(&[StoreId(0xab)].into()).unwrap();
         assert!(stores(&second).is_empty());
         assert_eq!(stores(&life(3)), [0xab, 0xcd]);
+        let third = life(3);
+        third.forget_earlier(&[StoreId(0xab), StoreId(0xcd)].into()).unwrap();
+        third.note_earlier(StoreId(0xef)).unwrap();
+        assert_eq!(stores(&life(3)), [0xef], "its registration tells of it");
+        third.forget_earlier(&[StoreId(0xef)].into()).unwrap();
+        assert!(stores(&life(4)).is_empty());
     }
 }

@@ -128,6 +128,7 @@ pub struct Identity {
 /// The devices of one store of the shard, with their slots in the ring.
 struct Devices {
     path: String,
+    cache_path: Option<String>,
     media: String,
     capacity_slot: usize,
     cache_slot: Option<usize>,
@@ -159,7 +160,7 @@ pub struct Shard {
     /// Stores that could not be opened: told to the control plane, and otherwise not there.
     broken_stores: Vec<BrokenStore>,
     failures: Failures,
-    /// Shard 0 alone: of failures in earlier lives that the cluster may not know.
+    /// Shard 0 alone, until the cluster knows of this life, and so of failures in earlier ones.
     tells_failures: bool,
     ring: DiskRing,
     peers: Peers,

@@ -144,6 +144,7 @@ impl Devices {
             repaired_pages: status.counters.repaired_pages,
             problem: String::new(),
             write_us_p99: self.writes.p99().map(|ns| ns / 1000),
+            cache_device: self.cache_path.clone().unwrap_or_default(),
         }
     }
 }

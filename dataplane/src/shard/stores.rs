@@ -14,11 +14,13 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use xsan_nodekit::config::{Media, NodeConfig, Role};
+use xsan_protocol::disk::FORMAT_VERSION;
 use xsan_protocol::error::Code;
 use xsan_protocol::ids::{NodeId, ShardIndex, StoreId};
 use xsan_protocol::{map, proto};
 
 use super::boot::BootError;
+use super::failures::Failures;
 use crate::disk::buffers::BufferPool;
 use crate::disk::device::{DeviceError, DeviceOptions, FileDevice};
 use crate::disk::os;
@@ -109,7 +111,7 @@ impl Opened {
             device: open.capacity.path().display().to_string(),
             media: media_name(open.media).to_owned(),
             failed: false,
-            failed_before: failed_before.contains(&open.store.id()),
+            failed_before: failed_before.contains(&open.store.id()) || open.recovered.lost_end,
         });
         // It has a place in the map, so that the cluster knows that what it held has to be made elsewhere.
         // One that nobody can name is missing there, which says the same.
@@ -169,10 +171,15 @@ pub struct Owner<'a> {
 ///
 /// # Errors
 /// A device that can not be used though it is there, or that holds something that nobody said may be lost.
-pub fn open(plans: &[StorePlan], owner: Owner<'_>, pool: &'static BufferPool) -> Result<Opened, BootError> {
+pub fn open(
+    plans: &[StorePlan],
+    owner: Owner<'_>,
+    failures: &Failures,
+    pool: &'static BufferPool,
+) -> Result<Opened, BootError> {
     let mut opened = Opened::default();
     for plan in plans {
-        match open_store(plan, owner, pool) {
+        match open_store(plan, owner, failures, pool) {
             Ok(Ok(open)) => opened.stores.push(open),
             Ok(Err(broken)) => opened.broken.push(broken),
             Err(error) if is_dead(&error) => {
@@ -218,6 +225,7 @@ fn open_device(options: &DeviceOptions) -> Result<FileDevice, DeviceError> {
 fn open_store(
     plan: &StorePlan,
     owner: Owner<'_>,
+    failures: &Failures,
     pool: &'static BufferPool,
 ) -> Result<Result<OpenStore, BrokenStore>, BootError> {
     let capacity = open_device(&plan.capacity.options)?;
@@ -228,7 +236,7 @@ fn open_store(
     let devices = std::iter::once(&capacity).chain(&cache).zip(plans);
     let kept = what_is_kept(devices, owner, pool).map_err(|error| match error {
         KeptError::Probe(source) => format_error(source),
-        KeptError::Foreign { path, content } => BootError::Foreign { path, content },
+        KeptError::Foreign { path, content, code } => BootError::Foreign { path, content, code },
     })?;
     let id = kept.unwrap_or_else(|| StoreId(draw()));
     if kept.is_none() {
@@ -246,6 +254,11 @@ fn open_store(
     let cluster_id = Some(owner.cluster_id.to_owned());
     let options = Options { now_ns: os::boottime_ns(), cluster_id, ..Options::default() };
     let opened = Store::open(&capacity, cache.as_ref().map(|device| device as _), pool, options);
+    if may_lack_writes(&opened)
+        && let Err(error) = failures.note_earlier(id)
+    {
+        tracing::error!(store = %id, %error, "that it may lack writes can not be noted in the data directory");
+    }
     let (store, recovered) = match opened {
         Ok(opened) => opened,
         Err(source) if source.code() == Code::StoreCorrupt => {
@@ -263,9 +276,18 @@ fn open_store(
     Ok(Ok(OpenStore { store, recovered, capacity, cache, media: plan.media }))
 }
 
+/// May it lack what it had in an earlier life? That life's writes are made stable by the opening: where that fails, the next one may find that
+/// they were never there.
+fn may_lack_writes(opened: &Result<(Store, Recovered), OpenError>) -> bool {
+    match opened {
+        Ok((_, recovered)) => recovered.lost_end,
+        Err(error) => matches!(error, OpenError::Device(FormatError::Device(_))),
+    }
+}
+
 enum KeptError {
     Probe(FormatError),
-    Foreign { path: PathBuf, content: String },
+    Foreign { path: PathBuf, content: String, code: Code },
 }
 
 /// The store on these devices that is to be opened; `None`: they are to be formatted.
@@ -279,7 +301,8 @@ fn what_is_kept<'a>(
     let mut stores = Vec::new();
     for (device, plan) in devices {
         let path = || device.path().to_owned();
-        let foreign = |content: String| KeptError::Foreign { path: path(), content };
+        let refused = |code, content: String| KeptError::Foreign { path: path(), content, code };
+        let foreign = |content| refused(Code::DeviceInUse, content);
         let content = Store::probe(device, pool).map_err(KeptError::Probe)?;
         let store = match content {
             Content::Blank => None,
@@ -295,6 +318,10 @@ fn what_is_kept<'a>(
                 return Err(foreign(format!("{content}: it was made on node {node}, this is node {own}")));
             }
             Content::Ours { store, .. } => Some(store),
+            Content::OtherVersion { found } => {
+                let content = format!("holds a store of format {found}, this release reads {FORMAT_VERSION}");
+                return Err(refused(Code::FormatUnsupported, content));
+            }
             Content::Foreign(kind) => return Err(foreign(format!("holds {}", kind.name()))),
         };
         stores.push((path(), store));
@@ -306,7 +333,7 @@ fn what_is_kept<'a>(
         Some((other, _)) => {
             let content =
                 format!("holds a part of store {kept}, whose other part is not on {}", other.display());
-            Err(KeptError::Foreign { path, content })
+            Err(KeptError::Foreign { path, content, code: Code::DeviceInUse })
         }
     }
 }

@@ -71,15 +71,16 @@ pub enum Content {
     Blank,
     /// A device of a store of ours.
     Ours { cluster_id: String, node: NodeId, store: StoreId, role: Role },
+    /// A device of a store that this release can not read.
+    OtherVersion { found: u16 },
     /// Something else: it is not formatted without force.
     Foreign(Foreign),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Foreign {
-    /// A superblock of ours that is damaged or of a newer release.
+    /// Superblocks of ours, both damaged.
     DamagedStore,
-    NewerStore,
     Gpt,
     Mbr,
     Ext,
@@ -96,7 +97,6 @@ impl Foreign {
     pub const fn name(self) -> &'static str {
         match self {
             Self::DamagedStore => "a damaged XSAN store",
-            Self::NewerStore => "an XSAN store of a newer release",
             Self::Gpt => "a GPT partition table",
             Self::Mbr => "an MBR partition table",
             Self::Ext => "an ext2/3/4 file system",
@@ -244,7 +244,7 @@ impl Store {
             Ok(Superblock { cluster_id, node, store, role, .. }) => {
                 Content::Ours { cluster_id, node, store, role }
             }
-            Err(DiskFormatError::Version { .. }) => Content::Foreign(Foreign::NewerStore),
+            Err(DiskFormatError::Version { found }) => Content::OtherVersion { found },
             Err(DiskFormatError::Magic) => probe_foreign(device, pool)?,
             Err(_) => Content::Foreign(Foreign::DamagedStore),
         };

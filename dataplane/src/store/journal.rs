@@ -348,6 +348,7 @@ impl Journal {
             position,
             previous_end: self.previous_end,
             flushed: self.flushed,
+            durable: self.durable,
             session: self.session,
             descriptor_count: records as u32,
             data_pages: data_pages as u32,

@@ -47,6 +47,9 @@ pub struct Recovered {
     pub groups: Vec<RecoveredGroup>,
     /// Part of the store was lost: every group of it must come back as a learner, also those not named here.
     pub damaged: bool,
+    /// Something is missing that had been written, but that no flush covered. That is so after a loss of power; where there was none, the device
+    /// has lost it.
+    pub lost_end: bool,
 }
 
 impl Recovered {
@@ -219,6 +222,7 @@ struct Recovery<'a> {
     /// Newest session of which anything was seen.
     seen_session: u64,
     damaged: bool,
+    lost_end: bool,
 }
 
 impl<'a> Recovery<'a> {
@@ -243,6 +247,7 @@ impl<'a> Recovery<'a> {
             newest_record: 0,
             written_since: 0,
             damaged: false,
+            lost_end: false,
         }
     }
 
@@ -354,6 +359,7 @@ impl<'a> Recovery<'a> {
             });
         }
         let devices = self.devices;
+        let lost_end = self.lost_end;
         let (lost, seen_end) = (self.damaged, self.seen_end.max(self.newest_record));
         let lap = self.layout.journal.bytes;
         let mut store = self.into_store(options, damaged);
@@ -365,7 +371,7 @@ impl<'a> Recovery<'a> {
             store.restart_journal(seen_end.max(store.journal.head).next_multiple_of(lap) + lap);
             store.write_checkpoint(&devices)?;
         }
-        Ok((store, Recovered { groups: recovered, damaged }))
+        Ok((store, Recovered { groups: recovered, damaged, lost_end }))
     }
 
     /// A half that is no record, or contradicts others, is zeroed: it must not count one day.

@@ -84,6 +84,8 @@ pub struct BatchHeader {
     pub previous_end: u64,
     /// Everything below this position was on stable media when the batch was written.
     pub flushed: u64,
+    /// Everything below this position had been written then.
+    pub durable: u64,
     /// Number of the opening of the store that wrote it.
     pub session: u64,
     pub descriptor_count: u32,
@@ -104,7 +106,8 @@ struct RawHeader {
     session: U64,          // 48
     descriptor_count: U32, // 56
     data_pages: U32,       // 60
-    padding: [u8; 64],     // 64
+    durable: U64,          // 64
+    padding: [u8; 56],     // 72
 }
 
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -165,6 +168,7 @@ impl BatchHeader {
             position: raw.position.get(),
             previous_end: raw.previous_end.get(),
             flushed: raw.flushed.get(),
+            durable: raw.durable.get(),
             session: raw.session.get(),
             descriptor_count: raw.descriptor_count.get(),
             data_pages: raw.data_pages.get(),
@@ -245,7 +249,8 @@ impl<'a> HeadWriter<'a> {
             session: self.header.session.into(),
             descriptor_count: self.header.descriptor_count.into(),
             data_pages: self.header.data_pages.into(),
-            padding: [0; 64],
+            durable: self.header.durable.into(),
+            padding: [0; 56],
         };
         self.out[..HEADER_SIZE].copy_from_slice(raw.as_bytes());
         seal(MAGIC, self.out);
@@ -274,12 +279,13 @@ pub fn decode(head: &[u8]) -> Result<BatchHead, DiskFormatError> {
     check_seal(MAGIC, head)?;
     let (raw, rest) = RawHeader::ref_from_prefix(head).expect("peek read it");
     check_version(raw.version.get())?;
-    check(raw.reserved.get() == 0 && raw.padding == [0; 64], "reserved")?;
+    check(raw.reserved.get() == 0 && raw.padding == [0; 56], "reserved")?;
     check_counters(&[raw.position, raw.session], "counters")?;
     check(header.descriptor_count > 0, "descriptor_count")?;
     check(header.position.is_multiple_of(PAGE_SIZE as u64), "position")?;
     check(header.previous_end <= header.position, "previous_end")?;
     check(header.flushed <= header.position, "flushed")?;
+    check(header.durable <= header.position, "durable")?;
     let (table, rest) = rest.split_at(header.descriptor_count as usize * DESCRIPTOR_SIZE);
     let (checksums, padding) = rest.split_at(header.data_pages as usize * 4);
     check(padding.iter().all(|byte| *byte == 0), "padding")?;

@@ -230,7 +230,7 @@ impl World {
             }
             Err(error) => panic!("host {host}: a store without damage does not open: {error}"),
         };
-        let is_damaged = recovered.damaged;
+        let (is_damaged, lost_end) = (recovered.damaged, recovered.lost_end);
         if is_damaged {
             self.count("store found damaged");
         }
@@ -242,7 +242,7 @@ impl World {
         );
         let damaged = DamagedStore { store: this.store, intact_groups };
         this.damaged_stores = is_damaged.then_some(damaged).into_iter().collect();
-        this.failed_before |= std::mem::take(&mut this.failed);
+        this.failed_before |= std::mem::take(&mut this.failed) | lost_end;
         this.life += 1;
         let (node, life) = (this.node, this.life);
         let replication = Replication::new(node, incarnation, ShardIndex(0), this.pool);

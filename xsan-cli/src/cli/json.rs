@@ -147,6 +147,7 @@ fn store(store: &StoreStatus) -> Value {
     json!({
         "id": id(store.id),
         "device": store.device,
+        "cache_device": (!store.cache_device.is_empty()).then_some(&store.cache_device),
         "media": store.media,
         "failed": store.failed,
         "problem": (!store.problem.is_empty()).then_some(&store.problem),

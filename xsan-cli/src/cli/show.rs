@@ -261,6 +261,7 @@ fn stores(status: &NodeStatus) -> String {
         vec![
             format!("{:016x}", store.id),
             store.device.clone(),
+            if store.cache_device.is_empty() { "-".into() } else { store.cache_device.clone() },
             store.media.clone(),
             if store.failed { "failed".into() } else { "ok".into() },
             Amount(store.used_bytes).to_string(),
@@ -274,6 +275,7 @@ fn stores(status: &NodeStatus) -> String {
     let columns = [
         Text("STORE"),
         Text("DEVICE"),
+        Text("CACHE"),
         Text("MEDIA"),
         Text("STATE"),
         Number("USED"),

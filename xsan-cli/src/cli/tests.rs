@@ -98,8 +98,8 @@ fn node_info_shows_addresses_and_stores() {
             "Space           1.40 GiB of 8 GiB used (17 %)",
             "Release         0.1.0",
             "",
-            "STORE             DEVICE                          MEDIA  STATE      USED  CAPACITY  JOURNAL  WRITE P99 µs  CHECKSUM ERRORS  REPAIRED PAGES",
-            "0123456789abcdef  /var/lib/xsan/data/store-0.img  ssd    ok     1.40 GiB     8 GiB     29 %           180                1               1",
+            "STORE             DEVICE                          CACHE         MEDIA  STATE      USED  CAPACITY  JOURNAL  WRITE P99 µs  CHECKSUM ERRORS  REPAIRED PAGES",
+            "0123456789abcdef  /var/lib/xsan/data/store-0.img  /dev/nvme0n1  ssd    ok     1.40 GiB     8 GiB     29 %           180                1               1",
         ]
     );
 }

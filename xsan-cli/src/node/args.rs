@@ -25,7 +25,7 @@ Exit codes:
 
 /// Starts and supervises a node of an XSAN cluster.
 ///
-/// Runs xsan-control and xsan-data, starts them again when they end, and stops them cleanly on SIGTERM or SIGINT. Prints
+/// Runs xsan-control and xsan-data, starts them again when they end, and stops them cleanly on SIGTERM, SIGINT or SIGHUP. Prints
 /// one line when the node serves. Options win over the configuration file; once the node has started, everything is
 /// remembered in its data directory.
 #[derive(Clone, Debug, Default, Parser)]

@@ -111,7 +111,7 @@ fn wishes_of_the_operator_slow_members_clocks_and_releases_are_told() {
 /// A reason is told only where that node says how long its devices take.
 #[test]
 fn a_slow_node_is_told_with_the_part_that_is_slow() {
-    let told = |us_p99: Option<u64>| {
+    let told = |us_p99: Option<u64>, cache: &str| {
         let mut answers = answers(3, &[]);
         let data = |answers: &mut HashMap<NodeId, Answer>, node, change: &dyn Fn(&mut proto::DataStatus)| {
             change(answers.get_mut(&NodeId(node)).expect("it answers").status.data.as_mut().expect("data"));
@@ -119,14 +119,16 @@ fn a_slow_node_is_told_with_the_part_that_is_slow() {
         let slow = proto::SlowMember { node: 2, us_p99: 9000, us_p99_peers: 100 };
         data(&mut answers, 1, &|data| data.slow_members.push(slow));
         data(&mut answers, 2, &|data| data.stores[0].write_us_p99 = us_p99);
+        data(&mut answers, 2, &|data| data.stores[0].cache_device = cache.into());
         let status = status::cluster(&survey(&state(3, 3), answers));
         status.findings.into_iter().find(|finding| finding.code == "SLOW_MEMBER").expect("it is told").message
     };
     let numbers = "p99 9000 µs, its peers 100 µs, seen by node n1";
-    assert_eq!(told(None), numbers);
-    assert_eq!(told(Some(8000)), format!("{numbers}; its device /dev/x takes 8000 µs for a write"));
+    assert_eq!(told(None, ""), numbers);
+    assert_eq!(told(Some(8000), ""), format!("{numbers}; its device /dev/x takes 8000 µs for a write"));
+    assert_eq!(told(Some(8000), "/dev/y"), format!("{numbers}; its device /dev/y takes 8000 µs for a write"));
     let elsewhere = "its devices take 90 µs for a write at most: it is its network, or the host is busy";
-    assert_eq!(told(Some(90)), format!("{numbers}; {elsewhere}"));
+    assert_eq!(told(Some(90), ""), format!("{numbers}; {elsewhere}"));
 }
 
 #[test]

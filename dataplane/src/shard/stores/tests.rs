@@ -4,6 +4,12 @@ use std::fs;
 use std::os::unix::fs::FileExt;
 
 use xsan_nodekit::config::Device;
+use xsan_protocol::checksum::crc32c;
+use xsan_protocol::disk::checkpoint::Checkpoint;
+use xsan_protocol::disk::journal::{BatchHeader, Descriptor, HeadWriter, Kind};
+use xsan_protocol::disk::superblock::{OFFSETS, Superblock};
+use xsan_protocol::ids::{BlockKey, GroupId, Incarnation, Seq, Version};
+use xsan_protocol::units::PageRange;
 
 use super::*;
 
@@ -11,6 +17,9 @@ const CLUSTER: &str = "c";
 const BYTES: u64 = 256 << 20;
 /// Where the two slots of checkpoints lie (docs/format/store.md).
 const CHECKPOINTS: std::ops::Range<u64> = 128 << 10..640 << 10;
+
+/// The format's version in a superblock: behind magic and checksum.
+const VERSION: std::ops::Range<usize> = 12..14;
 
 /// A node with these devices.
 struct Host {
@@ -43,7 +52,12 @@ impl Host {
         thread_local! {
             static POOL: &'static BufferPool = BufferPool::anonymous(64 << 20);
         }
-        open(&plan(&self.config), Owner { cluster_id, node: NodeId(node) }, POOL.with(|pool| *pool))
+        let owner = Owner { cluster_id, node: NodeId(node) };
+        open(&plan(&self.config), owner, &self.failures(), POOL.with(|pool| *pool))
+    }
+
+    fn failures(&self) -> Failures {
+        Failures::new(self.directory.path().to_owned(), Incarnation(7))
     }
 
     /// The ids of the stores that open.
@@ -53,12 +67,16 @@ impl Host {
 
     /// Refused, with a message that names this device, and nothing is changed anywhere.
     fn refused(&self, name: &str) {
+        self.refused_with(Code::DeviceInUse, name);
+    }
+
+    fn refused_with(&self, code: Code, name: &str) {
         let devices = &self.config.storage.devices;
         let content =
             || -> Vec<Vec<u8>> { devices.iter().map(|d| fs::read(&d.path).expect("it reads")).collect() };
         let before = content();
         let error = self.ids().expect_err("it holds something");
-        assert_eq!(error.code(), Code::DeviceInUse);
+        assert_eq!(error.code(), code);
         assert!(error.to_string().contains(&self.path(name).display().to_string()), "{error}");
         assert!(content() == before, "a refused start wrote to a device");
     }
@@ -94,6 +112,25 @@ fn a_store_of_another_node_is_refused() {
     assert_eq!(error.code(), Code::DeviceInUse);
     assert!(error.to_string().contains("it was made on node 1, this is node 2"), "{error}");
     assert_eq!(host.ids().expect("its own store"), ids);
+}
+
+/// Once the advice was to format it.
+#[test]
+fn a_store_of_another_format_is_refused_with_its_own_error() {
+    let mut host = Host::new(&[("one", Role::Capacity)]);
+    let before = host.ids().expect("an empty device");
+    let file = fs::OpenOptions::new().read(true).write(true).open(host.path("one")).expect("it opens");
+    for offset in OFFSETS {
+        let mut bytes = [0; Superblock::SIZE];
+        file.read_exact_at(&mut bytes, offset).expect("it reads");
+        bytes[VERSION].copy_from_slice(&(FORMAT_VERSION + 1).to_le_bytes());
+        let checksum = crc32c(&bytes[VERSION.start..]).to_le_bytes();
+        bytes[VERSION.start - checksum.len()..VERSION.start].copy_from_slice(&checksum);
+        file.write_all_at(&bytes, offset).expect("it writes");
+    }
+    host.refused_with(Code::FormatUnsupported, "one");
+    host.name(&["one"]);
+    assert_ne!(host.ids().expect("it is named"), before);
 }
 
 /// One dead disk kept the whole node down after its next restart.
@@ -208,4 +245,67 @@ fn a_store_that_can_not_be_opened_is_told_and_the_others_serve() {
     host.name(&["one"]);
     let after = host.ids().expect("it is formatted anew");
     assert!(after[0] != ids[0] && after[1] == ids[1], "{after:?}");
+}
+
+#[test]
+fn an_opening_that_fails_at_the_device_is_noted_for_the_next_life() {
+    let failed = |error| may_lack_writes(&Err(error));
+    assert!(failed(OpenError::from(std::io::Error::from_raw_os_error(libc::EIO))));
+    assert!(!failed(OpenError::Mismatch));
+}
+
+/// The end of the journal was cut off in silence, and the node counted as one that had lost nothing.
+#[test]
+fn a_store_that_misses_what_was_written_says_so_until_the_cluster_knows() {
+    let host = Host::new(&[("one", Role::Capacity)]);
+    let ids = host.ids().expect("an empty device");
+    assert!(host.failures().before().expect("it reads").is_empty());
+    let file = fs::OpenOptions::new().write(true).read(true).open(host.path("one")).expect("it opens");
+    let mut page = [0; Superblock::SIZE];
+    file.read_exact_at(&mut page, 0).expect("it reads");
+    let journal = Superblock::decode(&page).expect("it is a store").journal;
+    let slot = (CHECKPOINTS.end - CHECKPOINTS.start) / 2;
+    let checkpoints = [CHECKPOINTS.start, CHECKPOINTS.start + slot].map(|offset| {
+        let mut bytes = vec![0; slot as usize];
+        file.read_exact_at(&mut bytes, offset).expect("it reads");
+        Checkpoint::decode(&bytes).ok()
+    });
+    let Checkpoint { session, tail, .. } =
+        checkpoints.into_iter().flatten().max_by_key(|found| found.number).expect("there is one");
+    // A later batch of the present session, where the first one is not.
+    let position = tail + 9 * Superblock::SIZE as u64;
+    let reset = Descriptor {
+        kind: Kind::Reset,
+        group: GroupId(1),
+        version: Version::ZERO,
+        acked: Seq(0),
+        key: BlockKey::default(),
+        pages: PageRange::new(0, 1),
+        previous_first: Version::ZERO,
+        previous_last: Version::ZERO,
+        data_page: 0,
+        start: 0,
+        lost: 0,
+    };
+    let header = BatchHeader {
+        store: ids[0],
+        position,
+        previous_end: position,
+        flushed: 0,
+        durable: position,
+        session,
+        descriptor_count: 1,
+        data_pages: 0,
+    };
+    let mut head = vec![0; header.head_bytes()];
+    let mut writer = HeadWriter::new(header, &mut head);
+    writer.push(&reset, &[]);
+    writer.finish();
+    file.write_all_at(&head, journal.offset + position % journal.bytes).expect("it writes");
+
+    let opened = host.open_for(CLUSTER, 1).expect("it opens");
+    let told = opened.for_map(ShardIndex(0), &BTreeSet::new());
+    assert!(told[0].failed_before && !told[0].failed, "{told:?}");
+    drop(opened);
+    assert_eq!(host.failures().before().expect("it reads"), ids.into_iter().collect());
 }

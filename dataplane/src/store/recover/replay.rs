@@ -2,7 +2,8 @@
 //!
 //! That is the torn end of what was never flushed, unless there is evidence that everything there had been flushed: a later
 //! batch, or the checkpoint, whose flushed mark lies above; a block record that holds something newer; a batch of a session
-//! whose checkpoints are lost. Then it is corruption.
+//! whose checkpoints are lost. Then it is corruption. And where it had been written though never flushed (a later batch says so, or it can not
+//! be read), only a loss of power explains it: the store counts as that of a host which had one.
 //!
 //! Invariants
 //! - Batches of this session lie at or above `session_start`, which is on stable media before the first of them:
@@ -44,6 +45,13 @@ pub(super) struct Carried {
     after: Seq,
     start: u64,
     end: u64,
+}
+
+/// The highest marks of the batches behind the end of replay.
+#[derive(Default)]
+struct Ahead {
+    flushed: u64,
+    durable: u64,
 }
 
 thread_local! {
@@ -330,7 +338,11 @@ impl Recovery<'_> {
     /// Is the end of the replay the torn end of the journal, or is something missing that was flushed?
     pub(super) fn judge(&mut self) -> Result<(), OpenError> {
         let store = self.superblock.store;
-        let flushed_above = self.look_ahead()?;
+        let Ahead { flushed: flushed_above, durable } = self.look_ahead()?;
+        self.lost_end = durable > self.end || self.is_end_unreadable()?;
+        if self.lost_end {
+            tracing::warn!(%store, end = self.end, durable, "the end of the journal is missing, which no flush had covered");
+        }
         let (session, known) = (self.seen_session, self.checkpoint.session);
         let is_torn = flushed_above.max(self.checkpoint.flushed) <= self.end && self.newest_record < self.end;
         if !is_torn || session > known {
@@ -342,14 +354,14 @@ impl Recovery<'_> {
         Ok(())
     }
 
-    /// Highest flushed mark of any whole batch head behind the end.
-    fn look_ahead(&mut self) -> Result<u64, OpenError> {
+    /// Looks through the whole batch heads behind the end.
+    fn look_ahead(&mut self) -> Result<Ahead, OpenError> {
         let ring = self.layout.journal.bytes;
         let limit = (self.checkpoint.tail + ring).min(self.end + LOOK_AHEAD_BYTES.min(ring));
         let device = self.devices.of(self.layout.journal_device);
         let mut buffer = self.devices.buffer(READ_BYTES)?;
         let mut head = self.devices.buffer(HEAD_BYTES_MAX)?;
-        let (mut position, mut flushed) = (self.end, 0);
+        let (mut position, mut ahead) = (self.end, Ahead::default());
         while position < limit {
             let lap_left = ring - position % ring;
             let bytes = (limit - position).min(lap_left).min(READ_BYTES as u64) as usize;
@@ -358,14 +370,34 @@ impl Recovery<'_> {
             for (page, at) in buffer[..bytes].chunks_exact(PAGE_SIZE).zip((position..).step_by(PAGE_SIZE)) {
                 let candidate = BatchHeader::peek(page).is_ok_and(|header| header.position == at);
                 if candidate && let Some(batch) = self.read_head(at, &mut head) {
-                    flushed = flushed.max(batch.header.flushed);
+                    ahead.flushed = ahead.flushed.max(batch.header.flushed);
+                    // Remainders of earlier sessions tell of ends that were known then.
+                    if batch.header.session == self.checkpoint.session {
+                        ahead.durable = ahead.durable.max(batch.header.durable);
+                    }
                     self.seen_session = self.seen_session.max(batch.header.session);
                     self.seen_end = self.seen_end.max(at + batch.header.batch_bytes() as u64);
                 }
             }
             position += bytes as u64;
         }
-        Ok(flushed)
+        Ok(ahead)
+    }
+
+    /// Is there something at the end that the device does not give?
+    fn is_end_unreadable(&self) -> Result<bool, OpenError> {
+        let device = self.devices.of(self.layout.journal_device);
+        let mut buffer = self.devices.buffer(HEAD_BYTES_MAX)?;
+        let offset = self.layout.journal_offset(self.end);
+        if read_again(device, offset, &mut buffer[..PAGE_SIZE]).is_err() {
+            return Ok(true);
+        }
+        let Some(batch) = self.read_head(self.end, &mut buffer) else { return Ok(false) };
+        let data = batch.header.head_bytes()..batch.header.batch_bytes();
+        Ok(batch.header.session == self.checkpoint.session
+            && data
+                .step_by(PAGE_SIZE)
+                .any(|at| read_again(device, offset + at as u64, &mut buffer[..PAGE_SIZE]).is_err()))
     }
 }
 

@@ -425,6 +425,44 @@ fn damage_below_the_flushed_mark_is_told_until_the_group_is_relearned() {
     }
 }
 
+/// One bad page took acknowledged writes that another replica had, for as long as this one passed for having lost nothing.
+#[test]
+fn what_was_written_and_never_flushed_is_missed() {
+    let batch = u64::from(1 + PAGES.count) * PAGE_SIZE as u64;
+    let opened = |spoil: &dyn Fn(&Rig, u64)| {
+        let mut rig = Rig::new(29, false);
+        for number in 0..3 {
+            rig.write_through(GROUP, key(number), PAGES, 100);
+        }
+        spoil(&rig, journal_start(&rig));
+        let first = rig.crash(false);
+        let told = first.recovered.lost_end;
+        assert!(!first.recovered.damaged, "nothing of it was flushed");
+        let second = first.crash(false);
+        assert!(!second.recovered.lost_end, "it is told once");
+        told
+    };
+    let page = PAGE_SIZE as u64;
+    assert!(!opened(&|_, _| ()));
+    assert!(
+        opened(&|rig, start| rig.capacity.flip_bit(start + 2 * page, 5)),
+        "later ones say that it was there"
+    );
+    assert!(opened(&|rig, start| rig.capacity.flip_bit(start + batch + 7, 5)));
+    assert!(!opened(&|rig, start| rig.capacity.flip_bit(start + 2 * batch + page, 5)), "it passes for torn");
+}
+
+#[test]
+fn an_end_that_can_not_be_read_is_missed() {
+    for page in [0, 3] {
+        let mut rig = Rig::new(30, false);
+        rig.write_through(GROUP, key(1), PAGES, 100);
+        rig.capacity.make_unreadable(journal_start(&rig) + page * PAGE_SIZE as u64);
+        let rig = rig.crash(false);
+        assert!(rig.recovered.lost_end && !rig.recovered.damaged);
+    }
+}
+
 /// Pushes unit 0 of block 1 without its pages 3 and 15, which nobody has.
 fn push_with_losses(rig: &mut Rig, whole: &PageData) {
     let mut bytes = pool().alloc(whole.bytes.len()).unwrap();

@@ -288,6 +288,7 @@ impl Model {
     /// Takes over what recovery found, after checking that it may be so.
     pub fn recover(&mut self, rig: &mut Rig, power: bool) {
         assert!(!rig.recovered.damaged, "nothing was damaged");
+        assert!(power || !rig.recovered.lost_end, "what was written is there when only the process died");
         for (group, model) in &mut self.groups {
             let found = rig.recovered.groups.iter().find(|found| found.group == *group);
             let tail = found.map(|found| found.tail).unwrap_or_default();

@@ -62,6 +62,7 @@ fn encode(mut descriptors: Vec<Descriptor>) -> (Vec<u8>, BatchHead) {
         position: 1 << 40,
         previous_end: (1 << 40) - 4096,
         flushed: 8192,
+        durable: 12288,
         session: 3,
         descriptor_count: descriptors.len() as u32,
         data_pages: pages,

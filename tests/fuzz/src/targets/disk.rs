@@ -220,6 +220,7 @@ fn head_seeds() -> Vec<Vec<u8>> {
             position: 5 << 20,
             previous_end: 5 << 20,
             flushed: 4 << 20,
+            durable: 5 << 20,
             session: 2,
             descriptor_count: descriptors.len() as u32,
             data_pages,
