@@ -651,8 +651,11 @@ impl Group {
             awaiting.retain(|node| *node == call.node());
         }
         let since_ns = call.now_ns;
+        // What was acknowledged before a member acted is on its way to that one.
+        let everywhere = primary.quorum.as_ref().map_or(Seq(0), Quorum::durable_everywhere);
+        let covers = acked.min(everywhere);
         primary.round =
-            Some(FlushRound { number, covers: acked, since_ns, awaiting: awaiting.clone(), failed: false });
+            Some(FlushRound { number, covers, since_ns, awaiting: awaiting.clone(), failed: false });
         let epoch = primary.epoch;
         for node in awaiting {
             if node == call.node() {
