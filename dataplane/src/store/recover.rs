@@ -9,7 +9,7 @@
 //!
 //! Invariants
 //! - Every byte taken over was checked: heads by their seal, data by their page checksums.
-//! - A damaged store says `damaged` at every open until each of its groups was reset (relearned).
+//! - A damaged store says `damaged` at every open until each of its groups that it knows was reset (relearned).
 
 mod replay;
 

@@ -387,17 +387,20 @@ impl Recovery<'_> {
     /// Is there something at the end that the device does not give?
     fn is_end_unreadable(&self) -> Result<bool, OpenError> {
         let device = self.devices.of(self.layout.journal_device);
-        let mut buffer = self.devices.buffer(HEAD_BYTES_MAX)?;
+        let mut page = self.devices.buffer(PAGE_SIZE)?;
         let offset = self.layout.journal_offset(self.end);
-        if read_again(device, offset, &mut buffer[..PAGE_SIZE]).is_err() {
+        if read_again(device, offset, &mut page).is_err() {
             return Ok(true);
         }
-        let Some(batch) = self.read_head(self.end, &mut buffer) else { return Ok(false) };
-        let data = batch.header.head_bytes()..batch.header.batch_bytes();
-        Ok(batch.header.session == self.checkpoint.session
-            && data
-                .step_by(PAGE_SIZE)
-                .any(|at| read_again(device, offset + at as u64, &mut buffer[..PAGE_SIZE]).is_err()))
+        let of_session = |header: &BatchHeader| {
+            header.store == self.superblock.store
+                && header.position == self.end
+                && header.session == self.checkpoint.session
+                && offset + header.batch_bytes() as u64 <= self.layout.journal.end()
+        };
+        let Some(header) = BatchHeader::peek(&page).ok().filter(of_session) else { return Ok(false) };
+        let mut rest = (PAGE_SIZE..header.batch_bytes()).step_by(PAGE_SIZE);
+        Ok(rest.any(|at| read_again(device, offset + at as u64, &mut page).is_err()))
     }
 }
 
