@@ -76,7 +76,7 @@ impl Group {
     /// Pages that it takes to carry what is pending up to a position.
     fn pages_waiting(&self, through: u64) -> u32 {
         let waiting = self.pending.iter().take_while(|entry| (1..=through).contains(&entry.position));
-        waiting.map(|entry| entry.reserved.journal_pages).sum()
+        waiting.map(|entry| entry.claim.journal_pages).sum()
     }
 
     fn is_copying(&self) -> bool {
@@ -144,7 +144,7 @@ impl Store {
 
     /// Room that is kept to carry what is pending and so many pages more.
     pub(super) fn carry_reserve(&self, more_pages: u32) -> u64 {
-        let all = u64::from(self.reserved.journal_pages + more_pages) * PAGE_SIZE as u64;
+        let all = u64::from(self.reserved.journal_pages() + more_pages) * PAGE_SIZE as u64;
         all.min(self.carry_bytes_max())
     }
 
@@ -209,7 +209,7 @@ impl Store {
     fn carry(&mut self, id: GroupId) -> Option<u32> {
         let carried_due = self.carried_due();
         let group = self.groups.get_mut(&id).expect("it was found among them");
-        let pages = group.pending.iter().map(|entry| entry.reserved.journal_pages).sum();
+        let pages = group.pending.iter().map(|entry| entry.claim.journal_pages).sum();
         if !self.journal.has_room(pages as usize + carried_due, 0) {
             return None;
         }

@@ -22,11 +22,12 @@ use xsan_protocol::wire::replication::block_digest;
 use super::allocator::{Slots, Units};
 use super::carry::{CarryPlace, carried_pages};
 use super::destage::Destage;
-use super::group::{Group, Pending, Reserved};
+use super::group::{Group, Pending};
 use super::index::{Change, Index, MixMap, Place};
 use super::journal::{Item, Journal, Placed, Queued};
 use super::layout::Layout;
 use super::read::Reads;
+use super::reserve::{Claim, Reserved, Wanted};
 use super::status::{Counters, StoreStatus, UnitLocation};
 use super::{GroupTail, Record, Refused, StoreError, StoreEvent, StoreView, Withdrawn};
 use crate::disk::buffers::BufferPool;
@@ -141,8 +142,8 @@ impl Store {
     /// # Panics
     /// A group's entry out of order, or data that does not fit its pages: our bug, not the caller's data.
     pub fn append(&mut self, record: Record) -> Result<(), Refused> {
-        let wanted = match self.check(&record) {
-            Ok(wanted) => wanted,
+        let claim = match self.check(&record) {
+            Ok(claim) => claim,
             Err(error) => return Err(Refused { record: Box::new(record), error }),
         };
         let group = self.groups.entry(record.group()).or_default();
@@ -151,8 +152,8 @@ impl Store {
                 let follows = entry.version.seq == group.last.seq.next();
                 assert!(follows, "entry {} follows {}", entry.version, group.last);
                 group.last = entry.version;
-                group.pending.push_back(Pending::of(entry, wanted));
-                self.reserved += wanted;
+                group.pending.push_back(Pending::of(entry, claim));
+                self.reserved.add(entry.group, entry.key, claim);
                 (group.life, Seq(0))
             }
             Record::Push { as_of, .. } => {
@@ -161,11 +162,9 @@ impl Store {
             }
             Record::Reset { last, .. } => {
                 let applied = group.applied.seq;
-                let released = group.reset(*last);
-                let life = group.life;
+                group.reset(record.group(), *last, &mut self.reserved);
                 self.carry_at = 0;
-                self.reserved -= released;
-                (life, applied)
+                (group.life, applied)
             }
         };
         self.last_append_ns = self.now_ns;
@@ -179,7 +178,7 @@ impl Store {
         let Some(state) = self.groups.get_mut(&group) else {
             return Withdrawn { last: Version::ZERO, pushes: taken.pushes };
         };
-        self.reserved -= state.withdraw();
+        state.withdraw(group, &mut self.reserved);
         if taken.carry {
             state.cancel_carry();
             self.carry_at = 0;
@@ -188,14 +187,14 @@ impl Store {
     }
 
     /// Is there room for the record? Returns what is to be set aside for an entry.
-    fn check(&self, record: &Record) -> Result<Reserved, StoreError> {
+    fn check(&self, record: &Record) -> Result<Claim, StoreError> {
         if self.failed {
             return Err(StoreError::Failed);
         }
         match record {
             Record::Entry(entry) => {
                 let pages = entry.data.as_ref().map_or(0, |_| usize::from(entry.pages.count));
-                let mut wanted = (0, 0);
+                let mut wanted = Wanted::default();
                 if let Some(data) = &entry.data {
                     assert!(data.checksums.len() == pages);
                     assert!(data.bytes.len() == pages * PAGE_SIZE);
@@ -204,8 +203,7 @@ impl Store {
                 // Zeroes free space: they may use nearly the last of the journal. Capacity is what the primary looks at: an entry has its
                 // place in the group's order, and what does not fit waits in the journal until something is freed.
                 self.check_journal(pages, if entry.data.is_some() { 16 } else { 64 })?;
-                let (units, blocks) = wanted;
-                Ok(Reserved { units, blocks, journal_pages: carried_pages(pages) })
+                Ok(Claim { wanted, journal_pages: carried_pages(pages) })
             }
             Record::Push { group, key, unit, data, .. } => {
                 self.check_journal(data.as_ref().map_or(0, |_| PAGES_PER_UNIT), 16)?;
@@ -213,16 +211,14 @@ impl Store {
                     assert!(data.checksums.len() == PAGES_PER_UNIT);
                     assert!(data.bytes.len() == UNIT_SIZE);
                     self.check_capacity(
-                        self.index.wanted(*group, *key, PageRange::of_unit(*unit)),
+                        self.index.wanted(*group, *key, PageRange::of_unit(*unit)).counts(),
                         Reserve::Half,
                     )?;
                 }
-                Ok(Reserved::default())
+                Ok(Claim::default())
             }
             // It frees what is set aside, or is one of a few.
-            Record::Reset { .. } if self.journal.has_room(1 + self.carried_due(), 0) => {
-                Ok(Reserved::default())
-            }
+            Record::Reset { .. } if self.journal.has_room(1 + self.carried_due(), 0) => Ok(Claim::default()),
             Record::Reset { .. } => Err(StoreError::JournalFull),
         }
     }
@@ -241,8 +237,8 @@ impl Store {
         let part = if reserve == Reserve::Whole { 1 } else { 2 };
         let unit_reserve = (self.units.count() / 64).clamp(16, 4096) / part;
         let slot_reserve = (self.slots.count() / 64).clamp(4, 1024) / part;
-        let units_used = self.index.promised_units() + self.reserved.units;
-        let slots_used = self.index.slotless() + self.reserved.blocks;
+        let units_used = self.index.promised_units() + self.reserved.units();
+        let slots_used = self.index.slotless() + self.reserved.blocks();
         let units_fit = units == 0 || units_used + units + unit_reserve <= self.units.free();
         let slots_fit = blocks == 0 || slots_used + blocks + slot_reserve <= self.slots.free();
         if units_fit && slots_fit { Ok(()) } else { Err(StoreError::Full) }
@@ -252,7 +248,7 @@ impl Store {
     pub fn apply(&mut self, group: GroupId, through: Seq) {
         let Some(state) = self.groups.get_mut(&group) else { return };
         state.acknowledged = state.acknowledged.max(through);
-        self.reserved -= state.apply_ready(group, &mut self.index);
+        state.apply_ready(group, &mut self.index, &mut self.reserved);
     }
 
     /// Asks for `Flushed { token }`: everything durable now is on stable media.
@@ -371,7 +367,7 @@ impl Store {
         // At most a few groups a batch: a list is found through faster than a map.
         let mut durable: Vec<(GroupId, Seq)> = Vec::new();
         let (groups, index, events) = (&mut self.groups, &mut self.index, &mut self.events);
-        let (mut released, mut relearned) = (Reserved::default(), false);
+        let (reserved, mut relearned) = (&mut self.reserved, false);
         let (mut carried, mut ended) = (Vec::new(), false);
         self.journal.on_written(position, |placed| match placed {
             Placed::Entry { group, seq, life } => {
@@ -381,7 +377,7 @@ impl Store {
                 }
                 state.entry_mut(seq).expect("an entry is not applied before it is durable").durable = true;
                 if seq <= state.acknowledged {
-                    released += state.apply_ready(group, index);
+                    state.apply_ready(group, index, reserved);
                 }
                 match durable.iter_mut().rev().find(|(of, _)| *of == group) {
                     Some((_, newest)) => *newest = seq,
@@ -403,7 +399,7 @@ impl Store {
                 let state = groups.get_mut(&group).expect("a group with pushes stays");
                 if state.life == life {
                     state.acknowledged = state.acknowledged.max(as_of);
-                    released += state.apply_ready(group, index);
+                    state.apply_ready(group, index, reserved);
                 }
                 let data = data.as_ref().map(|(position, checksums)| (*position, &checksums[..]));
                 let (previous_first, previous_last) = (Version::ZERO, Version::ZERO);
@@ -430,7 +426,6 @@ impl Store {
         if relearned && self.damaged {
             self.damaged = self.groups.values().any(|group| group.damaged);
         }
-        self.reserved -= released;
         if ended {
             self.carry_at = 0;
         }
@@ -569,15 +564,15 @@ impl StoreView for Store {
             return Err(StoreError::Failed);
         }
         self.check_journal(usize::from(pages.count), 8)?;
-        self.check_capacity(self.index.wanted(group, key, pages), Reserve::Whole)
+        self.check_capacity(self.index.wanted(group, key, pages).counts(), Reserve::Whole)
     }
 
     fn wants_room(&self, group: GroupId, key: BlockKey, pages: PageRange) -> bool {
-        self.index.wanted(group, key, pages) != (0, 0)
+        !self.index.wanted(group, key, pages).is_none()
     }
 
     fn has_room(&self, group: GroupId, key: BlockKey, pages: PageRange) -> bool {
-        self.check_capacity(self.index.wanted(group, key, pages), Reserve::Half).is_ok()
+        self.check_capacity(self.index.wanted(group, key, pages).counts(), Reserve::Half).is_ok()
     }
 }
 

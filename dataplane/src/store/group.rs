@@ -8,7 +8,6 @@
 //! - An entry is applied only when it is durable here and acknowledged, in order.
 
 use std::collections::VecDeque;
-use std::ops::{AddAssign, SubAssign};
 use std::sync::Arc;
 
 use xsan_protocol::disk::checkpoint::GroupRow;
@@ -17,34 +16,9 @@ use xsan_protocol::units::PageRange;
 
 use super::carry::Carry;
 use super::index::{Change, Index};
+use super::reserve::{Claim, Reserved};
 use super::{Entry, PageData};
 use crate::disk::buffers::Buffer;
-
-/// What is set aside for entries that are pending.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Reserved {
-    /// Capacity units and blocks that they may need.
-    pub units: u32,
-    pub blocks: u32,
-    /// Pages of the journal, to carry them.
-    pub journal_pages: u32,
-}
-
-impl AddAssign for Reserved {
-    fn add_assign(&mut self, other: Self) {
-        self.units += other.units;
-        self.blocks += other.blocks;
-        self.journal_pages += other.journal_pages;
-    }
-}
-
-impl SubAssign for Reserved {
-    fn sub_assign(&mut self, other: Self) {
-        self.units -= other.units;
-        self.blocks -= other.blocks;
-        self.journal_pages -= other.journal_pages;
-    }
-}
 
 #[derive(Debug)]
 pub struct Pending {
@@ -60,11 +34,11 @@ pub struct Pending {
     pub checksums: Option<Arc<[u32]>>,
     /// What the checksums are of; nothing more once the store has failed.
     pub bytes: Option<Buffer>,
-    pub reserved: Reserved,
+    pub claim: Claim,
 }
 
 impl Pending {
-    pub fn of(entry: &Entry, reserved: Reserved) -> Self {
+    pub fn of(entry: &Entry, claim: Claim) -> Self {
         Self {
             position: 0,
             data_position: 0,
@@ -76,7 +50,7 @@ impl Pending {
             previous_last: entry.previous_last,
             checksums: entry.data.as_ref().map(|data| Arc::clone(&data.checksums)),
             bytes: entry.data.as_ref().map(|data| data.bytes.clone()),
-            reserved,
+            claim,
         }
     }
 
@@ -144,18 +118,16 @@ impl Group {
         self.pending.get_mut(index as usize)
     }
 
-    /// Applies what may be; returns the reservations it no longer needs.
-    pub fn apply_ready(&mut self, group: GroupId, index: &mut Index) -> Reserved {
-        let mut released = Reserved::default();
+    /// Applies what may be, for which nothing need be set aside any more.
+    pub fn apply_ready(&mut self, group: GroupId, index: &mut Index, reserved: &mut Reserved) {
         let acknowledged = self.acknowledged;
         while let Some(entry) =
             self.pending.pop_front_if(|entry| entry.durable && entry.version.seq <= acknowledged)
         {
             index.apply(&entry.change(group));
             self.applied = entry.version;
-            released += entry.reserved;
+            reserved.release(group, entry.key, entry.claim);
         }
-        released
     }
 
     /// What a checkpoint may say is applied.
@@ -175,35 +147,31 @@ impl Group {
         }
     }
 
-    /// Drops what is pending and goes on from `last`; returns the reservations.
-    pub fn reset(&mut self, last: Version) -> Reserved {
+    /// Drops what is pending and goes on from `last`.
+    pub fn reset(&mut self, group: GroupId, last: Version, reserved: &mut Reserved) {
         self.unsettled = Some(self.settled());
         self.dropped_position = self.oldest_position();
         self.cancel_carry();
-        let mut released = Reserved::default();
-        self.pending.drain(..).for_each(|entry| released += entry.reserved);
+        self.pending.drain(..).for_each(|entry| reserved.release(group, entry.key, entry.claim));
         self.life += 1;
         self.last = last;
         self.applied = last;
         self.acknowledged = last.seq;
-        released
     }
 
     /// Drops what is pending at an opening that trusts nothing of it: the checkpoint that follows says so.
-    pub fn forget_pending(&mut self) {
-        self.pending.clear();
+    pub fn forget_pending(&mut self, group: GroupId, reserved: &mut Reserved) {
+        self.pending.drain(..).for_each(|entry| reserved.release(group, entry.key, entry.claim));
         self.last = self.applied;
         self.acknowledged = self.applied.seq;
     }
 
-    /// Takes back the entries that are in no batch; returns their reservations.
-    pub fn withdraw(&mut self) -> Reserved {
-        let mut released = Reserved::default();
+    /// Takes back the entries that are in no batch.
+    pub fn withdraw(&mut self, group: GroupId, reserved: &mut Reserved) {
         while let Some(entry) = self.pending.pop_back_if(|entry| entry.position == 0) {
-            released += entry.reserved;
+            reserved.release(group, entry.key, entry.claim);
         }
         self.last = self.pending.back().map_or(self.applied, |entry| entry.version);
-        released
     }
 
     /// Journal position that must be kept for the oldest entry that is pending, or dropped by a reset, or carried, where that is

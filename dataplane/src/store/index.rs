@@ -20,6 +20,8 @@ use xsan_protocol::ids::{BlockKey, Epoch, GroupId, Seq, StoreId, Version};
 use xsan_protocol::mutation::Mutation;
 use xsan_protocol::units::{PAGE_SIZE, PAGES_PER_UNIT, PageRange, UNITS_PER_BLOCK};
 
+use super::reserve::Wanted;
+
 /// A slot number that is none.
 pub const NO_SLOT: u32 = u32::MAX;
 /// Position of the oldest change of a block that has none.
@@ -349,15 +351,15 @@ impl Index {
     }
 
     /// Capacity units and blocks that a write of these pages would newly need.
-    pub fn wanted(&self, group: GroupId, key: BlockKey, pages: PageRange) -> (u32, u32) {
+    pub fn wanted(&self, group: GroupId, key: BlockKey, pages: PageRange) -> Wanted {
         let block = self.get(group, key);
         let has = |unit: u8| {
             block
                 .and_then(|block| block.unit(unit))
                 .is_some_and(|unit| unit.capacity != NO_CAPACITY || unit.journalled != 0)
         };
-        let units = pages.units().filter(|unit| !has(*unit)).count() as u32;
-        (units, u32::from(block.is_none()))
+        let units = pages.units().filter(|unit| !has(*unit)).fold(0, |units, unit| units | 1 << unit);
+        Wanted { units, block: block.is_none() }
     }
 
     /// Applies an entry or a push: its pages are read from the journal from now on, or are zero.

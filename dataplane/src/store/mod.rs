@@ -14,6 +14,7 @@ mod journal;
 mod layout;
 mod read;
 mod recover;
+mod reserve;
 mod status;
 #[cfg(test)]
 mod tests;

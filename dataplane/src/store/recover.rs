@@ -28,10 +28,11 @@ use super::allocator::{Slots, Units};
 use super::destage::{Destage, SKIP_NS};
 use super::engine::{Options, Store};
 use super::format::{self, FormatError};
-use super::group::{Group, Reserved};
+use super::group::Group;
 use super::index::Index;
 use super::journal::{Journal, Start};
 use super::layout::Layout;
+use super::reserve::Reserved;
 use super::status::Counters;
 use super::{Entry, GroupTail};
 use crate::disk::buffers::{BufferMut, BufferPool};
@@ -206,6 +207,7 @@ struct Recovery<'a> {
     units: Units,
     slots: Slots,
     groups: BTreeMap<GroupId, Group>,
+    reserved: Reserved,
     /// Position of each reset in the journal and what its group had applied before it.
     resets: BTreeMap<GroupId, Vec<(u64, Seq)>>,
     carried: BTreeMap<GroupId, Vec<Carried>>,
@@ -234,6 +236,7 @@ impl<'a> Recovery<'a> {
             units: Units::new(layout.unit_count()),
             slots: Slots::new(layout.slot_count(), checkpoint.slots_mark),
             groups: groups.collect(),
+            reserved: Reserved::default(),
             end: checkpoint.tail,
             seen_end: checkpoint.flushed,
             seen_session: checkpoint.session,
@@ -340,8 +343,8 @@ impl<'a> Recovery<'a> {
         let mut recovered = Vec::new();
         if self.damaged {
             // What is missing may be anywhere: nothing pending is trusted, every group is relearned.
-            for group in self.groups.values_mut() {
-                group.forget_pending();
+            for (id, group) in &mut self.groups {
+                group.forget_pending(*id, &mut self.reserved);
                 group.damaged = true;
             }
         }
@@ -386,8 +389,6 @@ impl<'a> Recovery<'a> {
 
     fn into_store(self, options: Options, damaged: bool) -> Store {
         let session = self.seen_session + 1;
-        let mut reserved = Reserved::default();
-        self.groups.values().flat_map(|group| &group.pending).for_each(|entry| reserved += entry.reserved);
         let journal = Journal::new(Start {
             store: self.superblock.store,
             session,
@@ -412,7 +413,7 @@ impl<'a> Recovery<'a> {
             units: self.units,
             slots: self.slots,
             groups: self.groups,
-            reserved,
+            reserved: self.reserved,
             carry_at: 0,
             carry_again_ns: 0,
             flushes: Default::default(),

@@ -24,8 +24,9 @@ use super::{OpenError, READ_BYTES, Recovery, read_again, read_around};
 use crate::disk::buffers::{Buffer, BufferMut, BufferPool};
 use crate::store::carry::carried_pages;
 use crate::store::engine::mismatches;
-use crate::store::group::{Pending, Reserved};
+use crate::store::group::Pending;
 use crate::store::index::Change;
+use crate::store::reserve::{Claim, Wanted};
 
 /// How far behind the end of the journal a later whole batch is looked for.
 const LOOK_AHEAD_BYTES: u64 = 64 << 20;
@@ -232,7 +233,7 @@ impl Recovery<'_> {
             // The reset drops what was not applied; what was, it has not.
             self.acknowledge(descriptor.group, descriptor.acked);
             let group = self.groups.entry(descriptor.group).or_default();
-            group.reset(descriptor.version);
+            group.reset(descriptor.group, descriptor.version, &mut self.reserved);
             group.on_reset_durable(position, descriptor.version, group.life);
         }
     }
@@ -273,6 +274,10 @@ impl Recovery<'_> {
         let group = self.groups.entry(descriptor.group).or_default();
         let has_data = descriptor.kind.has_data();
         let data_pages = if has_data { usize::from(descriptor.pages.count) } else { 0 };
+        let wanted = match has_data {
+            true => self.index.wanted(descriptor.group, descriptor.key, descriptor.pages),
+            false => Wanted::default(),
+        };
         let pending = Pending {
             position,
             data_position: at,
@@ -284,7 +289,7 @@ impl Recovery<'_> {
             previous_last: descriptor.previous_last,
             checksums: has_data.then_some(table),
             bytes,
-            reserved: Reserved { journal_pages: carried_pages(data_pages), ..Reserved::default() },
+            claim: Claim { wanted, journal_pages: carried_pages(data_pages) },
         };
         // What was applied, by the checkpoint or the reset, may be in its block's record or not. What a reset dropped is gone, and its seq
         // may have been given again.
@@ -302,6 +307,7 @@ impl Recovery<'_> {
             return;
         }
         group.last = descriptor.version;
+        self.reserved.add(descriptor.group, pending.key, pending.claim);
         group.pending.push_back(pending);
         self.acknowledge(descriptor.group, descriptor.acked);
     }
@@ -309,7 +315,7 @@ impl Recovery<'_> {
     fn acknowledge(&mut self, group: GroupId, through: Seq) {
         let state = self.groups.entry(group).or_default();
         state.acknowledged = state.acknowledged.max(through);
-        state.apply_ready(group, &mut self.index);
+        state.apply_ready(group, &mut self.index, &mut self.reserved);
     }
 
     /// What a record says was acknowledged, unless a reset that the checkpoint knows of came after it: seqs may have gone back.

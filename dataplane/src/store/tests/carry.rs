@@ -4,7 +4,7 @@ use xsan_protocol::ids::{GroupId, Seq};
 use xsan_protocol::units::{PAGE_SIZE, PageRange};
 
 use super::rig::{JOURNAL_BYTES, Rig, key, open, version};
-use crate::store::group::Reserved;
+use crate::store::reserve::Reserved;
 use crate::store::{Entry, Record, StoreError, StoreView};
 
 const GROUP: GroupId = GroupId(3);
