@@ -47,7 +47,11 @@ impl Refusal {
         if status.details().is_empty() {
             return None;
         }
-        let detail = ErrorDetail::decode(status.details()).ok()?;
+        Self::from_detail(ErrorDetail::decode(status.details()).ok()?)
+    }
+
+    /// The refusal that a detail tells, if it has a number: also of what would be refused, in a plan.
+    pub fn from_detail(detail: ErrorDetail) -> Option<Self> {
         let number = u16::try_from(detail.code).ok().filter(|number| *number != 0)?;
         // Whoever shows the refusal puts the number before it.
         let message = match detail.message.strip_prefix("error ").and_then(|rest| rest.split_once(": ")) {

@@ -302,18 +302,23 @@ impl Controller {
     }
 
     /// Volumes are attached no more at nodes that nobody waits for: nobody could delete them, and no such node would be removed.
-    /// One that comes back in the same life attaches what it has open again.
+    /// One that comes back in the same life attaches what it has open again. One at a time: its commit is a new state, which comes
+    /// back here after the next look at what is more urgent.
     async fn detach_from_the_dead(&self) {
         let state = self.handle.state();
         for volume in state.map().volumes.values() {
             for &node in volume.attached_nodes.iter().filter(|node| self.planner.out().contains(node)) {
                 let Some(incarnation) = state.registered(node) else { continue };
                 let command = Command::Detach { volume: volume.id, node, incarnation };
-                if let Err(error) = self.handle.propose_until(self.term, command).await {
-                    let code = error.code().number();
-                    return tracing::warn!(code, %node, volume = %volume.name, "still shown as attached: {error}");
-                }
-                tracing::info!(%node, volume = %volume.name, "the node is gone: the volume is attached there no more");
+                return match self.handle.propose_until(self.term, command).await {
+                    Ok(_) => {
+                        tracing::info!(%node, volume = %volume.name, "the node is gone: the volume is attached there no more");
+                    }
+                    Err(error) => {
+                        let code = error.code().number();
+                        tracing::warn!(code, %node, volume = %volume.name, "still shown as attached: {error}");
+                    }
+                };
             }
         }
     }

@@ -47,19 +47,12 @@ pub struct Cluster {
     /// Asked nothing: they would answer late, or from the past.
     avoided: BTreeSet<usize>,
     devices: Vec<(usize, LoopDevice)>,
-    killed: Mutex<Killed>,
+    /// The lives of data processes that were killed, by node. Until its lease ends the cluster shows a dead one as up:
+    /// `wait_healthy` must not be satisfied by that.
+    ended: Mutex<BTreeMap<usize, u64>>,
     // Dropped after the nodes: fields are dropped in order.
     directory: WorkDirectory,
     _turn: MutexGuard<'static, ()>,
-}
-
-/// Processes that were killed. Until its lease ends the cluster shows a dead one as up: `wait_healthy` must not be satisfied by that.
-#[derive(Debug, Default)]
-struct Killed {
-    /// The lives of data processes that ended.
-    lives: BTreeMap<usize, u64>,
-    /// Nodes whose control process must answer for itself.
-    controls: BTreeSet<usize>,
 }
 
 impl Cluster {
@@ -100,8 +93,8 @@ impl Cluster {
         );
         let directory = WorkDirectory::create()?;
         let (nodes, avoided, devices) = (Vec::new(), BTreeSet::new(), Vec::new());
-        let (network, killed) = (network()?, Mutex::default());
-        Ok(Self { nodes, network, options, avoided, devices, killed, directory, _turn: turn })
+        let (network, ended) = (network()?, Mutex::default());
+        Ok(Self { nodes, network, options, avoided, devices, ended, directory, _turn: turn })
     }
 
     pub fn add_nodes(&mut self, count: usize) -> Result<()> {
@@ -199,9 +192,7 @@ impl Cluster {
     }
 
     pub fn kill_control(&self, index: usize) -> Result<u32> {
-        let pid = self.nodes[index].kill_control()?;
-        self.killed().controls.insert(index);
-        Ok(pid)
+        self.nodes[index].kill_control()
     }
 
     pub fn kill_node(&mut self, index: usize) -> Result<()> {
@@ -211,11 +202,7 @@ impl Cluster {
     /// As at once as can be.
     pub fn kill_nodes(&mut self, indexes: &[usize]) -> Result<()> {
         self.note_lives(indexes.iter().copied())?;
-        for &index in indexes {
-            self.nodes[index].kill()?;
-            self.killed().controls.insert(index);
-        }
-        Ok(())
+        indexes.iter().try_for_each(|index| self.nodes[*index].kill())
     }
 
     /// All the processes of all the nodes, as a power cut of the room would (without losing what disks hold).
@@ -224,35 +211,23 @@ impl Cluster {
         self.kill_nodes(&all)
     }
 
-    fn killed(&self) -> MutexGuard<'_, Killed> {
-        self.killed.lock().unwrap_or_else(PoisonError::into_inner)
+    fn ended(&self) -> MutexGuard<'_, BTreeMap<usize, u64>> {
+        self.ended.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// These data processes are about to be killed.
     fn note_lives(&self, indexes: impl Iterator<Item = usize>) -> Result<()> {
         let status = self.status().context("before a kill")?;
         let life = |index: usize| Some((index, control::life(&status, &self.nodes[index].name)?));
-        self.killed().lives.extend(indexes.filter_map(life));
+        self.ended().extend(indexes.filter_map(life));
         Ok(())
     }
 
-    /// Whether others have taken the place of all processes that were killed; what is missing, if not.
-    fn killed_are_replaced(&self, status: &ClusterStatusReply) -> Result<(), String> {
-        let mut killed = self.killed();
-        killed.lives.retain(|index, ended| control::life(status, &self.nodes[*index].name) == Some(*ended));
-        if let Some(index) = killed.lives.keys().next() {
-            return Err(format!("{}: no new data process is known", self.nodes[*index].name));
-        }
-        // The dead one is surely gone: who answers at its address is its successor.
-        while let Some(index) = killed.controls.first().copied() {
-            let node = &self.nodes[index];
-            let answer = Control::new(vec![node.control]).status();
-            if !answer.is_ok_and(|status| control::is_healthy(&status, self.nodes.len())) {
-                return Err(format!("{}: its new control process does not know the cluster yet", node.name));
-            }
-            killed.controls.pop_first();
-        }
-        Ok(())
+    /// The first node whose data process was killed and of which no new one is known yet.
+    fn dead_in(&self, status: &ClusterStatusReply) -> Option<&Node> {
+        let mut ended = self.ended();
+        ended.retain(|index, ended| control::life(status, &self.nodes[*index].name) == Some(*ended));
+        ended.keys().next().map(|index| &self.nodes[*index])
     }
 
     pub fn stop_node(&mut self, index: usize) -> Result<()> {
@@ -309,18 +284,28 @@ impl Cluster {
         })
     }
 
-    /// A leader, every node up, every replica acting, and of every process that was killed a new life.
+    /// A leader, every node up, every replica acting, and of every process that was killed a new life, as every node that is
+    /// asked sees it: one that was away answers from an old map until it has caught up.
     pub fn wait_healthy(&self, deadline: Duration) -> Result<ClusterStatusReply> {
-        let count = self.nodes.len();
-        until("every replica to act", deadline, || match self.status() {
-            Ok(status) if control::is_healthy(&status, count) => {
-                Ok(match self.killed_are_replaced(&status) {
-                    Ok(()) => Look::Done(status),
-                    Err(missing) => Look::NotYet(missing),
-                })
+        until("every replica to act", deadline, || {
+            let mut last = None;
+            for node in self.asked() {
+                let status = match Control::new(vec![node.control]).status() {
+                    Ok(status) => status,
+                    Err(error) => return Ok(Look::NotYet(format!("{}: {error:#}", node.name))),
+                };
+                if !control::is_healthy(&status, self.nodes.len()) {
+                    return Ok(Look::NotYet(format!("{}: {}", node.name, control::summary(&status))));
+                }
+                if let Some(dead) = self.dead_in(&status) {
+                    return Ok(Look::NotYet(format!("{}: no new data process is known", dead.name)));
+                }
+                let version = status.map_version;
+                if last.replace(status).is_some_and(|other| other.map_version != version) {
+                    return Ok(Look::NotYet(format!("the map of {} is another one", node.name)));
+                }
             }
-            Ok(status) => Ok(Look::NotYet(control::summary(&status))),
-            Err(error) => Ok(Look::NotYet(format!("{error:#}"))),
+            Ok(last.map_or_else(|| Look::NotYet("no node runs".to_owned()), Look::Done))
         })
     }
 

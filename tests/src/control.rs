@@ -11,7 +11,7 @@ use tonic::transport::{Channel, Endpoint};
 use xsan_protocol::proto::cluster_client::ClusterClient;
 use xsan_protocol::proto::{
     ClusterMap, ClusterStatusReply, ClusterStatusRequest, GetMapRequest, GetVolumeRequest, LocateBlockReply,
-    LocateBlockRequest, PerfStatsReply, PerfStatsRequest, VolumeStatus,
+    LocateBlockRequest, PerfStatsReply, PerfStatsRequest, ScrubStatusReply, ScrubStatusRequest, VolumeStatus,
 };
 
 const CALL_TIMEOUT: Duration = Duration::from_secs(5);
@@ -46,6 +46,10 @@ impl Control {
 
     pub fn perf_stats(&self) -> Result<PerfStatsReply> {
         self.call(async |mut client| client.perf_stats(PerfStatsRequest { node: String::new() }).await)
+    }
+
+    pub fn scrub_status(&self) -> Result<ScrubStatusReply> {
+        self.call(async |mut client| client.scrub_status(ScrubStatusRequest {}).await)
     }
 
     fn call<T, F>(&self, request: impl Fn(ClusterClient<Channel>) -> F) -> Result<T>

@@ -9,13 +9,16 @@ use anyhow::{Result, bail, ensure};
 
 use crate::cluster::Cluster;
 use crate::history::History;
-use crate::writer::{Pages, Work, Writer};
+use crate::writer::{Pages, Promises, Work, Writer};
 
 /// Of the volume, so that pages far apart are in groups of their own.
 const PAGES_PER_CLIENT: u64 = 16;
 /// Issue: a client that reads as much as it writes sees a stale value soon.
 const READ_PERCENT: u64 = 60;
-const FLUSH_INTERVAL: u64 = 50;
+/// In writes.
+const FLUSH_INTERVAL: u64 = 25;
+/// So many rounds that follow each other meet other groups; the next ones lie beside them, so that many rounds take little space.
+const SPREAD: u64 = 8;
 
 /// The pages of a round: others' rounds use others.
 #[derive(Clone, Copy, Debug)]
@@ -29,12 +32,18 @@ pub struct Field {
 impl Field {
     /// Rounds that a field of so many pages has room for.
     pub const fn rounds(&self, clients: u64) -> u64 {
+        self.step(clients) / SPREAD * SPREAD
+    }
+
+    /// Between two pages of a client.
+    const fn step(&self, clients: u64) -> u64 {
         self.pages / (clients * PAGES_PER_CLIENT)
     }
 
     const fn pages_of(&self, client: u64, clients: u64) -> Pages {
-        let step = self.rounds(clients);
-        let first = self.first + client * PAGES_PER_CLIENT * step + self.round;
+        let step = self.step(clients);
+        let own = self.round % SPREAD * (step / SPREAD) + self.round / SPREAD;
+        let first = self.first + client * PAGES_PER_CLIENT * step + own;
         Pages { first, step, count: PAGES_PER_CLIENT }
     }
 }
@@ -98,6 +107,16 @@ impl Crowd {
     /// # Errors
     /// A client saw an error or lost data, or the history is not linearizable.
     pub fn finish(self, cluster: &Cluster, touched: &[usize]) -> Result<Summary> {
+        self.finish_keeping(cluster, touched, &mut Promises::new())
+    }
+
+    /// As `finish`; what the clients were promised is added to `kept`, to be looked at again later.
+    pub fn finish_keeping(
+        self,
+        cluster: &Cluster,
+        touched: &[usize],
+        kept: &mut Promises,
+    ) -> Result<Summary> {
         let (mut history, mut summary) = (History::default(), Summary::default());
         let count = self.writers.len();
         for (index, writer) in self.writers.into_iter().enumerate() {
@@ -109,6 +128,7 @@ impl Crowd {
             if !touched.contains(&index) {
                 summary.stall_elsewhere = summary.stall_elsewhere.max(report.stall);
             }
+            kept.extend(report.pages);
             history.merge(report.history);
         }
         summary.operations = history.operation_count();
@@ -117,5 +137,28 @@ impl Crowd {
             bail!("seed {}: {violation}", self.seed);
         }
         Ok(summary)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn no_two_clients_and_no_two_rounds_share_a_page() {
+        let field = Field { first: 100, pages: 3 * PAGES_PER_CLIENT * 45, round: 0 };
+        assert_eq!(field.rounds(3), 40);
+        let mut seen = BTreeSet::new();
+        for round in 0..field.rounds(3) {
+            for client in 0..3 {
+                let Pages { first, step, count } = Field { round, ..field }.pages_of(client, 3);
+                for page in (0..count).map(|index| first + index * step) {
+                    assert!((100..100 + field.pages).contains(&page) && seen.insert(page), "page {page}");
+                }
+            }
+        }
+        assert_eq!(seen.len() as u64, 40 * 3 * PAGES_PER_CLIENT);
     }
 }

@@ -109,11 +109,17 @@ impl LoopDevice {
     /// The pool of a device over memory is full from now on, or has room for `limit` bytes in all.
     pub fn limit_pool(&self, limit: Option<u64>) -> Result<()> {
         let memory = self.memory.as_ref().context("a device over a file has no pool")?;
-        let limit = match limit {
-            Some(bytes) => bytes,
-            None => used_bytes(memory)?,
-        };
-        set_limit(memory, limit).with_context(|| format!("limiting {} to {limit}", self.path.display()))
+        // What is used may grow before it is the limit, which is refused then.
+        for _ in 0..TRIES_MAX {
+            let bytes = limit.map_or_else(|| used_bytes(memory), Ok)?;
+            match set_limit(memory, bytes) {
+                Err(error) if limit.is_none() && error.raw_os_error() == Some(libc::EINVAL) => {}
+                result => {
+                    return result.with_context(|| format!("limiting {} to {bytes}", self.path.display()));
+                }
+            }
+        }
+        anyhow::bail!("{} was written to all the time", self.path.display())
     }
 
     /// A device that is read-only fails every write, and reads on: what worn out flash does.

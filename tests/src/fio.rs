@@ -73,7 +73,9 @@ impl<'a> Job<'a> {
         };
         let size_option = if self.block_size.contains('-') { "bsrange" } else { "bs" };
         command.arg(format!("--rw={}", self.pattern)).arg(format!("--{size_option}={}", self.block_size));
-        command.arg(format!("--iodepth={}", self.depth)).arg(format!("--randseed={}", self.seed));
+        // Without randrepeat=0 fio takes its places from a seed of its own, the same in each run and each pass.
+        command.arg(format!("--iodepth={}", self.depth));
+        command.arg("--randrepeat=0").arg(format!("--randseed={}", self.seed));
         command.arg(format!("--offset={}", self.offset)).arg(format!("--size={}", self.size));
         if let Some(runtime) = self.runtime {
             command.arg("--time_based").arg(format!("--runtime={}ms", runtime.as_millis()));

@@ -31,7 +31,9 @@ impl SlowFlushes {
             let tracer = format!("TracerPid:\t{}\n", strace.pid());
             let mut free = 0;
             for task in fs::read_dir(format!("/proc/{pid}/task"))? {
-                free += u32::from(!fs::read_to_string(task?.path().join("status"))?.contains(&tracer));
+                // A thread may end between the listing and the reading.
+                let status = fs::read_to_string(task?.path().join("status"));
+                free += u32::from(status.is_ok_and(|status| !status.contains(&tracer)));
             }
             Ok(if free == 0 { Look::Done(()) } else { Look::NotYet(format!("{free} threads are free")) })
         })?;

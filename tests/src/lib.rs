@@ -15,6 +15,7 @@ pub mod crowd;
 pub mod device;
 pub mod fio;
 pub mod flushes;
+pub mod foreground;
 pub mod garbage;
 pub mod history;
 pub mod image;

@@ -81,14 +81,19 @@ pub struct Promise {
     pub sent: u64,
 }
 
+/// By page of the volume.
+pub type Promises = BTreeMap<u64, Promise>;
+
 #[derive(Clone, Debug, Default)]
 pub struct Report {
     pub operations: u64,
+    /// Of these.
+    pub writes: u64,
     pub flushes: u64,
     /// Connections that broke: each must be explained by the death of a gateway's process.
     pub losses: u64,
     pub stall: Duration,
-    pub pages: BTreeMap<u64, Promise>,
+    pub pages: Promises,
     pub history: History,
 }
 
@@ -242,8 +247,9 @@ impl Task {
         result?;
         promise.acknowledged = generation;
         self.measure();
+        self.report.writes += 1;
         let interval = self.work.flush_interval;
-        if interval > 0 && (self.report.operations + 1).is_multiple_of(interval) {
+        if interval > 0 && self.report.writes.is_multiple_of(interval) {
             client.flush()?;
             self.report.flushes += 1;
             for promise in self.report.pages.values_mut() {
@@ -307,27 +313,31 @@ impl Report {
     /// Reads every page that was written: each holds what was acknowledged, or a newer one that was sent.
     /// Returns the number of bytes verified.
     pub fn verify(&self, client: &mut Client, seed: u64) -> Result<u64> {
-        self.verify_from(client, seed, |promise| promise.acknowledged)
+        verify(&self.pages, client, seed, |promise| promise.acknowledged)
     }
 
     /// As `verify`, for a fault that may take what was not flushed.
     pub fn verify_flushed(&self, client: &mut Client, seed: u64) -> Result<u64> {
-        self.verify_from(client, seed, |promise| promise.flushed)
+        verify(&self.pages, client, seed, |promise| promise.flushed)
     }
+}
 
-    fn verify_from(&self, client: &mut Client, seed: u64, floor: impl Fn(&Promise) -> u64) -> Result<u64> {
-        let mut bytes = vec![0; PAGE_SIZE];
-        for (page, promise) in &self.pages {
-            client
-                .read(page * PAGE_SIZE as u64, &mut bytes)
-                .with_context(|| format!("reading page {page}"))?;
-            let generation = Stamp::generation_of(&bytes, *page, seed).map_err(|message| anyhow!(message))?;
-            let expected = floor(promise)..=promise.sent;
-            ensure!(
-                expected.contains(&generation),
-                "page {page} holds generation {generation}, expected {expected:?}"
-            );
-        }
-        Ok(self.pages.len() as u64 * PAGE_SIZE as u64)
+/// Reads every page: each holds what `floor` says, or a newer one that was sent. Returns the number of bytes verified.
+pub fn verify(
+    pages: &Promises,
+    client: &mut Client,
+    seed: u64,
+    floor: impl Fn(&Promise) -> u64,
+) -> Result<u64> {
+    let mut bytes = vec![0; PAGE_SIZE];
+    for (page, promise) in pages {
+        client.read(page * PAGE_SIZE as u64, &mut bytes).with_context(|| format!("reading page {page}"))?;
+        let generation = Stamp::generation_of(&bytes, *page, seed).map_err(|message| anyhow!(message))?;
+        let expected = floor(promise)..=promise.sent;
+        ensure!(
+            expected.contains(&generation),
+            "page {page} holds generation {generation}, expected {expected:?}"
+        );
     }
+    Ok(pages.len() as u64 * PAGE_SIZE as u64)
 }

@@ -9,10 +9,11 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use xsan_tests::fio::{Job, Load};
+use xsan_tests::foreground::{self, Foreground};
 use xsan_tests::image::Image;
 use xsan_tests::nbd::{Client, NbdError};
 use xsan_tests::network::Network;
-use xsan_tests::process::Running;
+use xsan_tests::process::{Handle, Running};
 use xsan_tests::stamp::{PAGE_SIZE, Stamp};
 use xsan_tests::switch::Link;
 use xsan_tests::tools::{Export, raw_export, run};
@@ -77,6 +78,41 @@ fn the_writer_measures_a_stall_and_keeps_its_promises() {
     promise.sent += 1;
     let message = format!("{:#}", report.clone().verify(&mut client, 4).unwrap_err());
     assert!(message.contains(&format!("page {}", report.pages.keys().next().unwrap())), "{message}");
+}
+
+/// Clients that have one operation under way each saw one slow write each, however long nobody answered.
+#[test]
+fn the_foreground_counts_all_that_fell_due_while_nobody_answered() {
+    let (directory, network) = (work_directory(), Network::take().unwrap());
+    let path = disk(directory.path());
+    let server = raw_export(network.nbd(0), &path).unwrap();
+    let (gateway, clients, rate) = (network.nbd(0), 4, 400);
+    let pages = 16 * MIB / PAGE_SIZE as u64;
+    let load = foreground::Load { gateway, export: String::new(), pages, rate, clients, seed: 6 };
+    let foreground = Foreground::start(load).unwrap();
+    let handle = Handle::open(server.pid()).unwrap();
+    let began = foreground.now();
+    handle.signal(libc::SIGSTOP).unwrap();
+    std::thread::sleep(3 * PAUSE);
+    handle.signal(libc::SIGCONT).unwrap();
+    let ended = foreground.now();
+    let writes = foreground.writes(began..ended).unwrap();
+    // Half of what fell due is written, and a third of that waited for less than a third of the time.
+    let due = (ended - began).as_secs_f64() * f64::from(rate) / 2.0;
+    let slow = writes.iter().filter(|write| write.wait > PAUSE).count();
+    assert!((writes.len() as f64 - due).abs() < due / 4.0, "{} writes, not {due}", writes.len());
+    assert!(slow as f64 > due / 2.0 && slow < writes.len(), "{slow} of {due} waited long");
+    assert!(foreground::percentile(&writes, 100).unwrap() > 2 * PAUSE);
+    assert_eq!(foreground.finish(gateway).unwrap(), 16 * MIB);
+
+    // A page that is not what was written last is found.
+    let load = foreground::Load { gateway, export: String::new(), pages, rate, clients, seed: 7 };
+    let foreground = Foreground::start(load).unwrap();
+    let mut client = Client::connect(gateway, "", TIMEOUT).unwrap();
+    std::thread::sleep(PAUSE);
+    client.write(9 * PAGE_SIZE as u64, &Stamp { page: 9, generation: 99, seed: 7 }.to_page()).unwrap();
+    let failed = foreground.finish(gateway).unwrap_err().to_string();
+    assert!(failed.contains("page 9") && failed.contains("generation 99"), "{failed}");
 }
 
 #[test]

@@ -30,6 +30,8 @@ pub enum ApiError {
     Stopping,
     #[error("the data process of this node does not answer")]
     NoDataProcess,
+    #[error("another node was asked for than the one that has its address now")]
+    OtherNode,
 }
 
 impl ApiError {
@@ -37,7 +39,7 @@ impl ApiError {
         match self {
             Self::Raft(error) => error.code(),
             Self::Refused(refusal) => refusal.code,
-            Self::NodeNotFound { .. } => Code::NodeNotFound,
+            Self::NodeNotFound { .. } | Self::OtherNode => Code::NodeNotFound,
             Self::VolumeNotFound { .. } => Code::VolumeNotFound,
             Self::OutOfRange { .. } => Code::OutOfRange,
             Self::Invalid { .. } => Code::InvalidArgument,
@@ -52,7 +54,9 @@ impl ApiError {
             Self::NodeNotFound { name } => format!("node {name}"),
             Self::VolumeNotFound { name } | Self::OutOfRange { volume: name, .. } => format!("volume {name}"),
             Self::Invalid { object, .. } => object.clone(),
-            Self::Raft(_) | Self::Unexpected | Self::Stopping | Self::NoDataProcess => "cluster".to_owned(),
+            Self::Raft(_) | Self::Unexpected | Self::Stopping | Self::NoDataProcess | Self::OtherNode => {
+                "cluster".to_owned()
+            }
         }
     }
 }

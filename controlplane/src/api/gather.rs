@@ -3,6 +3,8 @@
 use std::net::SocketAddr;
 
 use futures::future::join_all;
+use tonic::Request;
+use tonic::metadata::MetadataValue;
 use tonic::transport::Channel;
 use xsan_protocol::ids::{BlockIndex, NodeId};
 use xsan_protocol::map::{Group, Member, Node, Volume};
@@ -16,6 +18,9 @@ use crate::clock::{BootTime, unix_ms};
 use crate::events::EVENTS_MAX;
 use crate::state::ClusterState;
 use crate::timing::GATHER_WAIT;
+
+/// Names the node that is asked.
+const NODE_KEY: &str = "xsan-node";
 
 pub const RELEASE: &str = env!("CARGO_PKG_VERSION");
 
@@ -52,6 +57,20 @@ fn client(context: &Context, node: &Node) -> Option<RaftClient<Channel>> {
     context.channels.client(&SocketAddr::new(node.address, node.control_port).to_string()).ok()
 }
 
+/// What is asked of a node, by its name: where it was, another one may be now.
+fn to<T>(node: &Node, message: T) -> Request<T> {
+    let mut request = Request::new(message);
+    request.metadata_mut().insert(NODE_KEY, MetadataValue::from(node.id.0));
+    request
+}
+
+/// Refuses what is asked of another node.
+pub fn check_addressee<T>(own: NodeId, request: &Request<T>) -> Result<(), ApiError> {
+    let own = MetadataValue::from(own.0);
+    let is_other = request.metadata().get(NODE_KEY).is_some_and(|node| *node != own);
+    if is_other { Err(ApiError::OtherNode) } else { Ok(()) }
+}
+
 /// The answer of another node; `None` when it does not come in time.
 async fn within<T>(call: impl Future<Output = Result<tonic::Response<T>, tonic::Status>>) -> Option<T> {
     Some(tokio::time::timeout(GATHER_WAIT * 2, call).await.ok()?.ok()?.into_inner())
@@ -62,7 +81,7 @@ pub async fn status(context: &Context, node: &Node) -> Option<proto::LocalStatus
         return Some(local_status(context));
     }
     let mut client = client(context, node)?;
-    within(client.local_status(proto::LocalStatusRequest {})).await
+    within(client.local_status(to(node, proto::LocalStatusRequest {}))).await
 }
 
 /// What the nodes saw happen while they led, the oldest first, each by its own clock; of those that are no node any more nothing.
@@ -73,7 +92,7 @@ pub async fn events(context: &Context) -> proto::ListEventsReply {
             return Some(local_events(context));
         }
         let mut client = client(context, node)?;
-        within(client.local_events(proto::ListEventsRequest {})).await
+        within(client.local_events(to(node, proto::ListEventsRequest {}))).await
     };
     let nodes = || state.map().nodes.values();
     let replies = join_all(nodes().map(ask)).await;
@@ -105,7 +124,9 @@ pub async fn perf(context: &Context, nodes: &[&Node]) -> proto::PerfStatsReply {
             local_perf(context).await
         } else {
             match client(context, node) {
-                Some(mut client) => within(client.local_perf(proto::PerfStatsRequest::default())).await,
+                Some(mut client) => {
+                    within(client.local_perf(to(node, proto::PerfStatsRequest::default()))).await
+                }
                 None => None,
             }
         };
@@ -153,7 +174,7 @@ async fn replica(
     let found = match node {
         Some(node) if node.id == context.handle.node() => local_block(context, query).await,
         Some(node) => match client(context, node) {
-            Some(mut client) => within(client.local_block(query)).await,
+            Some(mut client) => within(client.local_block(to(node, query))).await,
             None => None,
         },
         None => None,
@@ -176,5 +197,21 @@ fn role(group: &Group, node: NodeId, learner: bool) -> &'static str {
         true => "learner",
         false if group.primary == Some(node) => "primary",
         false => "secondary",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::sample;
+
+    /// Another node at a dead one's address answered for it: health counted it as alive. Found by reading.
+    #[test]
+    fn what_is_asked_of_another_node_is_refused() {
+        let state = sample::state(2, 1);
+        let request = to(&state.map().nodes[&NodeId(2)], ());
+        assert_eq!(check_addressee(NodeId(2), &request), Ok(()));
+        assert_eq!(check_addressee(NodeId(1), &request), Err(ApiError::OtherNode));
+        assert_eq!(check_addressee(NodeId(1), &Request::new(())), Ok(()), "who asks a node without a name");
     }
 }

@@ -106,22 +106,25 @@ impl Raft for Internal {
 
     async fn local_status(
         &self,
-        _: Request<proto::LocalStatusRequest>,
+        request: Request<proto::LocalStatusRequest>,
     ) -> Result<Response<proto::LocalStatusReply>, Status> {
+        gather::check_addressee(self.context.handle.node(), &request)?;
         Ok(Response::new(gather::local_status(&self.context)))
     }
 
     async fn local_events(
         &self,
-        _: Request<proto::ListEventsRequest>,
+        request: Request<proto::ListEventsRequest>,
     ) -> Result<Response<proto::ListEventsReply>, Status> {
+        gather::check_addressee(self.context.handle.node(), &request)?;
         Ok(Response::new(gather::local_events(&self.context)))
     }
 
     async fn local_perf(
         &self,
-        _: Request<proto::PerfStatsRequest>,
+        request: Request<proto::PerfStatsRequest>,
     ) -> Result<Response<proto::PerfStatsReply>, Status> {
+        gather::check_addressee(self.context.handle.node(), &request)?;
         let context = self.context.clone();
         self.context
             .answer(async move { gather::local_perf(&context).await.ok_or(ApiError::NoDataProcess) })
@@ -132,6 +135,7 @@ impl Raft for Internal {
         &self,
         request: Request<proto::BlockQuery>,
     ) -> Result<Response<proto::BlockReplica>, Status> {
+        gather::check_addressee(self.context.handle.node(), &request)?;
         let (context, query) = (self.context.clone(), request.into_inner());
         self.context
             .answer(async move { gather::local_block(&context, query).await.ok_or(ApiError::NoDataProcess) })

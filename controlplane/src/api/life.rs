@@ -240,13 +240,13 @@ fn held_alone(survey: &Survey, node: NodeId) -> Vec<GroupId> {
     alone.map(|(_, group)| group.id).collect()
 }
 
-/// Groups of which other nodes hold everything, none of which serves: what `node` has may be all that is left.
+/// Groups of which other nodes hold everything, none of which serves with it: what `node` has may be all that is left.
 fn held_by_the_dead(survey: &Survey, node: NodeId) -> usize {
     let stays = |other: NodeId| other != node && survey.state.departure(other) != Departure::Lost;
     let groups = survey.state.groups().filter(|(_, group)| {
         let mut others = group.holders().filter(|member| stays(member.node)).peekable();
         let holds = group.holders().any(|member| member.node == node);
-        holds && others.peek().is_some() && others.all(|member| !survey.serves(member.node))
+        holds && others.peek().is_some() && others.all(|member| !survey.has(member))
     });
     groups.count()
 }

@@ -93,16 +93,21 @@ impl Survey {
         self.health.iter().filter(|(_, health)| health.out).map(|(node, _)| *node).collect()
     }
 
-    /// Acting members that serve: in the life that acts, with a store that works.
+    /// Acting members that serve, in the life that acts.
     pub fn acting(&self, group: &Group) -> usize {
-        let works = |member: &&Member| {
+        let lives = |member: &&Member| {
             let data = self.state.map().nodes.get(&member.node).and_then(|node| node.data.as_ref());
-            let has_store = |data: &DataProcess| {
-                data.stores.iter().any(|store| store.id == member.store && !store.failed)
-            };
-            data.is_some_and(|data| data.incarnation == member.incarnation && has_store(data))
+            data.is_some_and(|data| data.incarnation == member.incarnation)
         };
-        group.acting().filter(|member| self.serves(member.node)).filter(works).count()
+        group.acting().filter(|member| self.has(member)).filter(lives).count()
+    }
+
+    /// Does the member's node serve, with a store that works?
+    pub fn has(&self, member: &Member) -> bool {
+        let data = self.state.map().nodes.get(&member.node).and_then(|node| node.data.as_ref());
+        let works =
+            |data: &DataProcess| data.stores.iter().any(|store| store.id == member.store && !store.failed);
+        self.serves(member.node) && data.is_some_and(works)
     }
 
     /// Bytes that resync moves in a second, all nodes together.

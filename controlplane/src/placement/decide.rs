@@ -234,7 +234,9 @@ fn grant(
             // The cluster would wait for it again.
             let enough = serving >= usize::from(pool.min_replicas) && !memory.is_short(view.now, group.id);
             let held = view.is_held(wish.node) && enough;
-            if member.learner && view.standing(member) == Standing::Live && !held {
+            // The primary speaks of the learner that it knows, not of a later life of it.
+            let known = group.learners().any(|learner| learner.incarnation == member.incarnation);
+            if member.learner && known && view.standing(member) == Standing::Live && !held {
                 (member.learner, member.damaged) = (false, false);
             }
         }

@@ -17,8 +17,8 @@ use super::life::follow_wishes;
 use super::{Memory, NodeView, Proposal, Targets, View};
 use crate::clock::BootTime;
 use crate::lease::{Health, LeaseTable};
-use crate::state::ClusterState;
 use crate::state::command::GroupChange;
+use crate::state::{ClusterState, Departure};
 use crate::timing::SLOW_REPORT_AGE_MAX;
 
 /// What is remembered from one plan to the next, for one term of leadership.
@@ -95,9 +95,11 @@ impl Planner {
         &self.out
     }
 
-    /// The time in maintenance does not count.
+    /// The time in maintenance does not count, unless the node is to leave: nobody expects it back.
     fn leave_out(&mut self, now: BootTime, state: &ClusterState, gone: &BTreeSet<NodeId>) {
-        let counts = |node: &NodeId| gone.contains(node) && !state.is_in_maintenance(*node);
+        let stays = |node: NodeId| state.departure(node) == Departure::Stays;
+        let waits = |node: NodeId| state.is_in_maintenance(node) && stays(node);
+        let counts = |node: &NodeId| gone.contains(node) && !waits(*node);
         self.gone_since.retain(|node, _| counts(node));
         gone.iter().filter(|node| counts(node)).for_each(|node| {
             self.gone_since.entry(*node).or_insert(now);

@@ -21,14 +21,14 @@ use xsan_protocol::ids::{MapVersion, NodeId};
 use xsan_protocol::proto;
 
 use super::log_store::LogStore;
-use super::network::{Channels, Network, SNAPSHOT_WAIT, cluster_hash};
+use super::network::{COMMAND_BYTES_MAX, Channels, Network, SNAPSHOT_WAIT, cluster_hash};
 use super::state_machine::StateMachine;
 use super::{Raft, TypeConfig};
 use crate::clock::{BootTime, Sleep};
 use crate::state::ClusterState;
 use crate::state::command::{Command, Reply};
 use crate::state::error::Refusal;
-use crate::timing::{LEADER_WAIT, RaftTiming};
+use crate::timing::{BEAT_AGE_MAX, LEADER_WAIT, RaftTiming};
 
 /// Commands between snapshots: the log stays short, and so does a restart.
 const SNAPSHOT_EVERY: u64 = 1000;
@@ -228,8 +228,14 @@ impl RaftHandle {
         let metrics = self.metrics();
         let last = metrics.last_log_index.unwrap_or_default();
         let near = |matched: u64| matched + LOG_KEPT / 2 >= last;
+        // Raft forgets nobody's position: that of a dead node stays near the end of a log that hardly grows.
+        let answers = |node: &u64| {
+            let heard = metrics.heartbeat.as_ref().and_then(|heard| heard.get(node).copied().flatten());
+            heard.is_some_and(|heard| heard.elapsed() <= BEAT_AGE_MAX)
+        };
         let caught_up = metrics.replication.iter().flatten().filter_map(|(node, matched)| {
-            matched.as_ref().is_some_and(|log_id| near(log_id.index())).then_some(*node)
+            let near = matched.as_ref().is_some_and(|log_id| near(log_id.index()));
+            (near && answers(node)).then_some(*node)
         });
         let membership = &metrics.membership_config;
         let configs = membership.membership().get_joint_config();
@@ -273,6 +279,9 @@ impl RaftHandle {
     /// # Errors
     /// 105 `NotLeader`, or 104 `NoQuorum` when it did not commit in time; it may still.
     pub async fn propose_here(&self, command: Command) -> Result<Reply, ProposeError> {
+        if let Some(refusal) = too_large(&command) {
+            return Ok(Reply::Refused(refusal));
+        }
         match tokio::time::timeout(TRY_WAIT, self.raft.client_write(command)).await {
             Ok(Ok(written)) => Ok(written.data),
             Ok(Err(error)) => Err(write_error(error)),
@@ -285,6 +294,9 @@ impl RaftHandle {
     /// # Errors
     /// 105 `NotLeader`: another term has begun; the command may be committed or not.
     pub async fn propose_until(&self, term: u64, command: Command) -> Result<Reply, ProposeError> {
+        if let Some(refusal) = too_large(&command) {
+            return Ok(Reply::Refused(refusal));
+        }
         let mut role = self.watch_role();
         let write = self.raft.client_write(command);
         tokio::pin!(write);
@@ -370,6 +382,16 @@ pub struct RoleWatch(
 /// A try whose outcome is unknown may have deleted the volume that is now not found.
 fn already_done(command: &Command, refusal: &Refusal) -> bool {
     matches!(command, Command::DeleteVolume { .. }) && refusal.code == Code::VolumeNotFound
+}
+
+/// Once it is in the log, what no message holds could never be sent to the others, and nothing behind it either.
+fn too_large(command: &Command) -> Option<Refusal> {
+    let bytes = command.encode().len();
+    (bytes > COMMAND_BYTES_MAX).then(|| Refusal {
+        code: Code::InvalidArgument,
+        object: "cluster".to_owned(),
+        message: format!("a change of {bytes} bytes is more than {COMMAND_BYTES_MAX}; nothing was changed"),
+    })
 }
 
 fn write_error(error: RaftError<TypeConfig, ClientWriteError<TypeConfig>>) -> ProposeError {

@@ -16,11 +16,13 @@ use std::sync::Arc;
 
 use openraft::storage::{IOFlushed, RaftLogStorage};
 use openraft::{LogState, OptionalSend, RaftLogReader};
+use prost::Message as _;
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 use xsan_protocol::proto;
 
 use super::encoding::{self, seal, unseal};
 use super::log_writer::{LogWriter, blocking};
+use super::network::BATCH_BYTES_MAX;
 use super::{Entry, LogId, TypeConfig, Vote};
 
 pub(super) const LOG: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("log");
@@ -217,6 +219,19 @@ impl RaftLogReader<TypeConfig> for LogStore {
         range: RB,
     ) -> Result<Vec<Entry>, io::Error> {
         self.entries(range)
+    }
+
+    /// As many as a message holds and a slow link takes in time, but one at least.
+    async fn limited_get_log_entries(&mut self, start: u64, end: u64) -> Result<Vec<Entry>, io::Error> {
+        let mut entries = self.entries(start..end)?;
+        let mut bytes = 0;
+        let fits = |entry: &&Entry| {
+            bytes += encoding::entry_record(entry).encoded_len();
+            bytes <= BATCH_BYTES_MAX
+        };
+        let count = entries.iter().take_while(fits).count();
+        entries.truncate(count.max(1));
+        Ok(entries)
     }
 
     async fn read_vote(&mut self) -> Result<Option<Vote>, io::Error> {

@@ -28,8 +28,13 @@ use xsan_protocol::proto::raft_client::RaftClient;
 
 use super::{Snapshot, SnapshotMeta, TypeConfig, Vote};
 
-/// Largest message between control processes: a batch of entries that change every group of some pools.
+/// Largest message between control processes.
 pub const MESSAGE_BYTES_MAX: usize = 64 * 1024 * 1024;
+/// Largest command: a change of every group of every pool is a quarter of it.
+pub const COMMAND_BYTES_MAX: usize = 1024 * 1024;
+/// Entries that are sent at once, unless one alone is larger. In a message they take a little more than twice that.
+pub const BATCH_BYTES_MAX: usize = 1024 * 1024;
+const _: () = assert!(4 * (COMMAND_BYTES_MAX + BATCH_BYTES_MAX) <= MESSAGE_BYTES_MAX);
 const CONNECT_WAIT: Duration = Duration::from_millis(500);
 /// A peer that does not answer a ping is dead: its connection is made anew.
 const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(5);

@@ -1,5 +1,6 @@
 use std::collections::BTreeSet;
 use std::path::Path;
+use std::time::Duration;
 
 use openraft::entry::RaftEntry;
 use openraft::storage::{RaftLogStorage, RaftLogStorageExt, RaftStateMachine};
@@ -7,14 +8,18 @@ use openraft::testing::log::{StoreBuilder, Suite};
 use openraft::vote::RaftLeaderId;
 use openraft::{EntryPayload, Membership, RaftLogReader, RaftSnapshotBuilder, StorageError, StorageHelper};
 
+use xsan_protocol::error::Code;
+use xsan_protocol::ids::NodeId;
 use xsan_protocol::proto;
 
+use super::handle::RaftHandle;
 use super::log_store::{LogStore, RaftIdentity};
-use super::network::SnapshotHead;
+use super::network::{BATCH_BYTES_MAX, COMMAND_BYTES_MAX, Channels, SnapshotHead};
 use super::state_machine::StateMachine;
 use super::*;
 use crate::state::ClusterState;
-use crate::state::command::NewNode;
+use crate::state::command::{NewNode, Reply};
+use crate::timing::RaftTiming;
 
 pub fn open(directory: &Path) -> (LogStore, StateMachine) {
     let log = LogStore::open(&directory.join("raft.redb")).expect("a fresh directory");
@@ -48,6 +53,53 @@ fn command(index: u64, name: &str) -> Entry {
         founder: index == 1,
     };
     Entry::new(LogId::new_term_index(1, index), EntryPayload::Normal(Command::AddNode(new)))
+}
+
+/// All that a follower lacked went into one message: one that was too large, or took too long on its way, was sent again for ever.
+/// Found by reading.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_follower_is_sent_what_a_message_holds() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let (mut log, _machine) = open(directory.path());
+    let small = "x".repeat(BATCH_BYTES_MAX / 3);
+    let large = "x".repeat(BATCH_BYTES_MAX);
+    let names = [&small, &small, &small, &large, &small];
+    let entries: Vec<Entry> = (1..).zip(names).map(|(index, name)| command(index, name)).collect();
+    log.blocking_append(entries.clone()).await.expect("they are written");
+    let mut sent = async |start| {
+        let entries = log.limited_get_log_entries(start, 6).await.expect("they are there");
+        entries.iter().map(|entry| entry.log_id.index()).collect::<Vec<_>>()
+    };
+    assert_eq!(sent(1).await, [1, 2], "three and their frames are too much");
+    assert_eq!(sent(3).await, [3]);
+    assert_eq!(sent(4).await, [4], "one at least");
+    assert_eq!(sent(5).await, [5]);
+    assert_eq!(log.try_get_log_entries(1..6).await.expect("they are there").len(), 5);
+}
+
+/// A name of megabytes came into the log before anybody looked at it, and no message to the others held it. Found by reading.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_no_message_holds_is_refused_before_it_is_in_the_log() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let (log, machine) = open(directory.path());
+    let timing = RaftTiming::new(Duration::from_millis(400));
+    let handle = RaftHandle::start(NodeId(1), "c1", log, machine, timing, Channels::default())
+        .await
+        .expect("it starts");
+    handle.found("127.0.0.1:1").await.expect("an empty log");
+    let propose = async |name: String| {
+        let EntryPayload::Normal(command) = command(1, &name).payload else {
+            unreachable!("it is a command")
+        };
+        handle.propose(command).await
+    };
+    let refused = propose("x".repeat(COMMAND_BYTES_MAX)).await.expect_err("it is too large");
+    assert_eq!(refused.code(), Code::InvalidArgument);
+    let last = handle.metrics().last_log_index;
+    assert!(propose("y".repeat(COMMAND_BYTES_MAX)).await.is_err());
+    assert_eq!(handle.metrics().last_log_index, last, "it is not in the log");
+    assert_eq!(propose("node-1".to_owned()).await, Ok(Reply::Node(NodeId(1))));
+    handle.shutdown().await;
 }
 
 fn membership(index: u64) -> Entry {

@@ -104,11 +104,17 @@ impl ClusterState {
         let mut changed = 0;
         for group in groups {
             let scrubs = self.scrubs(*group);
-            if scrubs.wish != wish && self.map.groups.contains_key(group) {
-                self.set_scrubs(*group, GroupScrubs { wish, ..scrubs });
-                touched.groups.insert(*group);
-                changed += 1;
+            if scrubs.wish == wish || !self.map.groups.contains_key(group) {
+                continue;
             }
+            changed += 1;
+            // A deep one that is still to come looks at all that a light one does.
+            let is_light = wish.is_some_and(|wish| !wish.deep);
+            if is_light && scrubs.wish.is_some_and(|wish| wish.deep) {
+                continue;
+            }
+            self.set_scrubs(*group, GroupScrubs { wish, ..scrubs });
+            touched.groups.insert(*group);
         }
         Reply::Groups { changed, refused: 0 }
     }

@@ -431,6 +431,29 @@ fn records_of_a_release_without_maintenance_and_settings_are_read() {
     ClusterState::from_image(image).expect_err("of a newer release");
 }
 
+/// A light scrub that was asked for while a deep one waited took its place, and said nothing. Found by reading.
+#[test]
+fn a_wish_for_a_light_scrub_leaves_a_deep_one_that_waits() {
+    let mut state = cluster();
+    state.apply(&new_volume("vm", 1));
+    let groups = vec![any_group(&state).id];
+    let [deep, light, later] =
+        [(true, 6), (false, 7), (true, 8)].map(|(deep, unix_ms)| proto::ScrubWish { deep, unix_ms });
+    let wish =
+        |state: &mut ClusterState, wish| state.apply(&Command::WishScrubs { groups: groups.clone(), wish }).0;
+    let changed = Reply::Groups { changed: 1, refused: 0 };
+    for (asked, kept) in [
+        (Some(light), Some(light)),
+        (Some(deep), Some(deep)),
+        (Some(light), Some(deep)),
+        (Some(later), Some(later)),
+        (None, None),
+    ] {
+        assert_eq!(wish(&mut state, asked), changed);
+        assert_eq!(state.scrubs(groups[0]).wish, kept);
+    }
+}
+
 #[test]
 fn commands_and_replies_survive_their_encoding() {
     let state = {

@@ -105,7 +105,7 @@ impl Control {
                 self.send(0, Body::Proposals(proto::GroupProposals { proposals }));
             }
             Message::Report { number, report } => self.on_report(number, *report),
-            Message::MapTaken => return self.ask_status(),
+            Message::StatusDue => return self.ask_status(),
             other => unreachable!("{other:?} is taken by every shard"),
         }
         Outcome::Nothing

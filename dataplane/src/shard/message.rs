@@ -30,8 +30,8 @@ pub enum Message {
     },
     /// From shard 0, which holds the link to the control process.
     Map(Arc<ClusterMap>),
-    /// To shard 0: the sender acts on a newer map.
-    MapTaken,
+    /// To shard 0: the control process is to hear at once that the sender acts on a newer map, or that a store has failed.
+    StatusDue,
     /// To shard 0: attach a volume through the control plane.
     Open {
         number: u64,

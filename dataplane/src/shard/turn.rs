@@ -97,7 +97,7 @@ impl Shard {
                 }
                 Output::StoreFailed(store) => {
                     tracing::error!(%store, code = %Code::StoreFailed, "the device failed; its groups fail over");
-                    self.handle.push(Event::Status);
+                    self.tell(ShardIndex(0), Message::StatusDue);
                     self.note_failure(store);
                 }
                 Output::StoreStopped(_) => {
@@ -350,7 +350,7 @@ impl Shard {
             self.forget_failures();
         }
         // The control plane counts on hearing at once that the map is acted on.
-        self.tell(ShardIndex(0), Message::MapTaken);
+        self.tell(ShardIndex(0), Message::StatusDue);
     }
 
     fn on_message(&mut self, from: ShardIndex, message: Message) {
@@ -374,7 +374,7 @@ impl Shard {
             }
             Message::CloseGateways => self.gateway.stop(),
             Message::Shutdown => self.shut_down(),
-            Message::MapTaken
+            Message::StatusDue
             | Message::Open { .. }
             | Message::Close(_)
             | Message::Propose(_)

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use xsan_client::{Address, ClientError, ControlClient};
+use xsan_client::{Address, ClientError, ControlClient, Refusal};
 use xsan_protocol::proto::{
     ClusterStatusReply, Node, NodePlan, NodeStatus, RemoveNodeRequest, SetMaintenanceRequest,
 };
@@ -62,7 +62,11 @@ pub async fn remove(
     }
     if !cancel && !yes {
         let plan = client.remove_node(request(true)).await?;
-        if plan.refusal.is_none() && !confirm(&question(&plan))? {
+        // What is refused now may be taken a moment later, when nobody was asked.
+        if let Some(refusal) = plan.refusal.clone().and_then(Refusal::from_detail) {
+            return Err(ClientError::Refused(refusal).into());
+        }
+        if !confirm(&question(&plan))? {
             return Err(Failure::NotConfirmed);
         }
     }

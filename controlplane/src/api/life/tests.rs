@@ -1,7 +1,7 @@
 use super::super::sample::{self, CAPACITY, answers, state, survey};
 use super::*;
 use crate::state::ClusterState;
-use crate::state::command::GroupChange;
+use crate::state::command::{Command, GroupChange};
 
 fn node(survey: &Survey, id: u32) -> &Node {
     &survey.state.map().nodes[&NodeId(id)]
@@ -118,7 +118,6 @@ fn bytes_are_taken_from_the_node_or_from_the_others_when_it_is_silent() {
     assert_eq!(replica_bytes(&survey, NodeId(3)), 256_000 / (held(1) + held(2)));
 }
 
-/// Both copies are on nodes that are down: giving one of them up was told to lose nothing, "every group has another live copy".
 #[test]
 fn replicas_that_are_to_be_made_are_counted_where_a_node_can_take_them() {
     let waiting = |state: &ClusterState, nodes: u32, down: &[u32], out: &[u32]| {
@@ -167,6 +166,8 @@ fn a_join_moves_what_the_new_nodes_share_comes_to() {
     assert!(larger.moves > plan.moves, "a larger one takes more: {larger:?}");
 }
 
+/// Both copies are on nodes that are down, or on a store that has failed: giving one of them up was told to lose nothing, "every group has
+/// another live copy".
 #[test]
 fn copies_on_nodes_that_are_down_as_well_are_told() {
     let state = state(3, 3);
@@ -174,6 +175,11 @@ fn copies_on_nodes_that_are_down_as_well_are_told() {
     assert_eq!(held_by_the_dead(&two_down, NodeId(2)), 0, "the third serves");
     let all_down = survey(&state, answers(3, &[1, 2, 3]));
     assert_eq!(held_by_the_dead(&all_down, NodeId(2)), 256);
+    let mut failed = super::super::sample::state(3, 3);
+    let third = failed.map().nodes[&NodeId(3)].data.clone().expect("a data process");
+    let (incarnation, store) = (third.incarnation, third.stores[0].id);
+    failed.apply(&Command::StoreFailed { node: NodeId(3), incarnation, store });
+    assert_eq!(held_by_the_dead(&survey(&failed, answers(3, &[1, 2])), NodeId(2)), 256, "it can not be read");
     let single = super::super::sample::state(2, 1);
     assert_eq!(held_by_the_dead(&survey(&single, answers(2, &[1, 2])), NodeId(2)), 0, "these are lost");
 }

@@ -288,6 +288,23 @@ fn a_damaged_member_comes_back_as_learner_when_others_are_whole() {
     assert!(!cluster.state.is_damaged(a, GROUP));
 }
 
+/// Its primary had said that it has everything, of a life that had ended by then: the new one, whose store had lost records, was
+/// taken for whole. Found by reading.
+#[test]
+fn a_wish_is_of_the_life_that_its_primary_knew() {
+    let mut cluster = Cluster::new(3, 3);
+    let learner = cluster.secondary();
+    cluster.start(learner.0, 2, 7, false);
+    assert!(cluster.step());
+    assert_eq!(cluster.learners(), [learner]);
+    cluster.wish(learner, ProposedChange::Promote);
+    cluster.start(learner.0, 3, 7, true);
+    assert!(cluster.step());
+    assert_eq!(cluster.learners(), [learner]);
+    assert!(cluster.group().member(learner).expect("a learner").damaged);
+    assert!(cluster.state.is_damaged(learner, GROUP));
+}
+
 #[test]
 fn one_damaged_of_two_lets_the_whole_one_go_on_after_a_while() {
     let mut cluster = Cluster::new(3, 3);

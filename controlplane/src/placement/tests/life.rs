@@ -304,4 +304,16 @@ mod planner {
         cluster.cluster.leave(NodeId(4), Departure::Leaving);
         assert!(cluster.pass(2) > 0);
     }
+
+    /// Its volumes stayed attached there, so that it could not be removed. Found by reading.
+    #[test]
+    fn nobody_waits_for_a_dead_node_in_maintenance_that_leaves() {
+        let mut cluster = Cluster4::new();
+        cluster.cluster.set_maintenance(NodeId(4), true);
+        cluster.pass(OUT_AFTER.as_secs() + 10);
+        assert!(cluster.planner.out().is_empty());
+        cluster.cluster.leave(NodeId(4), Departure::Leaving);
+        cluster.pass(OUT_AFTER.as_secs() + 10);
+        assert_eq!(*cluster.planner.out(), [NodeId(4)].into());
+    }
 }

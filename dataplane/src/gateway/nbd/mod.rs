@@ -35,6 +35,7 @@ use monoio::net::{TcpListener, UnixListener};
 use xsan_protocol::error::Code;
 
 use crate::disk::buffers::BufferPool;
+use crate::disk::os;
 use crate::net::receive::{ReceiveError, Receiver};
 use crate::volume::IO_TIMEOUT;
 use crate::volume::request::{Export, Volumes};
@@ -44,10 +45,13 @@ use wire::{Errno, Malformed};
 
 /// A listener that fails (out of file descriptors, most likely) is asked again after this.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
-/// A client host that is gone without a word is noticed after about `IDLE + 4 * INTERVAL`.
+/// A client host that is gone without a word is noticed after about `IDLE + 4 * INTERVAL`, also while replies are on their way
+/// to it: the kernel sends no probes then, and would go on for a quarter of an hour.
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 const KEEPALIVE_PROBES: u32 = 4;
+const SILENCE_MAX: Duration =
+    Duration::from_secs(KEEPALIVE_IDLE.as_secs() + KEEPALIVE_PROBES as u64 * KEEPALIVE_INTERVAL.as_secs());
 
 /// Bounds of the gateway.
 #[derive(Clone, Debug)]
@@ -237,6 +241,7 @@ impl<V: Volumes> Gateway<V> {
                     let set = stream.set_nodelay(true);
                     let set =
                         set.and_then(|()| stream.set_tcp_keepalive(keepalive.0, keepalive.1, keepalive.2));
+                    let set = set.and_then(|()| os::set_user_timeout(&stream, SILENCE_MAX));
                     if let Err(error) = set {
                         tracing::warn!(%peer, %error, "socket options of an NBD connection were not set");
                     }

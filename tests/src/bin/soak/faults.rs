@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use clap::ValueEnum;
+use xsan_protocol::proto::{ClusterStatusReply, NodeStatus};
 use xsan_tests::cluster::{Cluster, RESYNC_DEADLINE, SETTLE_DEADLINE};
-use xsan_tests::control::repaired_pages;
 use xsan_tests::crowd::{Crowd, Field, Summary};
 use xsan_tests::device::LoopDevice;
 use xsan_tests::flushes::SlowFlushes;
@@ -19,6 +19,8 @@ use xsan_tests::rot;
 use xsan_tests::stamp::{PAGE_SIZE, Stamp};
 use xsan_tests::switch::Link;
 use xsan_tests::throttle::SlowWrites;
+use xsan_tests::wait::{Look, until};
+use xsan_tests::writer::Promises;
 
 use crate::{FIELD, MIB, NODES, VOLUME};
 
@@ -136,6 +138,26 @@ impl Fault {
         }
     }
 
+    /// Whether it takes some time that is drawn.
+    pub const fn is_held(self) -> bool {
+        !matches!(self, Self::KillData | Self::KillControl | Self::KillAll | Self::ChangeBytes)
+    }
+
+    /// Whether it reaches all nodes: no client is another one's then.
+    pub const fn is_everywhere(self) -> bool {
+        matches!(self, Self::KillAll | Self::KillDuringCut)
+    }
+
+    /// Whether it ends the control process, and the data process, of the nodes that it touches.
+    const fn ends(self) -> [bool; 2] {
+        match self {
+            Self::KillControl => [true, false],
+            Self::KillData | Self::FailDevice | Self::FullPool => [false, true],
+            Self::KillNode | Self::KillTwo | Self::KillAll | Self::KillDuringCut => [true, true],
+            _ => [false, false],
+        }
+    }
+
     /// How many connections it ends: those whose gateway's process dies. When all nodes die, one after the other, a client
     /// may have gone on to the next one, which then dies as well.
     const fn losses(self) -> RangeInclusive<u64> {
@@ -180,8 +202,12 @@ pub struct Faults<'a> {
     /// Of the scratch volume.
     rotten_blocks: u64,
     filled_bytes: u64,
+    /// The processes as the last fault left them.
+    processes: Vec<u32>,
     /// Pages whose repair was counted.
     pub repaired: u64,
+    /// Of the crowds of all faults.
+    pub promises: Promises,
 }
 
 impl<'a> Faults<'a> {
@@ -195,7 +221,9 @@ impl<'a> Faults<'a> {
             rounds: 0,
             rotten_blocks: 0,
             filled_bytes: 0,
+            processes: Vec::new(),
             repaired: 0,
+            promises: Promises::new(),
         }
     }
 
@@ -217,6 +245,9 @@ impl<'a> Faults<'a> {
         let crowd = Crowd::start(cluster, VOLUME, Field { round: self.rounds, ..FIELD }, self.seed)?;
         self.rounds += 1;
         crowd.wait_operations(OPERATIONS, SETTLE_DEADLINE, &[])?;
+        let before = cluster.processes()?;
+        let known = self.processes.is_empty() || self.processes == before;
+        ensure!(known, "a process ended by itself: {:?} ran, {before:?} do", self.processes);
         let victim = match (fault, self.random.index(NODES)) {
             (Fault::FullPool, _) => THIN,
             (Fault::ChangeBytes, _) => ROTTEN,
@@ -227,14 +258,17 @@ impl<'a> Faults<'a> {
         let touched = self.inject(cluster, fault, victim, held)?;
         cluster.wait_healthy(RESYNC_DEADLINE)?;
         crowd.wait_operations(OPERATIONS, SETTLE_DEADLINE, &[])?;
-        let summary = crowd.finish(cluster, &touched)?;
+        let summary = crowd.finish_keeping(cluster, &touched, &mut self.promises)?;
+        self.processes = cluster.processes()?;
+        ended_are(fault, &touched, &before, &self.processes)?;
         ensure!(fault.losses().contains(&summary.losses), "{} connections broke", summary.losses);
         if let Some(most) = fault.stall_max() {
             let stall = summary.stall_elsewhere;
             ensure!(stall < most, "a client of another gateway waited {stall:?}, more than {most:?}");
         }
-        let who = if touched.len() == NODES { "all nodes" } else { &cluster.node(victim).name };
-        Ok((format!("{who}: {}, {} ms", fault.name(), held.as_millis()), summary))
+        let who = if fault.is_everywhere() { "all nodes" } else { &cluster.node(victim).name };
+        let time = if fault.is_held() { format!(", {} ms", held.as_millis()) } else { String::new() };
+        Ok((format!("{who}: {}{time}", fault.name()), summary))
     }
 
     /// Does it and ends it; the nodes whose clients may notice.
@@ -251,9 +285,13 @@ impl<'a> Faults<'a> {
         let both = [to_victim, from_victim].concat();
         let all: Vec<usize> = (0..NODES).collect();
         let hold = |cluster: &mut Cluster, cuts: &[(usize, usize)], link: Link| {
+            let before = cluster.switch().counts().lost;
             cuts.iter().for_each(|(from, to)| cluster.switch().set(*from, *to, link));
             cluster.avoid(victim);
             thread::sleep(held);
+            let lost = cluster.switch().counts().lost - before;
+            ensure!(lost > 0 || !(link.cut || link.loss_percent > 0), "no packet was lost");
+            Ok(())
         };
         match fault {
             Fault::KillData => {
@@ -270,14 +308,14 @@ impl<'a> Faults<'a> {
             Fault::PauseData => pause(cluster, victim, Part::Data, held)?,
             Fault::PauseControl => pause(cluster, victim, Part::Control, held)?,
             Fault::PauseNode => pause(cluster, victim, Part::All, held)?,
-            Fault::CutOff => hold(cluster, &both, Link::CUT),
-            Fault::Deaf => hold(cluster, &to_victim, Link::CUT),
-            Fault::Mute => hold(cluster, &from_victim, Link::CUT),
-            Fault::CutPair => hold(cluster, &[to_victim[0], from_victim[0]], Link::CUT),
-            Fault::CutPairOneWay => hold(cluster, &[from_victim[0]], Link::CUT),
-            Fault::Lossy => hold(cluster, &both, Link::lossy(10)),
-            Fault::Slow => hold(cluster, &both, Link::slow(SLOW_LINK)),
-            Fault::LossySlow => hold(cluster, &both, Link { delay: SLOW_LINK, ..Link::lossy(10) }),
+            Fault::CutOff => hold(cluster, &both, Link::CUT)?,
+            Fault::Deaf => hold(cluster, &to_victim, Link::CUT)?,
+            Fault::Mute => hold(cluster, &from_victim, Link::CUT)?,
+            Fault::CutPair => hold(cluster, &[to_victim[0], from_victim[0]], Link::CUT)?,
+            Fault::CutPairOneWay => hold(cluster, &[from_victim[0]], Link::CUT)?,
+            Fault::Lossy => hold(cluster, &both, Link::lossy(10))?,
+            Fault::Slow => hold(cluster, &both, Link::slow(SLOW_LINK))?,
+            Fault::LossySlow => hold(cluster, &both, Link { delay: SLOW_LINK, ..Link::lossy(10) })?,
             Fault::SlowDevice => {
                 let data = cluster.node(victim).child("xsan-data")?;
                 let device = cluster.device(victim).path();
@@ -291,6 +329,10 @@ impl<'a> Faults<'a> {
             }
             Fault::FailDevice => {
                 cluster.device(victim).set_read_only(true)?;
+                until("the store to fail", SETTLE_DEADLINE, || {
+                    let failed = store_failed(cluster, victim)?;
+                    Ok(if failed { Look::Done(()) } else { Look::NotYet("it has not".to_owned()) })
+                })?;
                 thread::sleep(held);
                 cluster.device(victim).set_read_only(false)?;
                 cluster.kill_data(victim)?;
@@ -320,7 +362,7 @@ impl<'a> Faults<'a> {
                 cluster.start_again(&all)?;
             }
             Fault::KillDuringCut => {
-                hold(cluster, &both, Link::CUT);
+                hold(cluster, &both, Link::CUT)?;
                 cluster.kill_all()?;
                 cluster.heal();
                 cluster.start_again(&all)?;
@@ -349,10 +391,12 @@ impl<'a> Faults<'a> {
         Ok(())
     }
 
-    /// Writes stamped pages, changes those on the victim's device, and reads them through every gateway.
+    /// Writes stamped pages, changes them and those of the time before on the victim's device, and reads them through every
+    /// gateway. The new ones are in its journal for the most part, the others in their place.
     fn change_bytes(&mut self, cluster: &Cluster, victim: usize) -> Result<()> {
         let blocks = self.rotten_blocks..self.rotten_blocks + ROTTEN_PAGES;
         self.rotten_blocks = blocks.end;
+        let changed_blocks = blocks.start.saturating_sub(ROTTEN_PAGES)..blocks.end;
         ensure!(blocks.end * BLOCK_BYTES <= FILL_FIRST_BYTE, "the scratch volume has no room left");
         // No stamp of the crowd's.
         let seed = !self.seed;
@@ -362,14 +406,22 @@ impl<'a> Faults<'a> {
         }
         client.flush()?;
         let wanted = |bytes: &[u8]| {
-            Stamp::parse(bytes).is_some_and(|stamp| stamp.seed == seed && blocks.contains(&stamp.page))
+            Stamp::parse(bytes)
+                .is_some_and(|stamp| stamp.seed == seed && changed_blocks.contains(&stamp.page))
         };
-        let changed = rot::overwrite(&device_file(cluster, victim), wanted, &mut self.random)?;
-        ensure!(changed > 0, "no page of the {ROTTEN_PAGES} is on the device");
-        let before = repaired_pages(&cluster.status()?);
+        // Who leads none of the groups reads none of the pages.
+        cluster.wait_status("the node to lead groups", SETTLE_DEADLINE, |status| {
+            let led = node(status, cluster, victim).map_or(0, |node| node.primary_groups);
+            led * 6 >= status.groups.unwrap_or_default().total
+        })?;
+        let before = repaired_pages(cluster, victim)?;
+        // The number of copies depends on the time, and draws must not.
+        let mut random = Random::new(seed ^ blocks.end);
+        let changed = rot::overwrite(&device_file(cluster, victim), wanted, &mut random)?;
+        ensure!(changed as u64 >= blocks.end - blocks.start, "only {changed} pages are on the device");
         for gateway in 0..NODES {
             let mut client = cluster.connect(gateway, SCRATCH_VOLUME)?;
-            for page in blocks.clone() {
+            for page in changed_blocks.clone() {
                 let mut bytes = [0; PAGE_SIZE];
                 client.read(page * BLOCK_BYTES, &mut bytes)?;
                 let found = Stamp::generation_of(&bytes, page, seed).map_err(|what| anyhow!(what))?;
@@ -377,16 +429,42 @@ impl<'a> Faults<'a> {
             }
         }
         thread::sleep(COUNTED_WITHIN);
-        self.repaired += repaired_pages(&cluster.status()?) - before;
+        let repaired = repaired_pages(cluster, victim)?.saturating_sub(before);
+        ensure!(repaired > 0, "{changed} pages were changed, and none was repaired");
+        self.repaired += repaired;
         Ok(())
     }
 }
 
+/// Those that the fault was to end are others now, and all others are the same.
+fn ended_are(fault: Fault, touched: &[usize], before: &[u32], after: &[u32]) -> Result<()> {
+    for (place, (old, new)) in before.iter().zip(after).enumerate() {
+        let (node, kind) = (place / 2, place % 2);
+        let wanted = touched.contains(&node) && fault.ends()[kind];
+        let name = ["control", "data"][kind];
+        ensure!(wanted == (old != new), "the {name} process {old} of node {node} is {new} now");
+    }
+    Ok(())
+}
+
+fn node<'a>(status: &'a ClusterStatusReply, cluster: &Cluster, index: usize) -> Option<&'a NodeStatus> {
+    let name = &cluster.node(index).name;
+    status.nodes.iter().find(|found| found.node.as_ref().is_some_and(|node| node.name == *name))
+}
+
 fn store_failed(cluster: &Cluster, index: usize) -> Result<bool> {
-    let (status, name) = (cluster.status()?, &cluster.node(index).name);
-    let nodes = status.nodes.iter();
-    let mut of_name = nodes.filter(|found| found.node.as_ref().is_some_and(|node| node.name == *name));
-    Ok(of_name.any(|node| node.stores.iter().any(|store| store.failed)))
+    let status = cluster.status()?;
+    Ok(node(&status, cluster, index).is_some_and(|node| node.stores.iter().any(|store| store.failed)))
+}
+
+/// Of the damaged pages of a node, those that were rewritten from other replicas, as its data process says.
+fn repaired_pages(cluster: &Cluster, index: usize) -> Result<u64> {
+    until("the node to answer for its stores", SETTLE_DEADLINE, || {
+        let status = cluster.status()?;
+        let answers = node(&status, cluster, index).filter(|node| node.used_bytes.is_some());
+        let repaired = answers.map(|node| node.stores.iter().map(|store| store.repaired_pages).sum());
+        Ok(repaired.map_or_else(|| Look::NotYet("it does not".to_owned()), Look::Done))
+    })
 }
 
 fn pause(cluster: &mut Cluster, victim: usize, part: Part, held: Duration) -> Result<()> {
