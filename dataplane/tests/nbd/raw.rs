@@ -69,6 +69,11 @@ impl Raw {
         self.stream.write_all(bytes).unwrap();
     }
 
+    /// As `send`, where the server may have closed the connection.
+    pub fn try_send(&mut self, bytes: &[u8]) {
+        let _ = self.stream.write_all(bytes);
+    }
+
     pub fn take(&mut self, length: usize) -> Vec<u8> {
         let mut bytes = vec![0; length];
         self.stream.read_exact(&mut bytes).unwrap();

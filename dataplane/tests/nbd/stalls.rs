@@ -1,6 +1,6 @@
 //! Clients that stop in the middle of something, beside others that share their shard's buffers.
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use xsan_dataplane::gateway::nbd::Options;
@@ -40,6 +40,35 @@ fn clients_that_owe_a_payload_are_sent_away() {
     idle.disconnect();
     good.disconnect();
     server.assert_quiet();
+}
+
+/// The same with clients that send a little all the time: each got as long as it took, minutes over a slow line. Found by reading.
+#[test]
+fn clients_that_trickle_are_sent_away_when_others_wait() {
+    let timeout = Duration::from_millis(800);
+    let server = server(timeout);
+    let mut slow: Vec<Raw> = (0..12).map(|_| Raw::open(&server, "disk")).collect();
+    slow.iter_mut().for_each(|raw| begin_write(raw, 0));
+    let mut good = Raw::open(&server, "disk");
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            // Far more than is asked of them in any time, and four seconds for all of it.
+            for part in pattern(7, MIB).chunks(MIB / 40) {
+                if done.load(Ordering::Relaxed) {
+                    return;
+                }
+                slow.iter_mut().for_each(|raw| raw.try_send(part));
+                std::thread::sleep(Duration::from_millis(100));
+            }
+        });
+        let started = Instant::now();
+        assert_eq!(good.write(0, &pattern(1, MIB)), 0);
+        let waited = started.elapsed();
+        done.store(true, Ordering::Relaxed);
+        assert!(waited < 3 * timeout, "{waited:?}");
+    });
+    good.disconnect();
 }
 
 #[test]

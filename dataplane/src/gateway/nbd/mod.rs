@@ -11,7 +11,8 @@
 //! - A connection holds at most `bytes_in_flight_max` of the pool (or one piece, if that is larger), and no more of
 //!   each class of buffers than the others leave free; all together hold no more than half of each.
 //! - A client that holds buffers and takes nothing of its replies, or sends nothing of the payload that it owes, is
-//!   sent away long before a request of another one times out. One that holds none may be silent for ever.
+//!   sent away long before a request of another one times out; so is one that does it too slowly, while others wait
+//!   for what it holds. One that holds none may be silent for ever, if its kernel takes what it is sent.
 //! - A process that stops fails no request: those that it has read are finished, the connection is closed before the
 //!   others, and a client that connects again sends them again.
 
@@ -45,8 +46,9 @@ use wire::{Errno, Malformed};
 
 /// A listener that fails (out of file descriptors, most likely) is asked again after this.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
-/// A client host that is gone without a word is noticed after about `IDLE + 4 * INTERVAL`, also while replies are on their way
-/// to it: the kernel sends no probes then, and would go on for a quarter of an hour.
+/// A client host that is gone without a word is noticed after about `IDLE + 4 * INTERVAL`, also while replies are on
+/// their way to it: the kernel sends no probes then, and would go on for a quarter of an hour. So is one that is
+/// stopped, and whose socket is full.
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 const KEEPALIVE_PROBES: u32 = 4;
@@ -67,7 +69,8 @@ pub struct Options {
     /// Longest wait for each step of the handshake.
     pub handshake_timeout: Duration,
     /// A client that holds buffers, and for this long (or a quarter longer) takes nothing of its replies or sends
-    /// nothing of a payload, is sent away. Others may wait for its buffers, and must not time out meanwhile.
+    /// nothing of a payload, is sent away; while others wait for its buffers, also one that is not done with a batch
+    /// of replies, or a payload, by then. They must not time out meanwhile.
     pub stall_timeout: Duration,
 }
 
@@ -172,7 +175,9 @@ enum Closed {
     TooManyOptions,
     #[error("the export can not be opened: {0}")]
     Open(Code),
-    #[error("the client holds buffers, and takes no replies or sends no payload")]
+    #[error(
+        "the client holds buffers, and takes no replies or sends no payload, or too slowly for others that wait"
+    )]
     Stalled,
     #[error("a write claims {0} bytes")]
     WriteTooLong(u32),

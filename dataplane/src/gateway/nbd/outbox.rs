@@ -39,6 +39,7 @@ pub(super) struct Outbox {
     state: Cell<State>,
     batch: RefCell<Batch>,
     sent_bytes: Cell<u64>,
+    sent_batches: Cell<u64>,
     /// The writer, while it waits for replies.
     idle_writer: RefCell<Option<Waker>>,
     /// The writer, while it waits for the socket.
@@ -53,6 +54,7 @@ impl Outbox {
             state: Cell::new(State::Open),
             batch: RefCell::default(),
             sent_bytes: Cell::new(0),
+            sent_batches: Cell::new(0),
             idle_writer: RefCell::default(),
             busy_writer: RefCell::default(),
             reader: RefCell::default(),
@@ -104,6 +106,11 @@ impl Outbox {
         self.busy_writer.borrow().is_some().then(|| self.sent_bytes.get())
     }
 
+    /// Batches that the socket has taken whole; `None` while there is nothing to take.
+    pub fn sent_batches(&self) -> Option<u64> {
+        self.busy_writer.borrow().is_some().then(|| self.sent_batches.get())
+    }
+
     /// Writes batches until the outbox is closed or aborted; a failure aborts it.
     pub async fn write_to<W: AsyncWriteRent>(&self, mut stream: W) -> Result<(), io::Error> {
         let mut batch = Batch::default();
@@ -130,6 +137,7 @@ impl Outbox {
                     }
                 }
             }
+            self.sent_batches.set(self.sent_batches.get() + 1);
             batch.gather.clear();
             batch.permits.clear();
         }

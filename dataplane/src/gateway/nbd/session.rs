@@ -46,6 +46,8 @@ const BLOCK_STATUS_HELD_BYTES: usize = BLOCK_STATUS_BYTES_MAX as usize / PAGE_SI
 const _: () = assert!(EXTENTS_MAX * 8 < BLOCK_STATUS_HELD_BYTES);
 /// How often a client is looked at while its time to do something passes.
 const STALL_LOOKS: u32 = 4;
+/// Somebody who was seen to wait at so many looks has waited for at least half of that time.
+const HUNGRY_LOOKS: u32 = STALL_LOOKS / 2 + 1;
 /// A client that has something to take or to send, and moves less than this in that time, stands still.
 const STALL_BYTES_MIN: u64 = 64 * 1024;
 /// How soon an exhausted pool is asked again.
@@ -61,6 +63,8 @@ struct Context<V: Volumes> {
     outbox: Rc<Outbox>,
     /// The client owes the rest of a payload, whose buffer waits for it.
     payload_awaited: Cell<bool>,
+    /// Payloads that came whole.
+    payloads: Cell<u64>,
     received_bytes: Rc<Cell<u64>>,
     failure_logged: Cell<bool>,
     counters: Arc<Counters>,
@@ -98,6 +102,7 @@ where
         ),
         outbox: gateway.outbox(),
         payload_awaited: Cell::new(false),
+        payloads: Cell::new(0),
         received_bytes: receiver.received_bytes(),
         failure_logged: Cell::new(false),
         counters: Arc::clone(&gateway.counters),
@@ -119,36 +124,55 @@ where
 }
 
 /// Ends a connection whose client holds buffers and does next to nothing to free them for `timeout`, or a little
-/// longer: what it holds of the pool is everybody's. A client that holds none may be silent, as one that is paused is.
+/// longer: what it holds of the pool is everybody's. While others that have nothing wait for it, also one that takes
+/// as long for a single batch of replies or a single payload. A client that holds none may be silent, as one that is
+/// paused is, if its kernel takes what it is sent.
 async fn end_when_stalled<V: Volumes>(context: Weak<Context<V>>, timeout: Duration) {
-    let (mut sending, mut receiving) = (Watch::default(), Watch::default());
+    let (mut sending, mut receiving) = (Watch::of(STALL_BYTES_MIN), Watch::of(STALL_BYTES_MIN));
+    let (mut batch, mut payload) = (Watch::of(1), Watch::of(1));
+    let (mut hungry, mut hungry_looks) = (None, 0);
     loop {
         monoio::time::sleep(timeout / STALL_LOOKS).await;
         let Some(context) = context.upgrade() else { return };
         let holds = context.budget.holds_buffers();
+        let owes = context.payload_awaited.get();
         let sent = context.outbox.sent_bytes().filter(|_| holds);
-        let received = context.payload_awaited.get().then(|| context.received_bytes.get());
+        let received = owes.then(|| context.received_bytes.get());
         let stalled = [sending.stands_still(sent), receiving.stands_still(received)];
-        if stalled.contains(&true) {
+        let sent = context.outbox.sent_batches().filter(|_| holds);
+        let received = owes.then(|| context.payloads.get());
+        let slow = [batch.stands_still(sent), payload.stands_still(received)];
+        let before = std::mem::replace(&mut hungry, context.budget.starves());
+        hungry_looks = match hungry {
+            None => 0,
+            same if same == before => hungry_looks + 1,
+            _ => 1,
+        };
+        if stalled.contains(&true) || slow.contains(&true) && hungry_looks >= HUNGRY_LOOKS {
             return context.outbox.abort();
         }
     }
 }
 
-/// Sees whether a count of bytes grows.
-#[derive(Default)]
+/// Sees whether a count grows.
 struct Watch {
+    /// By at least so much in `STALL_LOOKS` intervals.
+    least: u64,
     /// The count when it had grown enough last.
     since: Option<u64>,
     looks: u32,
 }
 
 impl Watch {
+    const fn of(least: u64) -> Self {
+        Self { least, since: None, looks: 0 }
+    }
+
     /// The count as it is now, `None` if it need not grow; has it grown too little for `STALL_LOOKS` intervals?
     fn stands_still(&mut self, now: Option<u64>) -> bool {
         match (self.since, now) {
-            (Some(since), Some(now)) if now - since < STALL_BYTES_MIN => self.looks += 1,
-            _ => *self = Self { since: now, looks: 0 },
+            (Some(since), Some(now)) if now - since < self.least => self.looks += 1,
+            _ => (self.since, self.looks) = (now, 0),
         }
         self.looks >= STALL_LOOKS
     }
@@ -257,6 +281,7 @@ impl<R: AsyncReadRent, V: Volumes> Session<R, V> {
             self.context.payload_awaited.set(true);
             let buffer = self.receiver.payload(buffer, begin).await?;
             self.context.payload_awaited.set(false);
+            self.context.payloads.set(self.context.payloads.get() + 1);
             let operation = Operation::Write { data: whole(buffer, begin), fua };
             monoio::spawn(Rc::clone(&self.context).change(
                 request.cookie,
@@ -539,7 +564,7 @@ mod tests {
 
     /// The looks at a count until it is found to stand still.
     fn looks(counts: impl IntoIterator<Item = Option<u64>>) -> Option<usize> {
-        let mut watch = Watch::default();
+        let mut watch = Watch::of(STALL_BYTES_MIN);
         counts.into_iter().position(|count| watch.stands_still(count))
     }
 

@@ -13,7 +13,7 @@ use xsan_tests::control::is_healthy;
 use xsan_tests::foreground::{Foreground, Write, stretches};
 use xsan_tests::node::Part;
 
-use crate::watch::{Total, acting_on, all_whole, groups, part_of, share, used};
+use crate::watch::{Total, acting_on, all_whole, groups, is_member, part_of, share, used};
 use crate::{Phase, REPLICAS, SlowNode, p99_us};
 
 /// The node that things are done to, and the one that joins.
@@ -70,7 +70,8 @@ impl Bench {
         let ideal = used(&self.cluster.status()?, NAME);
         let before = self.moved()?;
         self.cluster.kill_node(NODE)?;
-        self.wait("the rebuild to begin", |status| groups(status).resyncing > 0)?;
+        // At first it is a learner, which its primaries would have back: nobody knows yet that it is gone.
+        self.wait("the rebuild to begin", |status| groups(status).resyncing > 0 && !is_member(status, NAME))?;
         let began = self.load.now();
         let ended = self.rest(all_whole)?;
         self.phase("rebuild after a death", quiet, ideal, before, began..ended)

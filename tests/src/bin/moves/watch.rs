@@ -62,6 +62,11 @@ pub fn acting_on(status: &ClusterStatusReply, name: &str) -> u32 {
     node(status, name).map_or(0, |node| node.member_groups)
 }
 
+/// Is a node a member or a learner of any group?
+pub fn is_member(status: &ClusterStatusReply, name: &str) -> bool {
+    node(status, name).is_some_and(|node| node.member_groups + node.learner_groups > 0)
+}
+
 /// Of so many bytes, those that groups of a node hold, when groups hold the same.
 pub fn part_of(status: &ClusterStatusReply, name: &str, bytes: u64) -> u64 {
     bytes * u64::from(acting_on(status, name)) / u64::from(groups(status).total.max(1))

@@ -33,7 +33,8 @@ const VOLUME: &str = "soak";
 const FIO_BYTES: u64 = 512 * MIB;
 /// Where the crowds work, behind what fio writes: room for 7,720 faults, 17 hours with one every 8 seconds.
 const FIELD: Field = Field { first: 600 * MIB / 4096, pages: (2048 - 600) * MIB / 4096, round: 0 };
-const RECONNECT: Duration = Duration::from_secs(30);
+/// qemu connects again after 1, 2, 4, 8 and then every 16 seconds: several tries may meet a gateway that was struck again.
+const RECONNECT: Duration = Duration::from_secs(180);
 /// For what is under way when its time is over.
 const FIO_END_MAX: Duration = Duration::from_secs(300);
 /// A soak that is longer meets every kind of fault.
