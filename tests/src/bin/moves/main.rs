@@ -22,7 +22,6 @@ use xsan_tests::node::NodeOptions;
 use xsan_tests::stamp::PAGE_SIZE;
 
 use crate::phases::Bench;
-use crate::watch::Total;
 
 const GIB: u64 = 1 << 30;
 const NODES: usize = 4;
@@ -60,7 +59,7 @@ struct Phase {
     ideal_bytes: u64,
     moved_bytes: u64,
     time: Duration,
-    /// Of the quiet cluster just before, and meanwhile.
+    /// Of the quiet cluster just before and just after, and meanwhile.
     quiet: Vec<Write>,
     during: Vec<Write>,
 }
@@ -108,7 +107,7 @@ fn moves(arguments: &Arguments) -> Result<Vec<String>> {
         clients: FOREGROUND_CLIENTS,
         seed: 1,
     })?;
-    let mut bench = Bench { moved: Total::of("resync_bytes_moved"), cluster, load };
+    let mut bench = Bench::new(cluster, load)?;
     let phases = vec![
         bench.maintenance()?,
         bench.rebuild()?,

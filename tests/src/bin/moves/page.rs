@@ -37,7 +37,7 @@ pub fn page(
          were written while one was away, and what primaries hold for a scrub. \"Moved\" is the units sent to learners, and what primaries \
          read. A phase lasts until nothing moves any more and no group changes; maintenance from `on`, with the stop, a minute \
          away, and the start; a rebuild from its begin, after others have taken over. p99 is that of all writes that were due in the phase, and in the \
-         {} s before it, when nothing moved; the worst slice is the highest p99 of {} s.\n",
+         {} s before and after it, when nothing moved; the worst slice is the highest p99 of {} s.\n",
         QUIET.as_secs(),
         SLICE.as_secs(),
     )?;

@@ -1,5 +1,6 @@
 //! Each way of moving data: how it is begun, what would have to be moved, and when it is over.
 
+use std::mem;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -34,7 +35,8 @@ const SLOW_FOR: Duration = Duration::from_secs(20);
 pub struct Bench {
     pub cluster: Cluster,
     pub load: Foreground,
-    pub moved: Total,
+    moved: Total,
+    quiet_before: Vec<Write>,
 }
 
 /// A slow node, while it is slow.
@@ -46,10 +48,16 @@ struct Watched {
 }
 
 impl Bench {
+    pub fn new(cluster: Cluster, load: Foreground) -> Result<Self> {
+        let mut this =
+            Self { cluster, load, moved: Total::of("resync_bytes_moved"), quiet_before: Vec::new() };
+        this.quiet_before = this.quiet()?;
+        Ok(this)
+    }
+
     /// A node is stopped in order, away for a while, and started again, without a rebuild: it is sent the units that were written
     /// meanwhile.
     pub fn maintenance(&mut self) -> Result<Phase> {
-        let quiet = self.quiet()?;
         let (status, before, began) = (self.cluster.status()?, self.moved()?, self.load.now());
         self.cluster.cli(&["node", "maintenance", NAME, "on"])?.succeeded()?;
         self.cluster.stop_node(NODE)?;
@@ -61,12 +69,11 @@ impl Bench {
         let ended = self.rest(|status| is_healthy(status, count))?;
         self.cluster.cli(&["node", "maintenance", NAME, "off"])?.succeeded()?;
         let ideal = part_of(&status, NAME, self.written(missed)?);
-        self.phase("maintenance", quiet, ideal, before, began..ended)
+        self.phase("maintenance", ideal, before, began..ended)
     }
 
     /// A node dies for good: its replicas are made anew on the others. That others take over for it is not part of this.
     pub fn rebuild(&mut self) -> Result<Phase> {
-        let quiet = self.quiet()?;
         let ideal = used(&self.cluster.status()?, NAME);
         let before = self.moved()?;
         self.cluster.kill_node(NODE)?;
@@ -74,42 +81,38 @@ impl Bench {
         self.wait("the rebuild to begin", |status| groups(status).resyncing > 0 && !is_member(status, NAME))?;
         let began = self.load.now();
         let ended = self.rest(all_whole)?;
-        self.phase("rebuild after a death", quiet, ideal, before, began..ended)
+        self.phase("rebuild after a death", ideal, before, began..ended)
     }
 
     /// It comes back, with a store that is out of date, and takes its share again.
     pub fn back(&mut self) -> Result<Phase> {
-        let quiet = self.quiet()?;
         let (before, began) = (self.moved()?, self.load.now());
         self.cluster.restart(NODE)?;
         let ended = self.rest(|status| all_whole(status) && acting_on(status, NAME) > 0)?;
         let ideal = share(&self.cluster.status()?);
-        self.phase("return after the rebuild", quiet, ideal, before, began..ended)
+        self.phase("return after the rebuild", ideal, before, began..ended)
     }
 
     pub fn join(&mut self) -> Result<Phase> {
-        let quiet = self.quiet()?;
         let (before, began) = (self.moved()?, self.load.now());
         self.cluster.add_node()?;
         let ended = self.rest(|status| all_whole(status) && acting_on(status, JOINED) > 0)?;
         let ideal = share(&self.cluster.status()?);
-        self.phase("join of a fifth node", quiet, ideal, before, began..ended)
+        self.phase("join of a fifth node", ideal, before, began..ended)
     }
 
     pub fn remove(&mut self) -> Result<Phase> {
-        let quiet = self.quiet()?;
         let ideal = used(&self.cluster.status()?, JOINED);
         let (before, began) = (self.moved()?, self.load.now());
         self.cluster.cli(&["node", "remove", JOINED, "--yes"])?.succeeded()?;
         let ended = self.rest(|status| status.nodes.len() == NODE + 1 && all_whole(status))?;
         // It was told that the cluster has removed it, and has ended.
         self.cluster.kill_node(NODE + 1)?;
-        self.phase("removal of a node", quiet, ideal, before, began..ended)
+        self.phase("removal of a node", ideal, before, began..ended)
     }
 
     /// Every page of every replica is read, at the default rate. What the primaries read is counted.
     pub fn scrub(&mut self) -> Result<Phase> {
-        let quiet = self.quiet()?;
         let ideal_bytes = self.cluster.status()?.used_bytes / REPLICAS as u64;
         let mut read = Total::of("scrub_bytes");
         let (before, began) = (read.look(&self.cluster)?, self.load.now());
@@ -121,6 +124,7 @@ impl Bench {
         let ended = self.rest(is_over)?;
         let (time, during) = (ended - began, self.load.writes(began..ended)?);
         let moved_bytes = read.look(&self.cluster)? - before;
+        let quiet = self.quiet_around()?;
         let phase = Phase { name: "deep scrub", ideal_bytes, moved_bytes, time, quiet, during };
         tell(&phase);
         Ok(phase)
@@ -128,7 +132,6 @@ impl Bench {
 
     /// The data process of a node stands still half of the time, as one whose device does.
     pub fn slow_node(&mut self) -> Result<SlowNode> {
-        let quiet = self.quiet()?;
         let (status, before) = (self.cluster.status()?, self.moved()?);
         let over = AtomicBool::new(false);
         let watched = thread::scope(|scope| {
@@ -141,14 +144,15 @@ impl Bench {
         let mended = self.load.now();
         let ended = self.rest(|status| all_whole(status) && acting_on(status, NAME) > 0)?;
         let Watched { waiting, ordered, acts_nowhere, demoted } = watched;
+        let moved_bytes = self.moved()? - before;
         let slow = SlowNode {
-            quiet,
+            quiet: self.quiet_around()?,
             waiting,
             demoted,
             returning: self.load.writes(mended..ended)?,
             // A learner until it acts, it may miss all of them.
             ideal_bytes: part_of(&status, NAME, self.written(ordered..ended)?),
-            moved_bytes: self.moved()? - before,
+            moved_bytes,
             demoted_after: acts_nowhere - ordered,
             back_after: ended - mended,
         };
@@ -181,14 +185,14 @@ impl Bench {
     fn phase(
         &mut self,
         name: &'static str,
-        quiet: Vec<Write>,
         ideal_bytes: u64,
         moved_before: u64,
         time: Range<Duration>,
     ) -> Result<Phase> {
         let moved_bytes = self.moved()? - moved_before;
         let during = self.load.writes(time.clone())?;
-        let phase = Phase { name, ideal_bytes, moved_bytes, time: time.end - time.start, quiet, during };
+        let (time, quiet) = (time.end - time.start, self.quiet_around()?);
+        let phase = Phase { name, ideal_bytes, moved_bytes, time, quiet, during };
         tell(&phase);
         Ok(phase)
     }
@@ -200,6 +204,14 @@ impl Bench {
     /// Bytes of the units that the foreground wrote to in this time: what a replica that missed them needs.
     fn written(&self, during: Range<Duration>) -> Result<u64> {
         Ok(stretches(&self.load.writes(during)?, PAGES_PER_UNIT as u64) * UNIT_SIZE as u64)
+    }
+
+    /// The quiet cluster's writes just before what was measured, and those just after it: what else the host does differs from
+    /// minute to minute.
+    fn quiet_around(&mut self) -> Result<Vec<Write>> {
+        let after = self.quiet()?;
+        let before = mem::replace(&mut self.quiet_before, after.clone());
+        Ok([before, after].concat())
     }
 
     /// The foreground's writes in the first stretch of time in which nothing moves and no group changes.
