@@ -16,10 +16,10 @@ mod replay;
 use std::collections::BTreeMap;
 use std::io;
 
-use xsan_protocol::disk::DiskFormatError;
 use xsan_protocol::disk::block_record::{BlockRecord, NO_CAPACITY, RECORD_SIZE, SLOT_SIZE};
 use xsan_protocol::disk::checkpoint::{self, Checkpoint};
 use xsan_protocol::disk::superblock::Superblock;
+use xsan_protocol::disk::{COUNTER_END, DiskFormatError};
 use xsan_protocol::error::Code;
 use xsan_protocol::ids::{GroupId, Seq};
 use xsan_protocol::units::PAGE_SIZE;
@@ -41,6 +41,8 @@ use replay::Carried;
 
 /// Bytes read at once where much is read.
 const READ_BYTES: usize = 1 << 20;
+/// No store comes this far. One that was opened there could come to what its next opening does not read.
+const COUNTER_MAX: u64 = COUNTER_END / 2;
 
 /// What was found besides the store itself.
 #[derive(Debug)]
@@ -82,6 +84,8 @@ pub enum OpenError {
     Mismatch,
     #[error("neither checkpoint is valid")]
     Checkpoint,
+    #[error("a counter of the store is at {found}, which none can have come to")]
+    Counter { found: u64 },
     #[error("what is left of a damaged store does not fit its capacity")]
     Beyond,
     #[error(transparent)]
@@ -99,7 +103,7 @@ impl OpenError {
         match self {
             Self::Superblock(error) => error.code(),
             Self::OtherCluster { .. } | Self::Mismatch => Code::DeviceInUse,
-            Self::Checkpoint | Self::Beyond => Code::StoreCorrupt,
+            Self::Checkpoint | Self::Counter { .. } | Self::Beyond => Code::StoreCorrupt,
             Self::Device(error) => error.code(),
         }
     }
@@ -150,6 +154,7 @@ impl Store {
         recovery.load_records()?;
         recovery.replay()?;
         recovery.judge()?;
+        recovery.check_counters()?;
         recovery.finish(options)
     }
 }
@@ -334,6 +339,13 @@ impl<'a> Recovery<'a> {
         }
         self.slots.set_recovered(number, record.generation, true);
         self.index.insert_recovered(&record);
+    }
+
+    /// Before anything is written: a store of a writer that is not ours stays as it is.
+    fn check_counters(&self) -> Result<(), OpenError> {
+        let counters = [self.checkpoint.number, self.seen_session, self.seen_end, self.newest_record];
+        let found = counters.into_iter().max().unwrap_or_default();
+        if found < COUNTER_MAX { Ok(()) } else { Err(OpenError::Counter { found }) }
     }
 
     /// Writes the first checkpoint of this session and hands over the store.

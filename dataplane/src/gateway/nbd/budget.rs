@@ -206,8 +206,8 @@ impl Budget {
 
     /// Who waits first for some of what it holds, and has nothing of that.
     pub fn starves(&self) -> Option<u64> {
-        let held = self.slots.iter().zip(&self.share.classes).filter(|(held, _)| held.get() > 0);
-        held.into_iter().find_map(|(_, class)| Some(class.hungry.borrow().front()?.0))
+        let mut held = self.slots.iter().zip(&self.share.classes).filter(|(held, _)| held.get() > 0);
+        held.find_map(|(_, class)| Some(class.hungry.borrow().front()?.0))
     }
 
     /// Waits until nothing is under way and every reply is written.

@@ -1,16 +1,17 @@
 //! Bits that rot and sectors that can not be read: found, told apart from torn writes, mended.
 
+use xsan_protocol::disk::COUNTER_END;
 use xsan_protocol::disk::block_record::{BlockRecord, RECORD_SIZE};
-use xsan_protocol::disk::checkpoint;
+use xsan_protocol::disk::checkpoint::{self, Checkpoint};
 use xsan_protocol::disk::superblock::{self, Superblock};
 use xsan_protocol::error::Code;
 use xsan_protocol::ids::{GroupId, Seq};
 use xsan_protocol::units::{PAGE_SIZE, PageRange};
 
-use super::rig::{JOURNAL_BYTES, Rig, data, key, page_bytes, pool, version};
+use super::rig::{JOURNAL_BYTES, Rig, data, key, open, page_bytes, pool, version};
 use crate::io::Device;
-use crate::store::{Options, PageData, ReadError, Record, Store, StoreEvent, StoreView};
-use crate::testing::Random;
+use crate::store::{OpenError, Options, PageData, ReadError, Record, Store, StoreEvent, StoreView};
+use crate::testing::{Random, SimDevice};
 
 const GROUP: GroupId = GroupId(3);
 const PAGES: PageRange = PageRange::new(2, 8);
@@ -584,6 +585,35 @@ fn a_store_with_a_record_that_nobody_wrote_opens_again() {
     rig.expect(GROUP, key(1), PAGES, |page| 98 + u64::from(page));
     rig = rig.crash(false);
     rig.expect(GROUP, key(1), PAGES, |page| 98 + u64::from(page));
+}
+
+/// It was opened, and its next checkpoints were none that an opening reads. Found by the fuzzer.
+#[test]
+fn a_store_whose_counters_near_their_end_is_refused_and_stays_as_it_is() {
+    let rig = Rig::new(8, false);
+    let first = superblock(&rig).checkpoints.offset;
+    let slots = [first, first + checkpoint::SLOT_SIZE as u64];
+    let read = |device: &SimDevice| {
+        slots.map(|offset| {
+            let mut slot = vec![0; checkpoint::SLOT_SIZE];
+            device.read_at(offset, &mut slot).unwrap();
+            slot
+        })
+    };
+    let found = read(&rig.capacity).into_iter().filter_map(|slot| Checkpoint::decode(&slot).ok());
+    let newest = found.max_by_key(|found| found.number).expect("the store was opened");
+    let last = COUNTER_END - 1;
+    for changed in [Checkpoint { number: last, ..newest.clone() }, Checkpoint { session: last, ..newest }] {
+        let device = rig.capacity.fork();
+        let mut record = vec![0; Checkpoint::size(changed.groups.len())];
+        changed.encode(&mut record);
+        device.write_at(slots[changed.number as usize % 2], &record).unwrap();
+        let before = read(&device);
+        let Err(error) = open(&device, None) else { panic!("opened") };
+        assert!(matches!(error, OpenError::Counter { found } if found == last), "{error}");
+        assert_eq!(error.code(), Code::StoreCorrupt);
+        assert!(read(&device) == before);
+    }
 }
 
 #[test]
