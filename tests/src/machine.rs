@@ -24,9 +24,12 @@ pub fn describe(directory: &Path) -> Result<Vec<(&'static str, String)>> {
         ("memory", format!("{} GiB", memory_kib.div_ceil(1 << 20))),
         ("kernel", kernel.trim().to_owned()),
         ("file system", file_system_of(directory)?),
-        ("fio", first_line("fio", "--version")?),
-        ("qemu", first_line("qemu-img", "--version")?),
     ])
+}
+
+/// Names and versions of the programs that measure.
+pub fn tools() -> Result<Vec<(&'static str, String)>> {
+    Ok(vec![("fio", first_line("fio", "--version")?), ("qemu", first_line("qemu-img", "--version")?)])
 }
 
 fn value_of<'a>(text: &'a str, name: &str) -> Option<&'a str> {

@@ -296,7 +296,7 @@ fn page(
         )?;
     }
     page.push_str("\nThe machine:\n\n");
-    for (name, value) in machine::describe(base)? {
+    for (name, value) in machine::describe(base)?.into_iter().chain(machine::tools()?) {
         writeln!(page, "- {name}: {value}")?;
     }
     Ok(page)
