@@ -338,7 +338,7 @@ impl ControlClient {
 
     /// Of the node with that name or id; of every node if `None`.
     pub async fn perf_stats(&self, node: Option<&str>) -> Result<Vec<proto::NodePerf>, ClientError> {
-        let request = proto::PerfStatsRequest { node: node.unwrap_or_default().to_owned() };
+        let request = proto::PerfStatsRequest { node: node.map(str::to_owned) };
         let reply = self.call(Effect::Read, request, |channel, request| async move {
             cluster(channel).perf_stats(request).await
         });
@@ -429,10 +429,10 @@ impl ControlClient {
                     refusal.uncertain = doubt.is_some();
                     let retry = refusal.retry();
                     let leader = refusal.object.parse::<SocketAddr>().ok().map(Address::from);
-                    // A leader that lost its quorum may have the request in its log already.
-                    if effect != Effect::Read && refusal.code() == Some(Code::NoQuorum) {
-                        doubt.get_or_insert(address);
-                    }
+                    // A leader that lost its quorum, or whose log failed or is being stopped, may have the request in its
+                    // log already.
+                    let in_log = matches!(refusal.code(), Some(Code::NoQuorum | Code::Busy));
+                    doubt_if(in_log && effect != Effect::Read, doubt, &address);
                     let refused = ClientError::Refused(refusal);
                     match (retry, leader) {
                         (Retry::Never, _) => return Err(Failed::ForGood(refused)),
@@ -562,9 +562,9 @@ fn doubt_if(uncertain: bool, doubt: &mut Option<Address>, address: &Address) {
     }
 }
 
-/// Did the status arise here, from a connection that failed, and not at the node?
+/// Did the status arise here, from a connection that failed, and not at the node? One that came over the wire has no source.
 fn is_transport(status: &Status) -> bool {
-    std::error::Error::source(status).is_some_and(|source| source.is::<tonic::transport::Error>())
+    std::error::Error::source(status).is_some()
 }
 
 /// The cause at the bottom of `error`, as `connection refused`; those above it say "transport error".

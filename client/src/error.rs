@@ -115,6 +115,11 @@ impl ClientError {
         }
     }
 
+    /// Has nobody said anything about what was asked for?
+    pub const fn is_silence(&self) -> bool {
+        matches!(self, Self::Unreachable { .. } | Self::Timeout { .. } | Self::Broken { .. })
+    }
+
     /// Can it be that a change was made all the same?
     pub const fn is_uncertain(&self) -> bool {
         match self {

@@ -7,6 +7,7 @@
 //! | 2 | wrong usage: an option is missing, unknown or malformed |
 //! | 3 | nothing answers at any of the addresses |
 //! | 4 | no answer in time, or no quorum: a change that was asked for may or may not have been made |
+//! | 5 | done, but what there was to show could not be written |
 //! | 78 | starting again can not help: configuration, device or format; a supervisor does not restart |
 
 use std::fmt;
@@ -21,6 +22,7 @@ pub const REFUSED: u8 = 1;
 pub const USAGE: u8 = 2;
 pub const UNREACHABLE: u8 = 3;
 pub const NO_ANSWER: u8 = 4;
+pub const NOT_SHOWN: u8 = 5;
 /// `EX_CONFIG` of sysexits.h.
 pub const DO_NOT_RESTART: u8 = 78;
 

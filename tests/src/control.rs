@@ -45,7 +45,7 @@ impl Control {
     }
 
     pub fn perf_stats(&self) -> Result<PerfStatsReply> {
-        self.call(async |mut client| client.perf_stats(PerfStatsRequest { node: String::new() }).await)
+        self.call(async |mut client| client.perf_stats(PerfStatsRequest { node: None }).await)
     }
 
     pub fn scrub_status(&self) -> Result<ScrubStatusReply> {

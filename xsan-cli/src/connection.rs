@@ -19,7 +19,7 @@ pub struct Connection {
         value_delimiter = ','
     )]
     pub address: Vec<Address>,
-    /// Seconds to wait for the cluster
+    /// Seconds to wait for an answer; while no address even takes a connection, 3 at most
     #[arg(long, global = true, value_name = "SECONDS", default_value_t = 15,
           value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub timeout: u64,

@@ -1,4 +1,4 @@
-//! Why a command of the tools fails, shown to people or programs, and its exit code.
+//! How a command of the tools ends: what it shows, to people or programs, or why it fails, and its exit code.
 
 use std::fmt;
 use std::io::{self, ErrorKind, Write};
@@ -9,9 +9,23 @@ use xsan_client::ClientError;
 use xsan_nodekit::exit;
 use xsan_protocol::error::Code;
 
+/// What a command that was carried out shows, and its exit code.
+#[derive(Debug)]
+pub struct Shown {
+    pub text: String,
+    pub exit_code: u8,
+}
+
+impl From<String> for Shown {
+    fn from(text: String) -> Self {
+        Self { text, exit_code: exit::DONE }
+    }
+}
+
 #[derive(Debug)]
 pub enum Failure {
-    Cluster(ClientError),
+    /// `object`: what was asked about, as `volume vm-1`; empty for the cluster as a whole.
+    Cluster { object: String, source: ClientError },
     /// Our own system, as for a runtime that does not start.
     System(io::Error),
     /// What the command has to show can not be written.
@@ -21,26 +35,35 @@ pub enum Failure {
     /// The user can not be asked.
     NoTerminal,
     /// Somebody took the removal of a node back while we waited for it.
-    TakenBack {
-        node: String,
-    },
+    TakenBack { node: String },
     /// The cluster does not tell how far the removal of a node is.
-    OutOfSight {
-        node: String,
-        source: ClientError,
-    },
+    OutOfSight { node: String, source: ClientError },
 }
 
 impl From<ClientError> for Failure {
-    fn from(error: ClientError) -> Self {
-        Self::Cluster(error)
+    fn from(source: ClientError) -> Self {
+        Self::Cluster { object: String::new(), source }
+    }
+}
+
+/// A call's error with the object that it was about: what got no answer can not name it.
+pub trait About<T> {
+    fn about(self, kind: &str, name: &str) -> Result<T, Failure>;
+}
+
+impl<T> About<T> for Result<T, ClientError> {
+    fn about(self, kind: &str, name: &str) -> Result<T, Failure> {
+        self.map_err(|source| Failure::Cluster { object: format!("{kind} {name}"), source })
     }
 }
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Cluster(error) => error.fmt(f),
+            Self::Cluster { object, source } if !object.is_empty() && source.is_silence() => {
+                write!(f, "{object}: {source}")
+            }
+            Self::Cluster { source, .. } => source.fmt(f),
             Self::System(error) => error.fmt(f),
             Self::Output(error) => {
                 write!(f, "standard output: {error}; what was asked for is done, and not all of it is shown")
@@ -60,7 +83,7 @@ impl fmt::Display for Failure {
 impl Failure {
     fn code(&self) -> Code {
         match self {
-            Self::Cluster(error) | Self::OutOfSight { source: error, .. } => error.code(),
+            Self::Cluster { source, .. } | Self::OutOfSight { source, .. } => source.code(),
             Self::System(_) | Self::Output(_) => Code::Internal,
             Self::NotConfirmed | Self::NoTerminal => Code::InvalidArgument,
             Self::TakenBack { .. } => Code::NotFound,
@@ -69,7 +92,7 @@ impl Failure {
 
     fn of_cluster(&self) -> Option<&ClientError> {
         match self {
-            Self::Cluster(error) | Self::OutOfSight { source: error, .. } => Some(error),
+            Self::Cluster { source, .. } | Self::OutOfSight { source, .. } => Some(source),
             _ => None,
         }
     }
@@ -84,14 +107,23 @@ impl Failure {
         }
     }
 
+    /// May something have been done, or be under way, of which the cluster does not tell how it ended?
+    fn is_uncertain(&self) -> bool {
+        match self {
+            Self::Cluster { source, .. } => source.is_uncertain(),
+            Self::OutOfSight { .. } => true,
+            _ => false,
+        }
+    }
+
     fn remedy(&self) -> &'static str {
         match self {
-            Self::Cluster(ClientError::Refused(refusal)) if refusal.code().is_none() => {
+            Self::Cluster { source: ClientError::Refused(refusal), .. } if refusal.code().is_none() => {
                 "upgrade this program to the release of the cluster"
             }
-            Self::Cluster(ClientError::NotXsan { .. }) => "correct --address or XSAN_ADDRESS",
-            Self::Cluster(error) if error.is_uncertain() => {
-                "look whether the change was made before trying again"
+            Self::Cluster { source: ClientError::NotXsan { .. }, .. } => "correct --address or XSAN_ADDRESS",
+            Self::Cluster { .. } if self.is_uncertain() => {
+                "look whether the change was made before trying again; as long as there is no quorum it may still be made"
             }
             Self::Output(_) => "make room where the output goes",
             Self::NotConfirmed => "answer y, or give --yes",
@@ -103,10 +135,12 @@ impl Failure {
     }
 
     pub fn exit_code(&self) -> u8 {
-        match (self, self.of_cluster()) {
-            (Self::NoTerminal, _) => exit::USAGE,
-            (_, Some(ClientError::Unreachable { .. })) => exit::UNREACHABLE,
-            (_, Some(ClientError::Broken { .. })) => exit::NO_ANSWER,
+        match self {
+            Self::NoTerminal => exit::USAGE,
+            Self::Output(_) => exit::NOT_SHOWN,
+            Self::Cluster { source: ClientError::Broken { .. }, .. } => exit::NO_ANSWER,
+            _ if self.is_uncertain() => exit::NO_ANSWER,
+            Self::Cluster { source: ClientError::Unreachable { .. }, .. } => exit::UNREACHABLE,
             _ => exit::of_command(self.code()),
         }
     }
@@ -119,7 +153,8 @@ impl Failure {
     pub fn json(&self) -> String {
         let (number, name) = self.number_and_name();
         let object = match self {
-            Self::Cluster(ClientError::Refused(refusal)) => refusal.object.clone(),
+            Self::Cluster { source: ClientError::Refused(refusal), .. } => refusal.object.clone(),
+            Self::Cluster { object, .. } => object.clone(),
             Self::TakenBack { node } | Self::OutOfSight { node, .. } => format!("node {node}"),
             _ => String::new(),
         };
@@ -129,21 +164,17 @@ impl Failure {
             "object": object,
             "message": self.to_string(),
             "remedy": self.remedy(),
-            "uncertain": self.of_cluster().is_some_and(ClientError::is_uncertain),
+            "uncertain": self.is_uncertain(),
         });
         format!("{:#}", json!({ "error": error }))
     }
 }
 
 /// Prints what a command has to show, or why it failed.
-pub fn finish(result: Result<String, Failure>, json: bool) -> ExitCode {
-    finish_as(exit::DONE, result, json)
-}
-
-/// As `finish`, for a command whose success has an exit code of its own.
-pub fn finish_as(done: u8, result: Result<String, Failure>, json: bool) -> ExitCode {
-    match result.and_then(|text| print(&mut io::stdout(), &text)) {
-        Ok(()) => ExitCode::from(done),
+pub fn finish(result: Result<Shown, Failure>, json: bool) -> ExitCode {
+    let shown = result.and_then(|shown| print(&mut io::stdout(), &shown.text).map(|()| shown.exit_code));
+    match shown {
+        Ok(exit_code) => ExitCode::from(exit_code),
         Err(failure) => {
             eprintln!("{}", if json { failure.json() } else { failure.text() });
             ExitCode::from(failure.exit_code())
@@ -173,7 +204,7 @@ mod tests {
 
     fn refused(number: u16, object: &str, message: &str, uncertain: bool) -> Failure {
         let refusal = Refusal { number, object: object.into(), message: message.into(), uncertain };
-        Failure::Cluster(ClientError::Refused(refusal))
+        ClientError::Refused(refusal).into()
     }
 
     #[test]
@@ -201,7 +232,7 @@ mod tests {
         let address = || "10.0.0.1".parse().expect("an address");
         let nobody =
             ClientError::Unreachable { addresses: vec![address()], reason: "connection refused".into() };
-        let nobody = Failure::Cluster(nobody);
+        let nobody = Failure::from(nobody);
         assert_eq!(nobody.exit_code(), 3);
         assert_eq!(
             nobody.text(),
@@ -209,14 +240,22 @@ mod tests {
              what to do: check that the node runs and is reachable, or name another node with --address or XSAN_ADDRESS"
         );
         let after = std::time::Duration::from_secs(12);
-        let silent = Failure::Cluster(ClientError::Timeout { address: address(), after, uncertain: true });
+        let silent = Err::<(), _>(ClientError::Timeout { address: address(), after, uncertain: true });
+        let silent = silent.about("volume", "vm-1").expect_err("no answer");
         assert_eq!(silent.exit_code(), 4);
         assert_eq!(
             silent.text(),
-            "error 5 Timeout: 10.0.0.1:8080: no answer within 12 s; what was asked for may or may not have been done\n  \
-             what to do: look whether the change was made before trying again"
+            "error 5 Timeout: volume vm-1: 10.0.0.1:8080: no answer within 12 s; what was asked for may or may not have been done\n  \
+             what to do: look whether the change was made before trying again; as long as there is no quorum it may still be made"
+        );
+        let value: serde_json::Value = serde_json::from_str(&silent.json()).expect("JSON");
+        assert_eq!(
+            (&value["error"]["object"], &value["error"]["uncertain"]),
+            (&"volume vm-1".into(), &true.into())
         );
         assert_eq!(refused(104, "", "", false).exit_code(), 4);
+        // A script that took it for a plain refusal would take back what was done.
+        assert_eq!(refused(305, "volume vm-1", "volume vm-1 exists already", true).exit_code(), 4);
     }
 
     /// An output that takes nothing.
@@ -236,7 +275,7 @@ mod tests {
     #[test]
     fn output_that_is_lost_is_a_failure_and_a_reader_that_left_is_none() {
         let failure = print(&mut Full(ErrorKind::StorageFull), "text").expect_err("nothing is taken");
-        assert_eq!(failure.exit_code(), 1);
+        assert_eq!(failure.exit_code(), exit::NOT_SHOWN);
         assert!(failure.to_string().starts_with("standard output: no storage space"), "{failure}");
         print(&mut Full(ErrorKind::BrokenPipe), "text").expect("no failure");
         let mut shown = Vec::new();

@@ -215,15 +215,18 @@ async fn no_quorum_for_good_ends_at_the_deadline() {
     assert!(calls.load(Ordering::SeqCst) > 2);
 }
 
-/// The entry of the first try may be committed by the next leader: the second try then meets its own volume.
+/// The entry of the first try may be committed by the next leader: the second try then meets its own volume. So it is where
+/// the leader's log failed, or the leader stopped, which is told as busy.
 #[tokio::test]
 async fn a_refusal_after_a_doubtful_try_says_so() {
-    let exists = Answer::No(Code::VolumeExists, "volume vm-1", "volume vm-1 exists already");
-    let (address, _) = node(&[Answer::No(Code::NoQuorum, "", ""), exists]).await;
-    let error = client(&[&address]).create_volume(create()).await.expect_err("refused");
-    assert_eq!(error.code(), Code::VolumeExists);
-    assert!(error.is_uncertain());
-    assert!(error.to_string().contains("an earlier try"), "{error}");
+    for first in [Code::NoQuorum, Code::Busy] {
+        let exists = Answer::No(Code::VolumeExists, "volume vm-1", "volume vm-1 exists already");
+        let (address, _) = node(&[Answer::No(first, "", ""), exists]).await;
+        let error = client(&[&address]).create_volume(create()).await.expect_err("refused");
+        assert_eq!(error.code(), Code::VolumeExists);
+        assert!(error.is_uncertain());
+        assert!(error.to_string().contains("an earlier try"), "{error}");
+    }
 }
 
 #[tokio::test]

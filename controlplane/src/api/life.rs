@@ -53,7 +53,7 @@ pub async fn set_maintenance(
 }
 
 /// # Errors
-/// 112 `NodeNeeded`, 113 `LastNode`, 114 `NodeIsUp`, 106 `NodeNotFound`.
+/// 112 `NodeNeeded`, also for more groups given up than agreed to, 113 `LastNode`, 114 `NodeIsUp`, 106 `NodeNotFound`.
 pub async fn remove_node(
     context: &Context,
     request: proto::RemoveNodeRequest,
@@ -74,8 +74,8 @@ pub async fn remove_node(
     let refusal = if request.force {
         plan.groups_lost = lost.iter().map(|group| group.0).collect();
         plan.volumes_lost = volumes_of(&survey, &lost);
-        plan.groups_stopped = count(held_by_the_dead(&survey, node.id));
-        is_up(&survey, node)
+        plan.groups_in_doubt = count(in_doubt(&survey, node.id));
+        is_up(&survey, node).or_else(|| more_than_agreed(node, &plan, request.groups_given_up))
     } else {
         too_few_others(&survey, node)
             .or_else(|| without_room(&survey, node, &moves, replica_bytes))
@@ -150,6 +150,7 @@ fn plan(survey: &Survey, node: &Node) -> proto::NodePlan {
     let groups = || survey.state.groups().map(|(_, group)| group);
     proto::NodePlan {
         name: node.name.clone(),
+        node: node.id.0,
         groups: count(groups().filter(|group| group.member(node.id).is_some()).count()),
         primary_groups: count(groups().filter(|group| group.primary == Some(node.id)).count()),
         ..at_rate(survey)
@@ -240,13 +241,13 @@ fn held_alone(survey: &Survey, node: NodeId) -> Vec<GroupId> {
     alone.map(|(_, group)| group.id).collect()
 }
 
-/// Groups of which other nodes hold everything, none of which serves with it: what `node` has may be all that is left.
-fn held_by_the_dead(survey: &Survey, node: NodeId) -> usize {
+/// Groups of which others have a copy, but none that serves surely has everything: it is on nodes that are down, or lost some of it.
+fn in_doubt(survey: &Survey, node: NodeId) -> usize {
     let stays = |other: NodeId| other != node && survey.state.departure(other) != Departure::Lost;
     let groups = survey.state.groups().filter(|(_, group)| {
         let mut others = group.holders().filter(|member| stays(member.node)).peekable();
         let holds = group.holders().any(|member| member.node == node);
-        holds && others.peek().is_some() && others.all(|member| !survey.has(member))
+        holds && others.peek().is_some() && others.all(|member| !survey.has_everything(group.id, member))
     });
     groups.count()
 }
@@ -277,6 +278,20 @@ fn is_up(survey: &Survey, node: &Node) -> Option<Refusal> {
 
 fn needed(node: &Node, message: String) -> Refusal {
     Refusal { code: Code::NodeNeeded, object: format!("node {}", node.name), message }
+}
+
+/// More would be given up than the operator has agreed to: others died while they were asked.
+fn more_than_agreed(node: &Node, plan: &proto::NodePlan, agreed: Option<u32>) -> Option<Refusal> {
+    let groups = plan.groups_lost.len() as u32 + plan.groups_in_doubt;
+    agreed.is_some_and(|agreed| groups > agreed).then(|| {
+        let name = &node.name;
+        needed(
+            node,
+            format!(
+                "node {name}: {groups} groups would be given up by now, more than were agreed to; look again"
+            ),
+        )
+    })
 }
 
 /// The nodes that are there can not hold as many replicas as every pool wants.

@@ -22,7 +22,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::runtime::Handle;
+use tokio::task::JoinSet;
 use tonic::{Request, Response, Status};
+use xsan_protocol::error::Code;
 use xsan_protocol::ids::{BlockIndex, NodeId, VolumeId};
 use xsan_protocol::limits::GROUPS_PER_POOL;
 use xsan_protocol::map::{Durability, Node, Volume};
@@ -56,15 +58,19 @@ pub struct Context {
 }
 
 impl Context {
-    /// Works an answer out on the main runtime.
+    /// Works an answer out on the main runtime; gives up when nobody waits for it any more, so that a change is not
+    /// tried for longer than whoever asked for it believes.
     async fn answer<T: Send + 'static>(
         &self,
         work: impl Future<Output = Result<T, ApiError>> + Send + 'static,
     ) -> Result<Response<T>, Status> {
-        match self.runtime.spawn(work).await {
-            Ok(Ok(answer)) => Ok(Response::new(answer)),
-            Ok(Err(error)) => Err(error.into()),
-            Err(_) => Err(ApiError::Stopping.into()),
+        // Dropped with the request, it ends its task.
+        let mut task = JoinSet::new();
+        task.spawn_on(work, &self.runtime);
+        match task.join_next().await {
+            Some(Ok(Ok(answer))) => Ok(Response::new(answer)),
+            Some(Ok(Err(error))) => Err(error.into()),
+            Some(Err(_)) | None => Err(ApiError::Stopping.into()),
         }
     }
 
@@ -90,7 +96,7 @@ impl Context {
     }
 }
 
-/// A node by its name, or else by its number.
+/// A node by its name or its number; no name is a number.
 fn find_node<'a>(state: &'a ClusterState, name: &str) -> Result<&'a Node, ApiError> {
     let by_number = || state.map().nodes.get(&NodeId(name.parse().ok()?));
     state
@@ -105,19 +111,17 @@ fn find_volume<'a>(state: &'a ClusterState, name: &str) -> Result<&'a Volume, Ap
 }
 
 fn new_volume(request: proto::CreateVolumeRequest, default_replica_count: u8) -> Result<Command, ApiError> {
-    let durability = match request.durability() {
-        proto::Durability::OnFlush => Durability::OnFlush,
-        proto::Durability::EveryWrite => Durability::EveryWrite,
+    let invalid = |field| ApiError::Invalid { field, object: format!("volume {}", request.name) };
+    // `request.durability()` would take what a newer client asks for as the weakest.
+    let durability = match proto::Durability::try_from(request.durability) {
+        Ok(proto::Durability::OnFlush) => Durability::OnFlush,
+        Ok(proto::Durability::EveryWrite) => Durability::EveryWrite,
+        Err(_) => return Err(invalid("durability")),
     };
     let replica_count = match u8::try_from(request.replica_count) {
         Ok(0) => default_replica_count,
         Ok(count) => count,
-        Err(_) => {
-            return Err(ApiError::Invalid {
-                field: "replica_count",
-                object: format!("volume {}", request.name),
-            });
-        }
+        Err(_) => return Err(invalid("replica_count")),
     };
     Ok(Command::CreateVolume(NewVolume {
         name: request.name,
@@ -210,9 +214,19 @@ impl Cluster for Context {
     ) -> Result<Response<proto::DeleteVolumeReply>, Status> {
         let (context, name) = (self.clone(), request.into_inner().name);
         self.answer(async move {
-            let volume = context.number_of(&name).await?;
-            context.propose(Command::DeleteVolume { volume }).await?;
-            Ok(proto::DeleteVolumeReply {})
+            let mut volume = context.number_of(&name).await?;
+            loop {
+                match context.propose(Command::DeleteVolume { volume }).await {
+                    // This node may have known an earlier volume of that name.
+                    Err(ApiError::Refused(refusal)) if refusal.code == Code::VolumeNotFound => {
+                        let known = std::mem::replace(&mut volume, context.number_of(&name).await?);
+                        if volume == known {
+                            return Err(ApiError::VolumeNotFound { name });
+                        }
+                    }
+                    result => return result.map(|_| proto::DeleteVolumeReply {}),
+                }
+            }
         })
         .await
     }
@@ -247,9 +261,9 @@ impl Cluster for Context {
         let (context, name) = (self.clone(), request.into_inner().node);
         self.answer(async move {
             let state = context.handle.state();
-            let nodes = match name.as_str() {
-                "" => state.map().nodes.values().collect(),
-                name => vec![find_node(&state, name)?],
+            let nodes = match name {
+                None => state.map().nodes.values().collect(),
+                Some(name) => vec![find_node(&state, &name)?],
             };
             Ok(gather::perf(&context, &nodes).await)
         })

@@ -21,8 +21,8 @@ pub async fn start(
     context: &Context,
     request: proto::StartScrubRequest,
 ) -> Result<proto::StartScrubReply, ApiError> {
-    if request.group.is_none() && !request.volume.is_empty() {
-        context.number_of(&request.volume).await?;
+    if let (None, Some(volume)) = (request.group, &request.volume) {
+        context.number_of(volume).await?;
     }
     let groups = chosen(&context.handle.state(), &request)?;
     let count = groups.len() as u32;
@@ -37,10 +37,10 @@ fn chosen(state: &ClusterState, request: &proto::StartScrubRequest) -> Result<Ve
         let error = || ApiError::Invalid { field: "group", object: format!("group {group}") };
         return known.then(|| vec![group]).ok_or_else(error);
     }
-    if request.volume.is_empty() {
+    let Some(volume) = &request.volume else {
         return Ok(state.groups().map(|(_, group)| group.id).collect());
-    }
-    let volume = find_volume(state, &request.volume)?;
+    };
+    let volume = find_volume(state, volume)?;
     let pool = state.map().pools.get(&volume.pool).ok_or(ApiError::Unexpected)?;
     let blocks = volume.size_bytes.div_ceil(BLOCK_SIZE as u64).min(BLOCKS_LOOKED_AT);
     let index = |block: u64| BlockIndex(u32::try_from(block).expect("few are looked at"));
@@ -102,13 +102,19 @@ mod tests {
     #[test]
     fn a_volume_has_the_groups_of_its_blocks() {
         let state = state(3, 3);
-        let ask = |volume: &str, group| proto::StartScrubRequest { deep: true, group, volume: volume.into() };
-        assert_eq!(chosen(&state, &ask("", None)).expect("all").len(), 256);
-        let of_volume = chosen(&state, &ask("vm", None)).expect("it exists");
+        let ask = |volume: Option<&str>, group| proto::StartScrubRequest {
+            deep: true,
+            group,
+            volume: volume.map(str::to_owned),
+        };
+        assert_eq!(chosen(&state, &ask(None, None)).expect("all").len(), 256);
+        let of_volume = chosen(&state, &ask(Some("vm"), None)).expect("it exists");
         assert!(of_volume.len() > 128 && of_volume.len() <= 256, "256 blocks in 256 groups");
-        assert_eq!(chosen(&state, &ask("", Some(of_volume[3].0))).expect("one"), [of_volume[3]]);
-        chosen(&state, &ask("", Some(1))).expect_err("no such group");
-        chosen(&state, &ask("vm-9", None)).expect_err("no such volume");
+        assert_eq!(chosen(&state, &ask(None, Some(of_volume[3].0))).expect("one"), [of_volume[3]]);
+        chosen(&state, &ask(None, Some(1))).expect_err("no such group");
+        chosen(&state, &ask(Some("vm-9"), None)).expect_err("no such volume");
+        // A script whose variable was not set had every group scrubbed.
+        chosen(&state, &ask(Some(""), None)).expect_err("no volume has no name");
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use futures::future::join_all;
-use xsan_protocol::ids::NodeId;
+use xsan_protocol::ids::{GroupId, NodeId};
 use xsan_protocol::map::{DataProcess, Group, Member, Node};
 use xsan_protocol::proto;
 
@@ -108,6 +108,17 @@ impl Survey {
         let works =
             |data: &DataProcess| data.stores.iter().any(|store| store.id == member.store && !store.failed);
         self.serves(member.node) && data.is_some_and(works)
+    }
+
+    /// Does a holder of `group` surely have everything that is acknowledged there: in the life that held it, or back with
+    /// nothing lost? As `placement::View::has_everything`.
+    pub fn has_everything(&self, group: GroupId, holder: &Member) -> bool {
+        let data = self.state.map().nodes.get(&holder.node).and_then(|node| node.data.as_ref());
+        let is_whole = !holder.damaged && !self.state.is_damaged(holder.node, group);
+        let kept = |data: &DataProcess| {
+            data.incarnation == holder.incarnation || data.boot_id == holder.boot_id && is_whole
+        };
+        self.has(holder) && data.is_some_and(kept)
     }
 
     /// Bytes that resync moves in a second, all nodes together.

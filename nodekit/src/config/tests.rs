@@ -175,6 +175,11 @@ fn names_must_be_there_and_short() {
         node(&long).expect_err("too long").to_string(),
         "cluster.node_id: has 129 characters, more than 128"
     );
+    // Commands take a name or a number: `node remove 5` could mean two nodes.
+    assert_eq!(
+        node(r#"{"cluster": {"node_id": "005"}}"#).expect_err("a number").to_string(),
+        "cluster.node_id: \"005\" has only digits, and would be taken for a node's number"
+    );
 }
 
 /// A node was founded and its processes then ended for ever, as their sockets could not be bound.

@@ -53,6 +53,11 @@ fn cluster(config: &NodeConfig) -> Result<(), FieldError> {
     let cluster = &config.cluster;
     name("cluster.cluster_id", &cluster.cluster_id)?;
     name("cluster.node_id", &cluster.node_id)?;
+    if cluster.node_id.bytes().all(|byte| byte.is_ascii_digit()) {
+        let problem =
+            format!("{:?} has only digits, and would be taken for a node's number", cluster.node_id);
+        return Err(FieldError::new("cluster.node_id", problem));
+    }
     if !cluster.failure_domain.is_empty() {
         name("cluster.failure_domain", &cluster.failure_domain)?;
     }

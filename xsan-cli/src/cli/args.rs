@@ -26,6 +26,8 @@ Exit codes:
   2  wrong usage
   3  nothing answers at any address
   4  no answer in time, or no quorum: a change may or may not have been made
+  5  done, but what there was to show could not be written
+  --dry-run ends with 1 where the change would be refused
   xsan-cli health, when the cluster answers: 0 well, 1 warnings, 2 errors";
 
 /// Manages an XSAN cluster: its nodes and volumes. Any node answers.

@@ -60,6 +60,7 @@ pub fn settings(settings: &ClusterSettings) -> Value {
 pub fn plan(plan: &NodePlan, dry_run: bool) -> Value {
     json!({
         "node": plan.name,
+        "id": (plan.node != 0).then_some(plan.node),
         "dry_run": dry_run,
         "groups": plan.groups,
         "primary_groups": plan.primary_groups,
@@ -70,6 +71,7 @@ pub fn plan(plan: &NodePlan, dry_run: bool) -> Value {
         "move_ms": show::move_ms(plan),
         "groups_stopped": plan.groups_stopped,
         "groups_at_risk": plan.groups_at_risk,
+        "groups_in_doubt": plan.groups_in_doubt,
         "groups_lost": plan.groups_lost,
         "volumes_lost": plan.volumes_lost,
         "refusal": plan.refusal.as_ref().map(|detail| json!({
@@ -132,6 +134,7 @@ pub fn node(status: &NodeStatus) -> Value {
         "nbd_port": data.map(|data| data.nbd_port),
         "shard_ports": data.map(|data| data.shard_ports.clone()),
         "incarnation": data.map(|data| id(data.incarnation)),
+        "boot_id": data.map(|data| id(data.boot_id)),
         "last_heartbeat_age_ms": status.last_heartbeat_age_ms,
         "primary_groups": status.primary_groups,
         "member_groups": status.member_groups,
@@ -139,11 +142,13 @@ pub fn node(status: &NodeStatus) -> Value {
         "used_bytes": status.used_bytes,
         "capacity_bytes": status.capacity_bytes,
         "release": status.release,
-        "stores": status.stores.iter().map(store).collect::<Value>(),
+        "stores": status.stores.iter().map(|known| store(known, status.used_bytes.is_some())).collect::<Value>(),
     })
 }
 
-fn store(store: &StoreStatus) -> Value {
+/// What the node has not `told` is null.
+fn store(store: &StoreStatus, told: bool) -> Value {
+    let told = |figure: u64| told.then_some(figure);
     json!({
         "id": id(store.id),
         "device": store.device,
@@ -152,11 +157,11 @@ fn store(store: &StoreStatus) -> Value {
         "failed": store.failed,
         "problem": (!store.problem.is_empty()).then_some(&store.problem),
         "capacity_bytes": store.capacity_bytes,
-        "used_bytes": store.used_bytes,
-        "journal_bytes": store.journal_bytes,
-        "journal_used_bytes": store.journal_used_bytes,
-        "checksum_errors": store.checksum_errors,
-        "repaired_pages": store.repaired_pages,
+        "used_bytes": told(store.used_bytes),
+        "journal_bytes": told(store.journal_bytes),
+        "journal_used_bytes": told(store.journal_used_bytes),
+        "checksum_errors": told(store.checksum_errors),
+        "repaired_pages": told(store.repaired_pages),
         "write_us_p99": store.write_us_p99,
     })
 }

@@ -4,13 +4,14 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use xsan_client::{Address, ClientError, ControlClient, Refusal};
+use xsan_nodekit::exit;
 use xsan_protocol::proto::{
     ClusterStatusReply, Node, NodePlan, NodeStatus, RemoveNodeRequest, SetMaintenanceRequest,
 };
 
 use super::args::{RemoveOptions, Switch};
 use super::{confirm, json, show};
-use crate::failure::Failure;
+use crate::failure::{About, Failure, Shown};
 use crate::text::count;
 
 /// Between two looks at a removal; people read the progress.
@@ -29,57 +30,63 @@ pub async fn maintenance(
     force: bool,
     dry_run: bool,
     as_json: bool,
-) -> Result<String, Failure> {
+) -> Result<Shown, Failure> {
     let on = state == Switch::On;
-    let plan = client.set_maintenance(SetMaintenanceRequest { node: id, on, force, dry_run }).await?;
+    let request = SetMaintenanceRequest { node: id.clone(), on, force, dry_run };
+    let plan = client.set_maintenance(request).await.about("node", &id)?;
+    if dry_run {
+        return Ok(self::dry_run(&plan, as_json));
+    }
     let name = &plan.name;
-    let done = match (dry_run, on) {
-        (true, _) => show::plan(&plan),
-        (false, true) => {
-            let leads = match plan.primary_groups {
-                0 => "it leads no group".to_owned(),
-                primaries => format!("other nodes take over as primary of {}", count(primaries, "group")),
-            };
-            format!(
-                "node {name} is in maintenance; {leads}, and no replica is made elsewhere while it is down"
-            )
-        }
-        (false, false) => format!("node {name} is in maintenance no more"),
+    let done = if on {
+        let leads = match plan.primary_groups {
+            0 => "it leads no group".to_owned(),
+            primaries => format!("other nodes take over as primary of {}", count(primaries, "group")),
+        };
+        format!("node {name} is in maintenance; {leads}, and no replica is made elsewhere while it is down")
+    } else {
+        format!("node {name} is in maintenance no more")
     };
-    Ok(if as_json { format!("{:#}", json::plan(&plan, dry_run)) } else { done })
+    Ok(if as_json { format!("{:#}", json::plan(&plan, false)) } else { done }.into())
 }
 
-pub async fn remove(
-    client: &ControlClient,
-    options: RemoveOptions,
-    as_json: bool,
-) -> Result<String, Failure> {
+/// What would be; a failure for scripts if that is a refusal.
+pub fn dry_run(plan: &NodePlan, as_json: bool) -> Shown {
+    let text = if as_json { format!("{:#}", json::plan(plan, true)) } else { show::plan(plan) };
+    Shown { text, exit_code: if plan.refusal.is_some() { exit::REFUSED } else { exit::DONE } }
+}
+
+pub async fn remove(client: &ControlClient, options: RemoveOptions, as_json: bool) -> Result<Shown, Failure> {
     let RemoveOptions { id, force, cancel, dry_run, wait, yes } = options;
-    let request = |dry_run| RemoveNodeRequest { node: id.clone(), force, cancel, dry_run };
+    let mut request = RemoveNodeRequest { node: id.clone(), force, cancel, dry_run, groups_given_up: None };
     if dry_run {
-        let plan = client.remove_node(request(true)).await?;
-        return Ok(if as_json { format!("{:#}", json::plan(&plan, true)) } else { show::plan(&plan) });
+        let plan = client.remove_node(request).await.about("node", &id)?;
+        return Ok(self::dry_run(&plan, as_json));
     }
     if !cancel && !yes {
-        let plan = client.remove_node(request(true)).await?;
+        let look = RemoveNodeRequest { dry_run: true, ..request.clone() };
+        let plan = client.remove_node(look).await.about("node", &id)?;
         // What is refused now may be taken a moment later, when nobody was asked.
         if let Some(refusal) = plan.refusal.clone().and_then(Refusal::from_detail) {
             return Err(ClientError::Refused(refusal).into());
         }
-        if !confirm(&question(&plan))? {
+        if !confirm(&question(&plan, force))? {
             return Err(Failure::NotConfirmed);
         }
+        // That node, and no more than was agreed to, whatever happened while we asked.
+        request.node = plan.node.to_string();
+        request.groups_given_up = Some(plan.groups_lost.len() as u32 + plan.groups_in_doubt);
     }
     // Before the change: a node without replicas is gone at once.
-    let (node, others) = if wait { look_around(client, &id).await? } else { Default::default() };
-    let plan = client.remove_node(request(false)).await?;
+    let (node, others) = if wait { look_around(client, &request.node).await? } else { Default::default() };
+    let plan = client.remove_node(request).await.about("node", &id)?;
     let name = &plan.name;
     if wait {
         client.ask_first(others);
         follow(client, Removal::new(node)).await?;
     }
     if as_json {
-        return Ok(format!("{:#}", json::plan(&plan, false)));
+        return Ok(format!("{:#}", json::plan(&plan, false)).into());
     }
     let mut text = match (cancel, wait) {
         (true, _) => format!("node {name} stays; replicas that moved come back"),
@@ -91,18 +98,17 @@ pub async fn remove(
     if force {
         text = format!("{}\n{text}", show::losses(&plan));
     }
-    Ok(text)
+    Ok(text.into())
 }
 
-fn question(plan: &NodePlan) -> String {
-    let losses =
-        if plan.groups_lost.is_empty() { String::new() } else { format!("{}\n", show::losses(plan)) };
+fn question(plan: &NodePlan, force: bool) -> String {
+    let losses = if force { format!("{}\n", show::losses(plan)) } else { String::new() };
     format!("{losses}Remove node {} ({})?", plan.name, show::moves(plan))
 }
 
 /// The node with that name or number, and some others to ask about it: its own processes end with its removal.
 async fn look_around(client: &ControlClient, id: &str) -> Result<(Node, Vec<Address>), Failure> {
-    let node = client.get_node(id).await?.node.unwrap_or_default();
+    let node = client.get_node(id).await.about("node", id)?.node.unwrap_or_default();
     let others = others(&client.cluster_status().await?.nodes, node.id);
     Ok((node, others))
 }
@@ -222,9 +228,21 @@ mod tests {
         removal.look(answer(true), now + SILENCE_MAX).expect("it answers");
         removal.look(silence(), now + SILENCE_MAX).expect("it may answer again");
         let failure = removal.look(silence(), now + SILENCE_MAX * 2).expect_err("for too long");
-        assert_eq!(failure.exit_code(), xsan_nodekit::exit::UNREACHABLE);
+        assert_eq!(failure.exit_code(), exit::NO_ANSWER, "it may end well");
         let words = "nothing answers (connection refused); the removal of node node-002 goes on";
         assert!(failure.to_string().ends_with(words), "{failure}");
+    }
+
+    /// What may be the last good copy was given up after a question that did not say so.
+    #[test]
+    fn the_question_tells_what_force_gives_up() {
+        let plan = NodePlan { name: "node-003".into(), groups_in_doubt: 256, ..NodePlan::default() };
+        assert!(
+            question(&plan, true).starts_with("AT RISK: of 256 groups no other node"),
+            "{}",
+            question(&plan, true)
+        );
+        assert_eq!(question(&plan, false), "Remove node node-003 (no replica to move)?");
     }
 
     #[test]

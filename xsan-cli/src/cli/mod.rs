@@ -21,22 +21,15 @@ use args::{ClusterCommand, Command, NodeCommand, Setting, SlowNodes, VolumeComma
 pub(crate) use show::durability;
 
 use crate::connection::completion;
-use crate::failure::{Failure, block_on, finish, finish_as};
+use crate::failure::{About, Failure, Shown, block_on, finish};
 
 /// Runs one command.
 pub fn main(args: Args) -> ExitCode {
     let as_json = args.connection.json;
     if let Command::Completion { shell } = args.command {
-        return finish(Ok(completion::<Args>(shell, "xsan-cli")), as_json);
+        return finish(Ok(completion::<Args>(shell, "xsan-cli").into()), as_json);
     }
-    let Command::Health = args.command else { return finish(block_on(run(args)), as_json) };
-    let mut worst = Severity::Info;
-    let shown = block_on(async {
-        let findings = args.connection.client().health().await?;
-        worst = worst_of(&findings);
-        Ok(if as_json { format!("{:#}", json::health(&findings)) } else { show::findings(&findings) })
-    });
-    finish_as(worst as u8, shown, as_json)
+    finish(block_on(run(args)), as_json)
 }
 
 /// What a newer release finds may be bad.
@@ -45,31 +38,38 @@ fn worst_of(findings: &[Finding]) -> Severity {
     findings.iter().map(severity).max().unwrap_or(Severity::Info)
 }
 
-async fn run(args: Args) -> Result<String, Failure> {
+async fn run(args: Args) -> Result<Shown, Failure> {
     let client = args.connection.client();
     let as_json = args.connection.json;
-    match args.command {
+    let text = match args.command {
         Command::Cluster { command: ClusterCommand::Status } => {
             let status = client.cluster_status().await?;
-            Ok(if as_json {
+            if as_json {
                 format!("{:#}", json::cluster_status(&status))
             } else {
                 show::cluster_status(&status)
-            })
+            }
         }
         Command::Cluster { command: ClusterCommand::Set { setting } } => {
             let settings = client.change_settings(change(&setting)).await?;
-            Ok(if as_json { format!("{:#}", json::settings(&settings)) } else { show::settings(&settings) })
+            if as_json { format!("{:#}", json::settings(&settings)) } else { show::settings(&settings) }
         }
         Command::Events => {
             let events = client.events().await?;
-            Ok(if as_json { format!("{:#}", json::events(&events)) } else { show::events(&events) })
+            if as_json { format!("{:#}", json::events(&events)) } else { show::events(&events) }
         }
-        Command::Scrub { command } => scrub::run(&client, command, as_json).await,
-        Command::Node { command } => node(&client, command, as_json).await,
-        Command::Volume { command } => volume(&client, command, as_json).await,
-        Command::Health | Command::Completion { .. } => unreachable!("handled before"),
-    }
+        Command::Health => {
+            let findings = client.health().await?;
+            let text = format!("{:#}", json::health(&findings));
+            let text = if as_json { text } else { show::findings(&findings) };
+            return Ok(Shown { text, exit_code: worst_of(&findings) as u8 });
+        }
+        Command::Scrub { command } => scrub::run(&client, command, as_json).await?,
+        Command::Node { command } => return node(&client, command, as_json).await,
+        Command::Volume { command } => volume(&client, command, as_json).await?,
+        Command::Completion { .. } => unreachable!("handled before"),
+    };
+    Ok(text.into())
 }
 
 fn change(setting: &Setting) -> ChangeSettingsRequest {
@@ -85,25 +85,26 @@ fn change(setting: &Setting) -> ChangeSettingsRequest {
     change
 }
 
-async fn node(client: &ControlClient, command: NodeCommand, as_json: bool) -> Result<String, Failure> {
-    match command {
+async fn node(client: &ControlClient, command: NodeCommand, as_json: bool) -> Result<Shown, Failure> {
+    let text = match command {
         NodeCommand::List => {
             let status = client.cluster_status().await?;
-            Ok(if as_json { format!("{:#}", json::nodes(&status.nodes)) } else { show::nodes(&status.nodes) })
+            if as_json { format!("{:#}", json::nodes(&status.nodes)) } else { show::nodes(&status.nodes) }
         }
         NodeCommand::Info { id } => {
-            let node = client.get_node(&id).await?;
-            Ok(if as_json { format!("{:#}", json::node(&node)) } else { show::node(&node) })
+            let node = client.get_node(&id).await.about("node", &id)?;
+            if as_json { format!("{:#}", json::node(&node)) } else { show::node(&node) }
         }
         NodeCommand::Maintenance { id, state, force, dry_run } => {
-            life::maintenance(client, id, state, force, dry_run, as_json).await
+            return life::maintenance(client, id, state, force, dry_run, as_json).await;
         }
         NodeCommand::Join { capacity: capacity_bytes, failure_domain, dry_run: _ } => {
             let plan = client.plan_join(PlanJoinRequest { capacity_bytes, failure_domain }).await?;
-            Ok(if as_json { format!("{:#}", json::plan(&plan, true)) } else { show::plan(&plan) })
+            return Ok(life::dry_run(&plan, as_json));
         }
-        NodeCommand::Remove(options) => life::remove(client, options, as_json).await,
-    }
+        NodeCommand::Remove(options) => return life::remove(client, options, as_json).await,
+    };
+    Ok(text.into())
 }
 
 async fn volume(client: &ControlClient, command: VolumeCommand, as_json: bool) -> Result<String, Failure> {
@@ -116,7 +117,7 @@ async fn volume(client: &ControlClient, command: VolumeCommand, as_json: bool) -
                 policy: options.policy.unwrap_or_default(),
                 durability: options.durability.number(),
             };
-            let volume = client.create_volume(request).await?;
+            let volume = client.create_volume(request).await.about("volume", options.name.get())?;
             Ok(describe_changed(client, &volume, as_json, "created").await)
         }
         VolumeCommand::List => {
@@ -127,7 +128,7 @@ async fn volume(client: &ControlClient, command: VolumeCommand, as_json: bool) -
         VolumeCommand::Resize { name, size, allow_shrink } => {
             let request =
                 ResizeVolumeRequest { name: name.get().to_owned(), size_bytes: size.0, allow_shrink };
-            let volume = client.resize_volume(request).await?;
+            let volume = client.resize_volume(request).await.about("volume", name.get())?;
             Ok(describe_changed(client, &volume, as_json, "resized").await)
         }
         VolumeCommand::Delete { name, yes } => {
@@ -135,7 +136,7 @@ async fn volume(client: &ControlClient, command: VolumeCommand, as_json: bool) -
             if !yes && !confirm(&format!("Delete volume {name} and all its data?"))? {
                 return Err(Failure::NotConfirmed);
             }
-            client.delete_volume(name).await?;
+            client.delete_volume(name).await.about("volume", name)?;
             let deleted = serde_json::json!({ "deleted": name });
             Ok(if as_json { format!("{deleted:#}") } else { format!("volume {name} deleted") })
         }
@@ -144,7 +145,7 @@ async fn volume(client: &ControlClient, command: VolumeCommand, as_json: bool) -
 
 /// The volume as it is now.
 async fn describe(client: &ControlClient, name: &str, as_json: bool) -> Result<String, Failure> {
-    let volume = client.get_volume(name).await?;
+    let volume = client.get_volume(name).await.about("volume", name)?;
     let map = client.get_map().await?;
     Ok(if as_json { format!("{:#}", json::volume(&volume, &map)) } else { show::volume(&volume, &map) })
 }

@@ -16,7 +16,6 @@ use crate::text::{Number, Text, count, facts, join, table, time};
 pub async fn run(client: &ControlClient, command: ScrubCommand, as_json: bool) -> Result<String, Failure> {
     match command {
         ScrubCommand::Start { deep, group, volume, all: _ } => {
-            let volume = volume.unwrap_or_default();
             let groups = client.start_scrub(StartScrubRequest { deep, group, volume }).await?.groups;
             let kind = if deep { "deep scrub" } else { "scrub" };
             let text = format!("{kind} of {} begins; xsan-cli scrub status shows it", count(groups, "group"));

@@ -257,6 +257,8 @@ pub fn node(status: &NodeStatus) -> String {
 }
 
 fn stores(status: &NodeStatus) -> String {
+    // Of a node that does not answer, only what the map says is known.
+    let told = |figure: &dyn Fn() -> String| if status.used_bytes.is_some() { figure() } else { "?".into() };
     let rows = status.stores.iter().map(|store| {
         vec![
             format!("{:016x}", store.id),
@@ -264,12 +266,12 @@ fn stores(status: &NodeStatus) -> String {
             if store.cache_device.is_empty() { "-".into() } else { store.cache_device.clone() },
             store.media.clone(),
             if store.failed { "failed".into() } else { "ok".into() },
-            Amount(store.used_bytes).to_string(),
+            told(&|| Amount(store.used_bytes).to_string()),
             Amount(store.capacity_bytes).to_string(),
-            percent(store.journal_used_bytes, store.journal_bytes),
+            told(&|| percent(store.journal_used_bytes, store.journal_bytes)),
             store.write_us_p99.map_or_else(|| "-".into(), |us| us.to_string()),
-            store.checksum_errors.to_string(),
-            store.repaired_pages.to_string(),
+            told(&|| store.checksum_errors.to_string()),
+            told(&|| store.repaired_pages.to_string()),
         ]
     });
     let columns = [
@@ -386,12 +388,12 @@ pub fn losses(plan: &NodePlan) -> String {
             if plan.volumes_lost.is_empty() { "no volume".into() } else { join(&plan.volumes_lost) }
         ));
     }
-    if plan.groups_stopped > 0 {
-        let groups = count(plan.groups_stopped, "group");
-        parts.push(format!("AT RISK: all other copies of {groups} are on nodes that are down, too"));
+    if plan.groups_in_doubt > 0 {
+        let groups = count(plan.groups_in_doubt, "group");
+        parts.push(format!("AT RISK: of {groups} no other node that is up surely has all that was written"));
     }
     if parts.is_empty() {
-        "nothing is lost: every group has another live copy".into()
+        "nothing is lost: every group has another copy, whole and live".into()
     } else {
         parts.join("; ")
     }
@@ -400,7 +402,7 @@ pub fn losses(plan: &NodePlan) -> String {
 /// What a change of a node would do.
 pub fn plan(plan: &NodePlan) -> String {
     let risk = match (plan.groups_stopped, plan.groups_at_risk) {
-        _ if !plan.groups_lost.is_empty() => losses(plan),
+        _ if !plan.groups_lost.is_empty() || plan.groups_in_doubt > 0 => losses(plan),
         (0, 0) => "none".into(),
         (0, at_risk) => format!("one more failure stops {}", count(at_risk, "group")),
         (stopped, _) => format!("no I/O in {} while it is down", count(stopped, "group")),

@@ -359,6 +359,23 @@ fn a_dry_run_tells_moves_time_risk_and_verdict() {
         "Risk      LOST: the only copy of 2 groups; blocks of vm-1 read as zeros there"
     );
     assert_eq!(json::plan(&lost, true)["groups_lost"][1], 8);
+    // A script that powers a node off when the dry run went well must not.
+    assert_eq!(life::dry_run(&refused, true).exit_code, 1);
+    assert_eq!(life::dry_run(&plan(), false).exit_code, 0);
+}
+
+/// A monitor saw the errors of a bad disk fall to 0 when its host died.
+#[test]
+fn what_a_silent_node_does_not_tell_is_unknown() {
+    let silent = NodeStatus { used_bytes: None, ..sample::node_status(2) };
+    let value = json::node(&silent);
+    assert_eq!(
+        (&value["stores"][0]["checksum_errors"], &value["stores"][0]["capacity_bytes"]),
+        (&serde_json::Value::Null, &(8u64 << 30).into())
+    );
+    let shown = show::node(&silent);
+    let row = shown.lines().last().expect("its store");
+    assert_eq!(row.split_whitespace().filter(|word| *word == "?").count(), 4, "{row}");
 }
 
 #[test]

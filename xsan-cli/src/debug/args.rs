@@ -16,7 +16,7 @@ Examples:
   xsan-debug perf-stats --node node-002
   xsan-debug --json cluster-topology
 
-Exit codes: as xsan-cli's.";
+Exit codes: as xsan-cli's; 4 also when the node that was named, or every replica of the block, does not answer.";
 
 /// Shows how an XSAN cluster works inside: placement, replicas, versions, latencies.
 #[derive(Clone, Debug, Parser)]
@@ -30,8 +30,10 @@ pub struct Args {
 
 #[derive(Clone, Debug, Subcommand)]
 pub enum Command {
-    /// Raft, heartbeats, incarnations and every group that is not healthy
-    #[command(after_help = "Example:\n  xsan-debug cluster-status")]
+    /// Raft, heartbeats, incarnations and groups that are not healthy; with --json all groups
+    #[command(
+        after_help = "Examples:\n  xsan-debug cluster-status\n  xsan-debug --json cluster-status | jq '.group_list[] | select(.state != \"healthy\")'"
+    )]
     ClusterStatus,
     /// Failure domains, nodes, shards and stores
     #[command(after_help = "Example:\n  xsan-debug --json cluster-topology")]

@@ -6,13 +6,19 @@ use xsan_protocol::proto::{
 };
 
 use super::args::Block;
-use super::layout::{self, Layout, name_of};
+use super::layout::{self, Layout, Serving, name_of};
 use super::show::version;
 use crate::cli::json::{self as cli, id};
 
 pub fn cluster_status(status: &ClusterStatusReply, map: &ClusterMap) -> Value {
     let mut value = cli::cluster_status(status);
-    value["group_list"] = map.groups.iter().map(|entry| group(entry, map)).collect();
+    let serving = Serving::of(&status.nodes);
+    let entry = |entry| {
+        let mut value = group(entry, map);
+        value["state"] = json!(layout::state_in(map, entry, &serving));
+        value
+    };
+    value["group_list"] = map.groups.iter().map(entry).collect();
     value
 }
 

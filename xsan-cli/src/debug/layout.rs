@@ -14,25 +14,37 @@ pub struct GroupBlocks {
     pub blocks: u64,
 }
 
-#[derive(Clone, Debug)]
 pub struct Layout {
     pub volume: Volume,
     pub replica_count: u32,
     pub min_replicas: u32,
     pub blocks: u64,
     pub groups: Vec<GroupBlocks>,
-    pub serving: BTreeSet<u32>,
+    pub serving: Serving,
 }
 
-/// Nodes that serve, as the cluster's status says.
-pub fn serving(nodes: &[NodeStatus]) -> BTreeSet<u32> {
-    let up = nodes.iter().filter(|status| status.state == "up");
-    up.filter_map(|status| status.node.as_ref().map(|node| node.id)).collect()
+/// Stores that work, each in the present life of a node that serves: number of the node, incarnation, store.
+pub struct Serving(BTreeSet<(u32, u64, u64)>);
+
+impl Serving {
+    /// As the cluster's status says.
+    pub fn of(nodes: &[NodeStatus]) -> Self {
+        let up = nodes.iter().filter(|status| status.state == "up").filter_map(|status| status.node.as_ref());
+        let stores = up.filter_map(|node| Some((node.id, node.data.as_ref()?))).flat_map(|(node, data)| {
+            let working = data.stores.iter().filter(|store| !store.failed);
+            working.map(move |store| (node, data.incarnation, store.id))
+        });
+        Self(stores.collect())
+    }
+
+    fn has(&self, member: &Member) -> bool {
+        self.0.contains(&(member.node, member.incarnation, member.store))
+    }
 }
 
 /// The state of a group in one word. The map alone does not tell: it stays as it is when nobody is left to go on.
-pub fn state(group: &Group, serving: &BTreeSet<u32>, replica_count: u32, min_replicas: u32) -> &'static str {
-    let acts = |member: &&Member| !member.learner && serving.contains(&member.node);
+pub fn state(group: &Group, serving: &Serving, replica_count: u32, min_replicas: u32) -> &'static str {
+    let acts = |member: &&Member| !member.learner && serving.has(member);
     let acting = group.members.iter().filter(acts).count() as u32;
     if group.primary == 0 || acting < min_replicas {
         "inactive"
@@ -43,6 +55,13 @@ pub fn state(group: &Group, serving: &BTreeSet<u32>, replica_count: u32, min_rep
     } else {
         "healthy"
     }
+}
+
+/// The same, with the counts of its pool in the map.
+pub fn state_in(map: &ClusterMap, group: &Group, serving: &Serving) -> &'static str {
+    let id = u32::from(GroupId(group.id).pool().0);
+    let pool = map.pools.iter().find(|pool| pool.id == id).copied().unwrap_or_default();
+    state(group, serving, pool.replica_count, pool.min_replicas)
 }
 
 /// Counts the blocks of `volume` in each group of its pool.
@@ -71,7 +90,7 @@ pub fn of(volume: &Volume, map: &ClusterMap, nodes: &[NodeStatus]) -> Layout {
         min_replicas: pool.min_replicas,
         blocks,
         groups: groups.collect(),
-        serving: serving(nodes),
+        serving: Serving::of(nodes),
     }
 }
 

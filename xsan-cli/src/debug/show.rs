@@ -11,7 +11,7 @@ use xsan_protocol::proto::{
 use xsan_protocol::units::{BLOCK_SIZE, UNIT_SIZE};
 
 use super::args::Block;
-use super::layout::{self, Layout, name_of};
+use super::layout::{self, Layout, Serving, name_of};
 use crate::cli::json::id;
 use crate::text::{Number, Text, age, count, facts, join, latency, table, yes_or_no};
 
@@ -24,14 +24,6 @@ fn members(group: &Group, map: &ClusterMap, learners: bool) -> String {
         let name = name_of(map, member.node);
         if member.damaged { format!("{name} (damaged)") } else { name }
     }))
-}
-
-fn pool_counts(map: &ClusterMap, group: &Group) -> (u32, u32) {
-    let pool = u32::from(GroupId(group.id).pool().0);
-    map.pools
-        .iter()
-        .find(|candidate| candidate.id == pool)
-        .map_or((0, 0), |pool| (pool.replica_count, pool.min_replicas))
 }
 
 pub fn cluster_status(status: &ClusterStatusReply, map: &ClusterMap) -> String {
@@ -65,7 +57,7 @@ pub fn cluster_status(status: &ClusterStatusReply, map: &ClusterMap) -> String {
             node.id.to_string(),
             status.state.clone(),
             yes_or_no(node.voter).into(),
-            status.last_heartbeat_age_ms.map_or_else(|| "never".into(), age),
+            status.last_heartbeat_age_ms.map_or_else(|| "unknown".into(), age),
             id(data.incarnation),
             id(data.boot_id),
             status.primary_groups.to_string(),
@@ -87,18 +79,17 @@ pub fn cluster_status(status: &ClusterStatusReply, map: &ClusterMap) -> String {
     ];
     text.push('\n');
     text += &table(&columns, rows);
-    text += &sick_groups(map, &layout::serving(&status.nodes));
+    text += &sick_groups(map, &Serving::of(&status.nodes));
     text
 }
 
 /// Groups that are not healthy, as a table; empty if there are none.
-fn sick_groups(map: &ClusterMap, serving: &BTreeSet<u32>) -> String {
+fn sick_groups(map: &ClusterMap, serving: &Serving) -> String {
     let sick: Vec<_> = map
         .groups
         .iter()
         .filter_map(|group| {
-            let (replicas, min) = pool_counts(map, group);
-            let state = layout::state(group, serving, replicas, min);
+            let state = layout::state_in(map, group, serving);
             (state != "healthy").then_some((group, state))
         })
         .collect();
@@ -108,7 +99,8 @@ fn sick_groups(map: &ClusterMap, serving: &BTreeSet<u32>) -> String {
     let rows = sick.iter().take(SICK_GROUPS_SHOWN).map(|(group, state)| group_row(group, state, map));
     let mut text = format!("\n{}", table(&GROUP_COLUMNS, rows));
     if sick.len() > SICK_GROUPS_SHOWN {
-        text += &format!("… and {} more\n", count((sick.len() - SICK_GROUPS_SHOWN) as u64, "group"));
+        let more = count((sick.len() - SICK_GROUPS_SHOWN) as u64, "group");
+        text += &format!("… and {more} more; --json lists them all\n");
     }
     text
 }

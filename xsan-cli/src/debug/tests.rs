@@ -50,6 +50,33 @@ fn cluster_status_lists_lives_and_sick_groups() {
     );
 }
 
+/// After a loss of power the map stays as it is until enough are back: groups that nobody served passed for healthy.
+#[test]
+fn a_member_of_another_life_or_on_a_failed_store_does_not_act() {
+    let map = sample::map();
+    let state = |change: &dyn Fn(&mut xsan_protocol::proto::DataProcess)| {
+        let mut nodes = sample::cluster_status().nodes;
+        let node = nodes[1].node.as_mut().expect("a node");
+        change(node.data.as_mut().expect("a data process"));
+        layout::state_in(&map, &map.groups[0], &layout::Serving::of(&nodes))
+    };
+    assert_eq!(state(&|_| {}), "degraded");
+    assert_eq!(state(&|data| data.incarnation += 1), "inactive");
+    assert_eq!(state(&|data| data.stores.iter_mut().for_each(|store| store.failed = true)), "inactive");
+    let value = json::cluster_status(&sample::cluster_status(), &map);
+    assert_eq!(
+        (&value["group_list"][0]["state"], &value["group_list"][3]["state"]),
+        (&"degraded".into(), &"inactive".into())
+    );
+    assert_eq!(value["nodes"][0]["boot_id"], "000000000000b007");
+}
+
+#[test]
+fn silence_of_all_that_were_asked_is_a_failure() {
+    assert_eq!(answered(String::new(), true).exit_code, 0);
+    assert_eq!(answered(String::new(), false).exit_code, 4);
+}
+
 #[test]
 fn topology_goes_from_domains_to_stores() {
     let shown = show::topology(&sample::cluster_status(), &sample::map());

@@ -1,3 +1,6 @@
+use xsan_protocol::ids::{BootId, Incarnation};
+use xsan_protocol::map::{DamagedStore, DataProcess};
+
 use super::super::sample::{self, CAPACITY, answers, state, survey};
 use super::*;
 use crate::state::ClusterState;
@@ -172,14 +175,42 @@ fn a_join_moves_what_the_new_nodes_share_comes_to() {
 fn copies_on_nodes_that_are_down_as_well_are_told() {
     let state = state(3, 3);
     let two_down = survey(&state, answers(3, &[1, 2]));
-    assert_eq!(held_by_the_dead(&two_down, NodeId(2)), 0, "the third serves");
+    assert_eq!(in_doubt(&two_down, NodeId(2)), 0, "the third serves");
     let all_down = survey(&state, answers(3, &[1, 2, 3]));
-    assert_eq!(held_by_the_dead(&all_down, NodeId(2)), 256);
+    assert_eq!(in_doubt(&all_down, NodeId(2)), 256);
     let mut failed = super::super::sample::state(3, 3);
     let third = failed.map().nodes[&NodeId(3)].data.clone().expect("a data process");
     let (incarnation, store) = (third.incarnation, third.stores[0].id);
     failed.apply(&Command::StoreFailed { node: NodeId(3), incarnation, store });
-    assert_eq!(held_by_the_dead(&survey(&failed, answers(3, &[1, 2])), NodeId(2)), 256, "it can not be read");
+    assert_eq!(in_doubt(&survey(&failed, answers(3, &[1, 2])), NodeId(2)), 256, "it can not be read");
     let single = super::super::sample::state(2, 1);
-    assert_eq!(held_by_the_dead(&survey(&single, answers(2, &[1, 2])), NodeId(2)), 0, "these are lost");
+    assert_eq!(in_doubt(&survey(&single, answers(2, &[1, 2])), NodeId(2)), 0, "these are lost");
+}
+
+/// The other copy is on a node that came back after its host lost power, or whose records are damaged: it may lack what
+/// was acknowledged, and giving the first one up was told to lose nothing.
+#[test]
+fn a_copy_that_came_back_with_losses_is_told() {
+    let restarted = |boot, damaged: bool| {
+        let mut state = state(2, 2);
+        let process = DataProcess { boot_id: BootId(boot), ..sample::process(StoreId(2), Incarnation(9)) };
+        let damaged_stores =
+            if damaged { vec![DamagedStore { store: StoreId(2), intact_groups: vec![] }] } else { vec![] };
+        let replaces = Some(Incarnation(2));
+        state.apply(&Command::DataStarted { node: NodeId(2), process, damaged_stores, replaces });
+        in_doubt(&survey(&state, answers(2, &[1])), NodeId(1))
+    };
+    assert_eq!(restarted(7, false), 0, "only its process was gone");
+    assert_eq!(restarted(8, false), 256);
+    assert_eq!(restarted(7, true), 256);
+}
+
+#[test]
+fn no_more_is_given_up_than_was_agreed_to() {
+    let survey = survey(&state(3, 3), answers(3, &[]));
+    let plan = proto::NodePlan { groups_lost: vec![1, 2], groups_in_doubt: 3, ..Default::default() };
+    let refused = |agreed| more_than_agreed(node(&survey, 2), &plan, agreed).map(|refusal| refusal.code);
+    assert_eq!(refused(None), None, "the operator did not want to be asked");
+    assert_eq!(refused(Some(5)), None);
+    assert_eq!(refused(Some(4)), Some(Code::NodeNeeded));
 }
