@@ -24,8 +24,10 @@ const LOG_TAIL_LINES: usize = 25;
 /// What of a node a test may choose.
 #[derive(Clone, Debug)]
 pub struct NodeOptions {
-    /// Of the file-backed device.
+    /// Of each file-backed device.
     pub file_size: String,
+    /// File-backed devices, each with its store.
+    pub stores: usize,
     pub memory: String,
     /// Cores of each node's data process, as its configuration has it; the nodes take them in turn.
     pub cores: Vec<String>,
@@ -37,13 +39,32 @@ pub struct NodeOptions {
 impl Default for NodeOptions {
     fn default() -> Self {
         let core_count = std::thread::available_parallelism().map_or(1, usize::from);
+        let core = |index: usize| (index % core_count).to_string();
+        // Two nodes of one shard, and one of two, of which one has no store.
+        let two = if core_count > 1 { format!("{},{}", core(2), core(3)) } else { core(0) };
         Self {
             file_size: "4GiB".to_owned(),
+            stores: 1,
             memory: "64MiB".to_owned(),
-            cores: (0..core_count).map(|core| core.to_string()).collect(),
+            cores: vec![core(0), core(1), two],
             log_level: "info".to_owned(),
             devices: BTreeMap::new(),
         }
+    }
+}
+
+impl NodeOptions {
+    /// Every node with one shard, on a core of its own as far as there are so many: for measurements.
+    pub fn one_shard() -> Self {
+        let core_count = std::thread::available_parallelism().map_or(1, usize::from);
+        Self { cores: (0..core_count).map(|core| core.to_string()).collect(), ..Self::default() }
+    }
+
+    /// Every node with two shards and two stores.
+    pub fn two_shards() -> Self {
+        let cores =
+            if std::thread::available_parallelism().is_ok_and(|count| count.get() > 1) { "0,1" } else { "0" };
+        Self { cores: vec![cores.to_owned()], stores: 2, ..Self::default() }
     }
 }
 
@@ -91,6 +112,7 @@ impl Node {
                 "port": ports.data,
                 "nbd_port": ports.nbd,
                 "file_size": options.file_size,
+                "stores": options.stores,
             },
             "storage": { "devices": devices },
             "logging": { "level": options.log_level },

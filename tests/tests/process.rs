@@ -32,6 +32,8 @@ mod pauses;
 mod resync;
 #[path = "process/scrub.rs"]
 mod scrub;
+#[path = "process/shards.rs"]
+mod shards;
 #[path = "process/slow.rs"]
 mod slow;
 #[path = "process/stalls.rs"]

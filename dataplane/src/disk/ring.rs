@@ -160,7 +160,10 @@ impl DiskRing {
         let eventfd = EventFd::new().map_err(unavailable)?;
         ring.submitter().register_eventfd(eventfd.as_raw_fd()).map_err(unavailable)?;
         let fds: Vec<RawFd> = devices.iter().map(|device| device.as_raw_fd()).collect();
-        ring.submitter().register_files(&fds).map_err(|source| RingError::Devices { source })?;
+        // A shard may have no store; the kernel takes no empty list.
+        if !fds.is_empty() {
+            ring.submitter().register_files(&fds).map_err(|source| RingError::Devices { source })?;
+        }
         let registrations = register_arenas(&ring, pools)?;
         let mut probe = Probe::new();
         let probed = ring.submitter().register_probe(&mut probe).is_ok();

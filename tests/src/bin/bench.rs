@@ -139,7 +139,7 @@ fn qemu_nbd(arguments: &Arguments, base: &Path) -> Result<Vec<Figure>> {
 fn xsan(arguments: &Arguments) -> Result<Vec<Figure>> {
     println!("XSAN: three nodes, three replicas");
     let options =
-        NodeOptions { file_size: "6GiB".to_owned(), memory: "128MiB".to_owned(), ..NodeOptions::default() };
+        NodeOptions { file_size: "6GiB".to_owned(), memory: "128MiB".to_owned(), ..NodeOptions::one_shard() };
     let cluster = Cluster::start_with(3, options)?;
     cluster.create_volume(VOLUME, "1GiB", 3)?;
     let uri = cluster.uri(0, VOLUME);

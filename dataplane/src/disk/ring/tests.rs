@@ -215,3 +215,11 @@ fn a_task_of_the_runtime_is_woken_for_completions() {
         }
     });
 }
+
+/// A shard that has no store could not start: with the default of one store for all cores, none of a host with more than one.
+#[test]
+fn a_ring_without_devices_is_one() {
+    let mut ring = DiskRing::new(&[], &[BufferPool::anonymous(16 << 20)], 8).unwrap();
+    ring.drain(&mut Vec::new()).unwrap();
+    assert_eq!(ring.in_flight(), 0);
+}

@@ -94,7 +94,7 @@ fn main() -> ExitCode {
 
 fn moves(arguments: &Arguments) -> Result<Vec<String>> {
     let options =
-        NodeOptions { file_size: "6GiB".to_owned(), memory: "128MiB".to_owned(), ..NodeOptions::default() };
+        NodeOptions { file_size: "6GiB".to_owned(), memory: "128MiB".to_owned(), ..NodeOptions::one_shard() };
     let cluster = Cluster::start_with(NODES, options)?;
     cluster.create_volume(VOLUME, &format!("{}GiB", arguments.gib), REPLICAS)?;
     cluster.cli(&["cluster", "set", "down-out-interval", DOWN_OUT])?.succeeded()?;
