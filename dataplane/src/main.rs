@@ -20,6 +20,8 @@ struct Arguments {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
+    // Before there is any other thread, which would take the signals.
+    let termination = os::block_termination_signals();
     let config = match NodeConfig::load(&arguments.data_dir) {
         Ok(config) => config,
         Err(error) => return exit::daemon_fails(error.code(), &error),
@@ -35,7 +37,6 @@ fn main() -> ExitCode {
         report(panic);
         std::process::abort();
     }));
-    let termination = os::block_termination_signals();
     match Process::start(config) {
         Ok(process) => {
             tracing::info!("serving");

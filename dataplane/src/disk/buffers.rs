@@ -12,6 +12,7 @@
 
 use std::cell::RefCell;
 use std::fmt;
+use std::io;
 use std::mem::MaybeUninit;
 use std::ops::{Deref, DerefMut, Range};
 use std::sync::atomic::{AtomicU32, Ordering, fence};
@@ -96,7 +97,9 @@ impl Overflow {
             arenas = arenas.len() + 1,
             "the shard's buffers are short: replication takes more; raise dataplane.memory"
         );
-        let arena = BufferPool::anonymous(Self::ARENA_BYTES);
+        let arena = BufferPool::mapped(Self::ARENA_BYTES)
+            .inspect_err(|error| tracing::warn!(%error, "the host has no memory for more buffers"))
+            .ok()?;
         arenas.push(arena);
         arena.alloc(length)
     }
@@ -156,11 +159,19 @@ impl BufferPool {
         unsafe { Self::from_memory(memory.as_mut_ptr().cast(), memory.len()) }
     }
 
-    /// A pool over fresh anonymous memory, for tests and tools.
+    /// A pool over fresh anonymous memory, as tests and tools need it.
     ///
     /// # Panics
     /// The memory can not be mapped.
     pub fn anonymous(bytes: usize) -> &'static Self {
+        Self::mapped(bytes).expect("memory is free")
+    }
+
+    /// A pool over fresh anonymous memory.
+    ///
+    /// # Errors
+    /// The memory can not be mapped.
+    pub fn mapped(bytes: usize) -> io::Result<&'static Self> {
         // SAFETY: a fresh private mapping, checked below and never unmapped.
         let base = unsafe {
             libc::mmap(
@@ -172,9 +183,11 @@ impl BufferPool {
                 0,
             )
         };
-        assert!(base != libc::MAP_FAILED, "mmap of {bytes} bytes: {}", std::io::Error::last_os_error());
+        if base == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
         // SAFETY: mapped above for this pool alone.
-        unsafe { Self::from_memory(base.cast(), bytes) }
+        Ok(unsafe { Self::from_memory(base.cast(), bytes) })
     }
 
     /// The whole arena, for registration with a ring.

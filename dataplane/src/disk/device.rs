@@ -36,7 +36,9 @@ pub enum DeviceError {
     Open { path: PathBuf, source: io::Error },
     #[error("{path} is neither a block device nor a file")]
     NotADevice { path: PathBuf },
-    #[error("{path}: the file system does not take O_DIRECT; use a file on ext4 or XFS, or a block device")]
+    #[error(
+        "{path}: the file system does not take O_DIRECT for it; use a plain file on ext4 (not data=journal) or XFS, or a block device"
+    )]
     NotDirect { path: PathBuf },
     #[error("{path} needs I/O aligned to {needed} bytes, more than a page")]
     Alignment { path: PathBuf, needed: u32 },
@@ -113,6 +115,9 @@ impl FileDevice {
         };
         if let Some((memory, offset)) = os::direct_alignment(&file) {
             let needed = memory.max(offset);
+            if needed == 0 {
+                return Err(DeviceError::NotDirect { path });
+            }
             if needed as usize > PAGE_SIZE {
                 return Err(DeviceError::Alignment { path, needed });
             }

@@ -70,7 +70,11 @@ impl Gather {
     }
 
     /// Adds a copy of `bytes`, which should be few.
+    ///
+    /// # Panics
+    /// It is sealed: the kernel may read what would move.
     pub fn push_head(&mut self, bytes: &[u8]) {
+        assert!(self.vectors.is_empty());
         let start = self.heads.len();
         self.heads.extend_from_slice(bytes);
         let end = self.heads.len();

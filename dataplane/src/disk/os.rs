@@ -27,7 +27,8 @@ pub fn allocate(file: &File, bytes: u64) -> io::Result<()> {
     }
 }
 
-/// Alignment that O_DIRECT needs of memory and of offsets, where the file system tells it.
+/// Alignment that O_DIRECT needs of memory and of offsets, where the file system tells it; 0 where it would go through the
+/// page cache all the same.
 pub fn direct_alignment(file: &File) -> Option<(u32, u32)> {
     // SAFETY: an all-zero statx is a valid value of the plain struct.
     let mut status: libc::statx = unsafe { std::mem::zeroed() };
@@ -35,7 +36,7 @@ pub fn direct_alignment(file: &File) -> Option<(u32, u32)> {
     let result = unsafe {
         libc::statx(file.as_raw_fd(), c"".as_ptr(), libc::AT_EMPTY_PATH, libc::STATX_DIOALIGN, &mut status)
     };
-    let told = result == 0 && status.stx_mask & libc::STATX_DIOALIGN != 0 && status.stx_dio_offset_align > 0;
+    let told = result == 0 && status.stx_mask & libc::STATX_DIOALIGN != 0;
     told.then_some((status.stx_dio_mem_align, status.stx_dio_offset_align))
 }
 
@@ -74,19 +75,6 @@ fn set_tcp_option(socket: &impl AsRawFd, option: libc::c_int, time: Duration) ->
         )
     };
     check(result).map(|_| ())
-}
-
-/// Keeps `memory` in RAM.
-pub fn lock_memory(memory: &[u8]) -> io::Result<()> {
-    // SAFETY: the range is mapped, being a slice; locking changes no content.
-    check(unsafe { libc::mlock(memory.as_ptr().cast(), memory.len()) }).map(|_| ())
-}
-
-/// Asks for huge pages behind `memory`; a kernel without them goes on with small ones.
-pub fn advise_huge_pages(memory: &mut [u8]) {
-    // SAFETY: the range is mapped, being a slice; the advice changes no content.
-    let _advice_is_optional =
-        unsafe { libc::madvise(memory.as_mut_ptr().cast(), memory.len(), libc::MADV_HUGEPAGE) };
 }
 
 /// Bytes that this process may lock (`RLIMIT_MEMLOCK`); `u64::MAX` is no limit.

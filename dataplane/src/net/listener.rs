@@ -44,12 +44,12 @@ pub fn is_exhausted(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE))
 }
 
-/// The next connection; a failed accept is logged and waited out.
-pub async fn accept(listener: &TcpListener) -> TcpStream {
+/// The next connection and whom it is from; a failed accept is logged and waited out.
+pub async fn accept(listener: &TcpListener) -> (TcpStream, SocketAddr) {
     let mut wait = WAIT_FIRST;
     loop {
         match listener.accept().await {
-            Ok((stream, _)) => return stream,
+            Ok(accepted) => return accepted,
             Err(error) => {
                 tracing::warn!(%error, "a connection could not be accepted");
                 monoio::time::sleep(wait).await;

@@ -22,6 +22,11 @@ impl Notify {
         }
     }
 
+    /// Would a wait end at once?
+    pub fn is_set(&self) -> bool {
+        self.set.get()
+    }
+
     /// Waits until `notify` was called since the last wait ended. One task waits at a time.
     pub async fn notified(&self) {
         poll_fn(|context| {

@@ -7,7 +7,7 @@
 //! - The actions of one call are carried out, in order, before the next call.
 //! - Behind a record that its store refused, no later record of the same group and call is offered to it.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use xsan_protocol::error::Code;
 use xsan_protocol::ids::{Epoch, GroupId, NodeId, StoreId};
@@ -45,7 +45,7 @@ pub enum Output {
     },
     /// The store takes nothing more.
     StoreFailed(StoreId),
-    /// After `stop`: everything durable in the store is on stable media.
+    /// After `stop`: everything durable in the store is on stable media, or it has failed.
     StoreStopped(StoreId),
 }
 
@@ -53,6 +53,8 @@ pub enum Output {
 pub struct Driver {
     pub replication: Replication,
     stores: StoreTable,
+    /// Stores whose flush a clean stop waits for.
+    stopping: BTreeSet<StoreId>,
     /// Emptied by every call; kept for their memory.
     actions: Vec<Action>,
     events: Vec<StoreEvent>,
@@ -82,6 +84,7 @@ impl Driver {
         Self {
             replication,
             stores: StoreTable::default(),
+            stopping: BTreeSet::new(),
             actions: Vec::new(),
             events: Vec::new(),
             operations: Vec::new(),
@@ -220,8 +223,11 @@ impl Driver {
 
     fn on_store_event(&mut self, store: StoreId, event: StoreEvent, now_ns: u64, out: &mut Vec<Output>) {
         match event {
-            StoreEvent::Flushed { token: STOP_TOKEN } => return out.push(Output::StoreStopped(store)),
-            StoreEvent::Failed => out.push(Output::StoreFailed(store)),
+            StoreEvent::Flushed { token: STOP_TOKEN } => return self.stopped(store, out),
+            StoreEvent::Failed => {
+                out.push(Output::StoreFailed(store));
+                self.stopped(store, out);
+            }
             _ => {}
         }
         self.call(now_ns, out, |replication, stores, now, out| {
@@ -229,8 +235,21 @@ impl Driver {
         });
     }
 
-    /// Begins a clean stop: every store ends with `StoreStopped`.
-    pub fn stop(&mut self) {
-        self.stores.0.values_mut().for_each(|store| store.flush(STOP_TOKEN));
+    /// Begins a clean stop: every store ends with `StoreStopped`, also one that has failed or fails before its flush.
+    pub fn stop(&mut self, out: &mut Vec<Output>) {
+        for (id, store) in &mut self.stores.0 {
+            self.stopping.insert(*id);
+            store.flush(STOP_TOKEN);
+        }
+        let failed = self.stores.0.iter().filter(|(_, store)| store.has_failed()).map(|(id, _)| *id);
+        for id in failed.collect::<Vec<_>>() {
+            self.stopped(id, out);
+        }
+    }
+
+    fn stopped(&mut self, store: StoreId, out: &mut Vec<Output>) {
+        if self.stopping.remove(&store) {
+            out.push(Output::StoreStopped(store));
+        }
     }
 }

@@ -49,7 +49,7 @@ const RING_DEPTH: u32 = 256;
 /// How long the requests of clients may take to end when the process stops, and how often they are looked at.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 const CLOSE_POLL: Duration = Duration::from_millis(5);
-/// How long the flush of a shard's stores may take then.
+/// How long the flush of all stores may take then.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Why the data process can not start.
@@ -162,7 +162,8 @@ impl Process {
         let directory = config.cluster.data_dir.join("data");
         let path_error = |source| BootError::Path { path: directory.clone(), source };
         std::fs::create_dir_all(&directory).map_err(path_error)?;
-        let incarnation = incarnation::begin(&directory, wall_clock_ns()).map_err(path_error)?;
+        let incarnation = incarnation::begin(&directory, wall_clock_ns())
+            .map_err(|source| BootError::Path { path: directory.join(incarnation::FILE), source })?;
         let failures = Failures::new(directory.clone(), incarnation);
         let failed_before = Arc::new(failures.before().map_err(path_error)?);
         let plans = stores::plan(&config);
@@ -241,10 +242,16 @@ impl Process {
             tracing::warn!(connections, "clients with requests under way lose their connections");
         }
         self.tell_all(|| Message::Shutdown);
-        for _ in &self.inboxes {
-            if self.stopped.recv_timeout(STOP_TIMEOUT).is_err() {
-                tracing::warn!("a shard did not flush its stores in time");
-            }
+        let deadline = Instant::now() + STOP_TIMEOUT;
+        let mut late: BTreeSet<u16> = (0..self.inboxes.len() as u16).collect();
+        while !late.is_empty() {
+            match self.stopped.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(shard) => late.remove(&shard.0),
+                Err(_) => {
+                    tracing::warn!(shards = ?late, "shards did not flush their stores in time");
+                    break;
+                }
+            };
         }
     }
 
@@ -300,7 +307,7 @@ fn serve(plan: ShardPlan) -> Result<(), BootError> {
     }
     let Ok(go) = plan.go.recv() else { return Ok(()) };
     let driver = monoio::RuntimeBuilder::<monoio::IoUringDriver>::new().enable_timer().build();
-    let mut runtime = driver.map_err(|source| BootError::System { what: "the io_uring runtime", source })?;
+    let mut runtime = driver.map_err(|source| RingError::Unavailable { source })?;
     runtime.block_on(async {
         let sockets = bind(&config, plan.shard)?;
         let (index, ready) = (plan.shard, plan.ready.clone());
@@ -404,7 +411,7 @@ fn assemble(
         buffers: pool,
         lease_until_ns: plan.lease_until_ns,
         stats,
-        mesh: RefCell::new(plan.mesh),
+        mesh: Rc::new(RefCell::new(plan.mesh)),
         control,
         stopping: None,
         stopped: plan.stopped,

@@ -16,7 +16,7 @@ use xsan_nodekit::config;
 use xsan_protocol::ids::Incarnation;
 
 /// The last number given out, in decimal.
-const FILE: &str = "incarnation";
+pub const FILE: &str = "incarnation";
 /// More sessions than a life has: one for each connection that it makes or takes.
 const SESSIONS_MAX: u64 = 1 << 40;
 
@@ -27,7 +27,11 @@ const SESSIONS_MAX: u64 = 1 << 40;
 pub fn begin(directory: &Path, wall_clock_ns: u64) -> io::Result<Incarnation> {
     let file = directory.join(FILE);
     let last = match std::fs::read_to_string(&file) {
-        Ok(text) => text.trim().parse().map_err(|_| io::ErrorKind::InvalidData)?,
+        Ok(text) => text.trim().parse().map_err(|_| {
+            // Without it, a clock that was set back would have peers refuse this node.
+            let problem = "is not a number as the data process writes; write the nanoseconds since 1970 into it (date +%s%N)";
+            io::Error::new(io::ErrorKind::InvalidData, problem)
+        })?,
         Err(error) if error.kind() == io::ErrorKind::NotFound => 0,
         Err(error) => return Err(error),
     };

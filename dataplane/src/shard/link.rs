@@ -22,6 +22,8 @@ use xsan_protocol::wire::header::{HEADER_SIZE, Header, HeaderError, Opcode};
 
 use crate::net::notify::Notify;
 
+/// Messages that wait for a control process that is stopped but not gone: a minute of them and more.
+const MESSAGES_MAX: usize = 1024;
 const RECONNECT_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Messages on their way to the control process.
@@ -36,9 +38,9 @@ struct Queue {
 }
 
 impl LinkSender {
-    /// Queues a message; `false` while the control process is away: nothing is kept for it.
+    /// Queues a message; `false` while the control process is away, or takes nothing for long: nothing is kept for it.
     pub fn send(&self, message: LinkMessage) -> bool {
-        if !self.0.up.get() {
+        if !self.0.up.get() || self.0.messages.borrow().len() >= MESSAGES_MAX {
             return false;
         }
         self.0.messages.borrow_mut().push_back(message);

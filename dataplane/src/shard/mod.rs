@@ -172,7 +172,7 @@ pub struct Shard {
     buffers: &'static BufferPool,
     lease_until_ns: Arc<AtomicU64>,
     stats: Rc<RefCell<Stats>>,
-    mesh: RefCell<MeshEnd<Message>>,
+    mesh: Rc<RefCell<MeshEnd<Message>>>,
     /// Shard 0 alone.
     control: Option<Control>,
     /// Set when the process is to end: the stores that are not flushed yet.

@@ -26,24 +26,49 @@ const DIAL_WAIT_FIRST: Duration = Duration::from_millis(20);
 const DIAL_WAIT_MAX: Duration = Duration::from_millis(500);
 /// Between two warnings of a shard that it can not dial for want of file descriptors.
 const EXHAUSTED_WARN_INTERVAL: Duration = Duration::from_secs(10);
+/// How long a peer may be out of reach before the log says why.
+const TROUBLE_AFTER: Duration = Duration::from_secs(10);
 /// What a shard has open beside its connections: devices, rings, eventfds, sockets that listen.
 const FILES_PER_SHARD: u64 = 32;
+
+/// Turns that follow each other at once while there is work; then the runtime looks at sockets and timers.
+const TURNS_AT_ONCE: u32 = 8;
 
 impl Shard {
     /// Runs turns for ever.
     pub(super) async fn run(mut self) {
-        let mut events = VecDeque::new();
-        loop {
-            if !self.mesh.borrow_mut().park() {
-                // Messages came since the last look: take them without a wait.
-                receive(&self.handle, &self.mesh, self.identity.shard);
-            }
-            self.handle.0.wake.notified().await;
-            self.mesh.borrow_mut().unpark();
-            receive(&self.handle, &self.mesh, self.identity.shard);
-            std::mem::swap(&mut events, &mut *self.handle.0.events.borrow_mut());
-            self.turn(&mut events);
+        let (handle, mesh, own) = (self.handle.clone(), self.mesh.clone(), self.identity.shard);
+        run_turns(&handle, &mesh, own, |events| self.turn(events)).await;
+    }
+}
+
+async fn run_turns(
+    handle: &Handle,
+    mesh: &RefCell<MeshEnd<Message>>,
+    own: ShardIndex,
+    mut turn: impl FnMut(&mut VecDeque<Event>),
+) {
+    let pause = EventFd::new().expect("a starting process has descriptors left");
+    let mut paused = pause.waiter().expect("an eventfd can be duplicated");
+    let (mut events, mut turns_at_once) = (VecDeque::new(), 0);
+    loop {
+        let parked = mesh.borrow().park();
+        if !parked {
+            // Messages came since the last look: take them without a wait.
+            receive(handle, mesh, own);
         }
+        turns_at_once = if parked && !handle.0.wake.is_set() { 0 } else { turns_at_once + 1 };
+        if turns_at_once == TURNS_AT_ONCE {
+            turns_at_once = 0;
+            // Only what the kernel has to answer makes the runtime look.
+            pause.signal();
+            paused.wait().await.expect("the runtime's ring reads an eventfd");
+        }
+        handle.0.wake.notified().await;
+        mesh.borrow().unpark();
+        receive(handle, mesh, own);
+        std::mem::swap(&mut events, &mut *handle.0.events.borrow_mut());
+        turn(&mut events);
     }
 }
 
@@ -145,10 +170,11 @@ impl Connections {
     /// Accepts connections of peers and clients for ever.
     pub async fn serve(self, listener: TcpListener) {
         loop {
-            let stream = listener::accept(&listener).await;
+            let (stream, from) = listener::accept(&listener).await;
             if self.open.get() >= self.open_max {
                 tracing::warn!(
                     max = self.open_max,
+                    %from,
                     "a connection is closed: network.max_connections are open"
                 );
                 continue;
@@ -163,7 +189,7 @@ impl Connections {
                             |connection, outbox| Event::Accepted { connection, hello: hello.clone(), outbox };
                         this.carry(connection, accepted, outbox).await;
                     }
-                    Err(error) => tracing::warn!(%error, "a connection was not accepted"),
+                    Err(error) => tracing::warn!(%from, %error, "a connection was not accepted"),
                 }
                 this.open.set(this.open.get() - 1);
             });
@@ -187,10 +213,11 @@ impl Connections {
     /// Keeps a connection to one shard of another node, for as long as `wanted`.
     async fn dial(self, peer: PeerShard, to: Peer, wanted: Rc<Cell<bool>>) {
         let mut wait = DIAL_WAIT_FIRST;
+        let mut trouble = Trouble::default();
         while wanted.get() {
             match Connection::dial(to.address, &self.hello()).await {
                 Ok(connection) if connection.hello.incarnation == to.incarnation => {
-                    wait = DIAL_WAIT_FIRST;
+                    (wait, trouble) = (DIAL_WAIT_FIRST, Trouble::default());
                     let outbox = Outbox::default();
                     let dialled = |connection, outbox| Event::Dialled {
                         connection,
@@ -210,12 +237,35 @@ impl Connections {
                     }
                 }
                 Err(error) => {
-                    tracing::debug!(node = %peer.0, address = %to.address, %error, "the peer can not be reached")
+                    let error = error.to_string();
+                    if trouble.is_to_be_told(&error, Instant::now()) {
+                        tracing::warn!(node = %peer.0, shard = %peer.1, address = %to.address, error, "a peer can not be reached");
+                    } else {
+                        tracing::debug!(node = %peer.0, shard = %peer.1, address = %to.address, error, "a peer can not be reached");
+                    }
                 }
             }
             monoio::time::sleep(wait).await;
             wait = (wait * 2).min(DIAL_WAIT_MAX);
         }
+    }
+}
+
+/// Why a peer is not connected: told once it lasts longer than a restart, and again when the reason is another.
+#[derive(Default)]
+struct Trouble {
+    since: Option<Instant>,
+    told: String,
+}
+
+impl Trouble {
+    fn is_to_be_told(&mut self, error: &str, now: Instant) -> bool {
+        let lasts = now - *self.since.get_or_insert(now) >= TROUBLE_AFTER;
+        let told = lasts && self.told != error;
+        if told {
+            error.clone_into(&mut self.told);
+        }
+        told
     }
 }
 
@@ -283,7 +333,42 @@ impl Shard {
 
 #[cfg(test)]
 mod tests {
+    use std::future::poll_fn;
+    use std::pin::pin;
+    use std::task::Poll;
+
+    use super::super::mailbox::mesh;
     use super::*;
+
+    /// Its sockets, its timers and the link with its lease waited until, by chance, nobody had sent it anything. Found by
+    /// reading.
+    #[test]
+    fn a_shard_that_others_keep_busy_looks_at_its_timers() {
+        let driver = monoio::RuntimeBuilder::<monoio::IoUringDriver>::new().enable_timer().build();
+        driver.unwrap().block_on(async {
+            let mut ends = mesh(2, 64);
+            let mut other = ends.pop().unwrap();
+            let own = RefCell::new(ends.pop().unwrap());
+            let (handle, fired, begin) = (Handle::new(), Rc::new(Cell::new(false)), Instant::now());
+            let timer = fired.clone();
+            monoio::spawn(async move {
+                monoio::time::sleep(TICK).await;
+                timer.set(true);
+            });
+            handle.push(Event::Wake);
+            let mut turns = pin!(run_turns(&handle, &own, ShardIndex(0), |events| {
+                events.clear();
+                other.send(ShardIndex(0), Message::StatusDue);
+                other.flush();
+                assert!(begin.elapsed() < 50 * TICK, "the timer is late");
+            }));
+            poll_fn(|context| match fired.get() {
+                true => Poll::Ready(()),
+                false => turns.as_mut().poll(context),
+            })
+            .await;
+        });
+    }
 
     /// Every shard dials all shards of every other node: three hosts of 16 cores did not connect with 1024 files.
     #[test]
@@ -295,6 +380,17 @@ mod tests {
         assert!(!files.are_short(needed, 1024), "told already");
         assert!(files.are_short(needed + 1, 1024), "it got worse");
         assert!(!Files::default().are_short(needed, needed));
+    }
+
+    /// A firewall that left only the control port open was not to be seen in any log.
+    #[test]
+    fn a_peer_out_of_reach_is_told_when_it_lasts_and_once_for_each_reason() {
+        let (mut trouble, start) = (Trouble::default(), Instant::now());
+        assert!(!trouble.is_to_be_told("refused", start));
+        assert!(!trouble.is_to_be_told("refused", start + TROUBLE_AFTER / 2), "it may be a restart");
+        assert!(trouble.is_to_be_told("refused", start + TROUBLE_AFTER));
+        assert!(!trouble.is_to_be_told("refused", start + TROUBLE_AFTER * 2));
+        assert!(trouble.is_to_be_told("no route to host", start + TROUBLE_AFTER * 2));
     }
 
     #[test]

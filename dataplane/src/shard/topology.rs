@@ -82,26 +82,31 @@ pub fn pin(core: &Core) {
     }
 }
 
-/// A pool of `bytes` for the shard on `core`, from the core's NUMA node unless `numa` is off.
+/// A pool of `bytes` for the shard on `core`, from the core's NUMA node unless `numa` is off. Where memory can not be bound
+/// to a node, as without NUMA in the kernel, the pool is of any, and the log says so.
 ///
 /// # Errors
 /// 11 `MemoryShort`.
 pub fn memory(core: &Core, bytes: usize, numa: Numa) -> Result<&'static BufferPool, TopologyError> {
-    let failed = |error: &dyn std::fmt::Display| TopologyError::Memory {
-        bytes,
-        source: io::Error::other(error.to_string()),
-    };
-    if numa == Numa::Off {
-        return Ok(BufferPool::anonymous(bytes));
+    if numa == Numa::Auto {
+        match bound_memory(core, bytes) {
+            Ok(pool) => return Ok(pool),
+            Err(error) => {
+                tracing::warn!(core = core.0.id, bytes, %error, "the shard's memory is not bound to the NUMA node of its core; dataplane.numa \"off\" says that it need not be");
+            }
+        }
     }
+    BufferPool::mapped(bytes).map_err(|source| TopologyError::Memory { bytes, source })
+}
+
+fn bound_memory(core: &Core, bytes: usize) -> io::Result<&'static BufferPool> {
+    let failed = |error: &dyn std::fmt::Display| io::Error::other(error.to_string());
     // Bound memory lives as long as its topology, and that as long as the process.
     let topology: &'static Topology = Box::leak(Box::new(Topology::new().map_err(|error| failed(&error))?));
     let units = topology.objects_with_type(ObjectType::PU);
     let unit = units.into_iter().find(|unit| unit.os_index() == Some(core.0.id));
-    let Some(nodes) = unit.and_then(|unit| unit.nodeset()) else {
-        // A machine without NUMA information has one kind of memory.
-        return Ok(BufferPool::anonymous(bytes));
-    };
+    let nodes =
+        unit.and_then(|unit| unit.nodeset()).ok_or_else(|| io::Error::other("its NUMA node is not known"))?;
     let bound =
         topology.allocate_bound_memory(bytes, &*nodes, MemoryBindingPolicy::Bind, MemoryBindingFlags::STRICT);
     let memory = bound.map_err(|error| failed(&error))?;
@@ -129,7 +134,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_of_a_core_is_zeroed_and_its_own() {
+    fn memory_of_a_core_is_zeroed() {
         let core = cores("auto").unwrap()[0];
         for numa in [Numa::Auto, Numa::Off] {
             let pool = memory(&core, 32 << 20, numa).unwrap();

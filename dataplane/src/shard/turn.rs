@@ -1,5 +1,7 @@
 //! The turn: events in, actions out. See `shard` for what a turn is.
 
+use std::io;
+
 use super::control::Outcome;
 use super::peers::{Accepted, Closed, Dialled};
 use super::*;
@@ -109,14 +111,28 @@ impl Shard {
         self.scratch.outputs = outputs;
     }
 
-    /// Keeps in mind that a store failed, whatever becomes of this process. The directory may be on a device that hangs.
+    /// Keeps in mind that a store failed, whatever becomes of this process.
     fn note_failure(&self, store: StoreId) {
-        let failures = self.failures.clone();
-        std::thread::spawn(move || {
-            if let Err(error) = failures.note(store) {
-                tracing::error!(%store, %error, "the failure can not be noted in the data directory");
-            }
+        self.in_data_directory("the failure of a store can not be noted", move |failures| {
+            failures.note(store)
         });
+    }
+
+    /// Does something with what failed, on a thread of its own: the directory may be on a device that hangs.
+    fn in_data_directory(
+        &self,
+        problem: &'static str,
+        work: impl FnOnce(&Failures) -> io::Result<()> + Send + 'static,
+    ) {
+        let failures = self.failures.clone();
+        let work = move || {
+            if let Err(error) = work(&failures) {
+                tracing::error!(%error, "the data directory: {problem}");
+            }
+        };
+        if let Err(error) = std::thread::Builder::new().name("data-dir".to_owned()).spawn(work) {
+            tracing::error!(%error, "no thread can be had for the data directory: {problem}");
+        }
     }
 
     /// The cluster has taken this life of the process in, and knows what failed in earlier ones.
@@ -125,9 +141,9 @@ impl Shard {
         let Some(own) = own.filter(|data| data.incarnation == self.identity.incarnation) else { return };
         let told = own.stores.iter().filter(|store| store.failed_before).map(|store| store.id).collect();
         self.tells_failures = false;
-        if let Err(error) = self.failures.forget_earlier(&told) {
-            tracing::warn!(%error, "what failed in earlier lives can not be removed from the data directory");
-        }
+        self.in_data_directory("what failed in earlier lives can not be removed", move |failures| {
+            failures.forget_earlier(&told)
+        });
     }
 
     /// Feeds the ring's completions to the stores.
@@ -177,7 +193,9 @@ impl Shard {
     fn shut_down(&mut self) {
         tracing::info!(shard = %self.identity.shard, calls = self.calls.count(), "the shard stops");
         self.stopping = Some(self.devices.len());
-        self.driver.stop();
+        let mut outputs = std::mem::take(&mut self.scratch.outputs);
+        self.driver.stop(&mut outputs);
+        self.carry_out(outputs);
         self.maybe_stopped();
     }
 

@@ -251,7 +251,12 @@ impl Store {
         state.apply_ready(group, &mut self.index, &mut self.reserved);
     }
 
-    /// Asks for `Flushed { token }`: everything durable now is on stable media.
+    pub fn has_failed(&self) -> bool {
+        self.failed
+    }
+
+    /// Asks for `Flushed { token }`: everything durable now is on stable media. A store that has failed, or fails before, says
+    /// nothing.
     pub fn flush(&mut self, token: u64) {
         if self.failed {
             return;

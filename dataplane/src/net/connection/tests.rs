@@ -56,7 +56,7 @@ fn frames_of_every_size_come_back_in_order() {
         let echo_counters = counters.clone();
         monoio::spawn(async move {
             let stream = crate::net::listener::accept(&listener).await;
-            let connection = Connection::accept(stream, &hello(2, "c")).await.unwrap();
+            let connection = Connection::accept(stream.0, &hello(2, "c")).await.unwrap();
             assert_eq!(connection.hello.node, NodeId(1));
             let outbox = Outbox::default();
             let echo = outbox.clone();
@@ -117,7 +117,7 @@ fn a_node_of_another_cluster_is_told_so() {
         let (listener, address) = listener();
         monoio::spawn(async move {
             let stream = crate::net::listener::accept(&listener).await;
-            let refused = Connection::accept(stream, &hello(2, "ours")).await.err();
+            let refused = Connection::accept(stream.0, &hello(2, "ours")).await.err();
             assert!(matches!(refused, Some(ConnectionError::Refused(Code::ClusterIdMismatch))));
         });
         let refused = Connection::dial(address, &hello(1, "theirs")).await.err();
@@ -133,7 +133,7 @@ fn a_node_that_claims_to_be_this_one_is_told_so() {
         let (listener, address) = listener();
         monoio::spawn(async move {
             let stream = crate::net::listener::accept(&listener).await;
-            let refused = Connection::accept(stream, &hello(2, "c")).await.err();
+            let refused = Connection::accept(stream.0, &hello(2, "c")).await.err();
             assert!(matches!(refused, Some(ConnectionError::Refused(Code::NodeIdTaken))));
         });
         let refused = Connection::dial(address, &hello(2, "c")).await.err();
@@ -158,7 +158,7 @@ fn a_flipped_bit_closes_the_connection_and_hands_over_nothing() {
             monoio::time::sleep(Duration::from_secs(60)).await;
         });
         let stream = crate::net::listener::accept(&listener).await;
-        let connection = Connection::accept(stream, &hello(2, "c")).await.unwrap();
+        let connection = Connection::accept(stream.0, &hello(2, "c")).await.unwrap();
         let error = connection
             .run(Outbox::default(), memory(pool), Rc::default(), |_| {
                 panic!("a damaged frame was handed over")
@@ -187,7 +187,7 @@ fn a_request_that_finds_no_buffer_is_handed_over_as_busy_and_what_follows_it_who
             connection.run(outbox, memory(senders), Rc::default(), drop).await;
         });
         let stream = crate::net::listener::accept(&listener).await;
-        let connection = Connection::accept(stream, &hello(2, "c")).await.unwrap();
+        let connection = Connection::accept(stream.0, &hello(2, "c")).await.unwrap();
         let (outbox, received) = (Outbox::default(), RefCell::new(Vec::new()));
         let closer = outbox.clone();
         connection
