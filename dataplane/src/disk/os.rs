@@ -5,7 +5,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::time::Duration;
 
 /// Since Linux 6.15; libc does not name it yet.
@@ -59,6 +59,14 @@ pub fn set_user_timeout(socket: &impl AsRawFd, timeout: Duration) -> io::Result<
 /// `ENOPROTOOPT` before Linux 6.15: the kernel waits twice as long each time.
 pub fn set_retransmission_interval(socket: &impl AsRawFd, interval: Duration) -> io::Result<()> {
     set_tcp_option(socket, TCP_RTO_MAX_MS, interval)
+}
+
+/// Has the peer of `socket` closed it, or its half that sends? Also while bytes that it sent before are unread.
+pub fn is_hung_up(socket: RawFd) -> bool {
+    let mut poll = libc::pollfd { fd: socket, events: libc::POLLRDHUP, revents: 0 };
+    // SAFETY: one valid pollfd, and no wait.
+    let ready = unsafe { libc::poll(&raw mut poll, 1, 0) };
+    ready > 0 && poll.revents & (libc::POLLRDHUP | libc::POLLHUP | libc::POLLERR) != 0
 }
 
 /// Sets an option that is a number of milliseconds.

@@ -53,6 +53,15 @@ struct Open {
     name: String,
 }
 
+/// A volume that is attached, and given to its client once nothing is under way of clients of this node that are gone: it may
+/// be one of them, which asks for the same again and then for something else.
+struct Sweep {
+    /// Shards that have not answered.
+    waiting: usize,
+    shard: ShardIndex,
+    opened: Message,
+}
+
 pub struct Control {
     link: LinkSender,
     shard_count: usize,
@@ -63,6 +72,7 @@ pub struct Control {
     /// Sessions of every shard, by volume. The control process learns it from each status: it may be another one by then.
     sessions: BTreeMap<VolumeId, u32>,
     asked: HashMap<u64, Asked>,
+    sweeps: HashMap<u64, Sweep>,
 }
 
 impl Control {
@@ -73,7 +83,8 @@ impl Control {
         lease_until_ns: Arc<AtomicU64>,
     ) -> Self {
         let (opens, asked, sessions) = (HashMap::new(), HashMap::new(), BTreeMap::new());
-        Self { link, shard_count, cluster_id, lease_until_ns, next_number: 1, opens, sessions, asked }
+        let (next_number, sweeps) = (1, HashMap::new());
+        Self { link, shard_count, cluster_id, lease_until_ns, next_number, opens, sessions, asked, sweeps }
     }
 
     fn number(&mut self) -> u64 {
@@ -100,6 +111,7 @@ impl Control {
                 }
             }
             Message::Close(volume) => self.close(volume),
+            Message::Swept(number) => return self.swept(number),
             Message::Propose(proposals) => {
                 // Lost while the link is down: primaries propose again until the map changes.
                 self.send(0, Body::Proposals(proto::GroupProposals { proposals }));
@@ -195,10 +207,24 @@ impl Control {
         let Some(Open { shard, number, .. }) = self.opens.remove(&request_id) else {
             return Outcome::Nothing;
         };
-        if let Ok(opened) = &result {
-            *self.sessions.entry(opened.0.id).or_default() += 1;
+        let attached = result.as_ref().ok().map(|opened| opened.0.id);
+        let opened = Message::Opened { number, result };
+        let Some(volume) = attached else { return Outcome::Tell(vec![(shard, opened)]) };
+        *self.sessions.entry(volume).or_default() += 1;
+        let number = self.number();
+        self.sweeps.insert(number, Sweep { waiting: self.shard_count, shard, opened });
+        let shards = (0..self.shard_count).map(|shard| ShardIndex(shard as u16));
+        Outcome::Tell(shards.map(|shard| (shard, Message::Sweep { number, volume })).collect())
+    }
+
+    fn swept(&mut self, number: u64) -> Outcome {
+        let Some(sweep) = self.sweeps.get_mut(&number) else { return Outcome::Nothing };
+        sweep.waiting -= 1;
+        if sweep.waiting > 0 {
+            return Outcome::Nothing;
         }
-        Outcome::Tell(vec![(shard, Message::Opened { number, result })])
+        let Sweep { shard, opened, .. } = self.sweeps.remove(&number).expect("it was there above");
+        Outcome::Tell(vec![(shard, opened)])
     }
 
     /// A session has ended. With the link down nothing is lost: the next status says what is open.
@@ -305,16 +331,23 @@ mod tests {
     /// The control process counted, and lost count with its own life and with every link.
     #[test]
     fn a_status_tells_what_is_open_whatever_became_of_the_link() {
-        let mut control = Control::new(LinkSender::default(), 1, "c".into(), Arc::default());
+        let mut control = Control::new(LinkSender::default(), 2, "c".into(), Arc::default());
         for request in [1, 2] {
             control.opens.insert(request, Open { shard: SHARD, number: request, name: "vm".into() });
         }
         assert_eq!(told(&control), (vec![], vec!["vm".to_owned(); 2]));
         for request in [1, 2] {
             let Outcome::Tell(told) = control.opened(request, Ok(Box::new((volume(), MapVersion(1))))) else {
-                panic!("the shard is told")
+                panic!("all shards are told")
             };
-            assert_eq!(told.len(), 1);
+            let [(_, Message::Sweep { number, .. }), (_, Message::Sweep { .. })] = told[..] else {
+                panic!("another client may have left something: {told:?}")
+            };
+            assert!(matches!(control.on_message(SHARD, Message::Swept(number)), Outcome::Nothing));
+            let Outcome::Tell(told) = control.on_message(SHARD, Message::Swept(number)) else {
+                panic!("the client's shard is told")
+            };
+            assert!(matches!(told[..], [(SHARD, Message::Opened { result: Ok(_), .. })]), "{told:?}");
         }
         assert_eq!(told(&control), (vec![7], vec![]));
         control.on_link(LinkEvent::Down);

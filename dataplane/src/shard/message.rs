@@ -42,6 +42,13 @@ pub enum Message {
         result: Result<Box<(Volume, MapVersion)>, Code>,
     },
     Close(VolumeId),
+    /// From shard 0: end what clients that are gone have left under way in the volume; another one opens it.
+    Sweep {
+        number: u64,
+        volume: VolumeId,
+    },
+    /// To shard 0: nothing of them is under way here.
+    Swept(u64),
     /// To shard 0: ask the control plane to change groups.
     Propose(Vec<proto::GroupProposal>),
     /// From shard 0: a question of the control plane that concerns every shard.

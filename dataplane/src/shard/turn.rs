@@ -390,11 +390,19 @@ impl Shard {
                     replication.set_scrubs(bytes_per_second, orders.to_vec(), stores, now, out)
                 });
             }
+            Message::Sweep { number, volume } => {
+                let (gateway, handle) = (self.gateway.clone(), self.handle.clone());
+                monoio::spawn(async move {
+                    gateway.sweep(volume).await;
+                    handle.push(Event::Tell(ShardIndex(0), Message::Swept(number)));
+                });
+            }
             Message::CloseGateways => self.gateway.stop(),
             Message::Shutdown => self.shut_down(),
             Message::StatusDue
             | Message::Open { .. }
             | Message::Close(_)
+            | Message::Swept(_)
             | Message::Propose(_)
             | Message::Report { .. } => {
                 let control = self.control.as_mut().expect("these are sent to shard 0 alone");

@@ -2,7 +2,7 @@
 //!
 //! The name of a volume says how it behaves: `slow-*` delays each request by 0 to 3 ms, so that requests end out
 //! of order; `faulty-*` fails those that touch its second half; `stuck-*` ends none before it is released or the
-//! client is gone.
+//! client is gone; `sent-*` not even then, as what is on its way to a primary.
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -26,9 +26,9 @@ pub struct Shared {
     pub size_bytes: AtomicU64,
     /// Opens without their close.
     pub opens: AtomicUsize,
-    /// Requests of a stuck volume go on.
+    /// Requests of a stuck or sent volume go on.
     pub released: AtomicBool,
-    /// Requests of a stuck volume that were carried out.
+    /// Requests of a stuck or sent volume that were carried out.
     pub carried_out: AtomicUsize,
     /// Bytes of changes that were to be on stable media before they were answered.
     pub fua_bytes: AtomicU64,
@@ -42,6 +42,7 @@ struct Volume {
     slow: bool,
     faulty: bool,
     stuck: bool,
+    sent: bool,
 }
 
 impl Volume {
@@ -53,6 +54,7 @@ impl Volume {
             slow: name.starts_with("slow-"),
             faulty: name.starts_with("faulty-"),
             stuck: name.starts_with("stuck-"),
+            sent: name.starts_with("sent-"),
         }
     }
 }
@@ -221,9 +223,9 @@ impl Volumes for MemoryVolumes {
         if volume.slow {
             monoio::time::sleep(Duration::from_millis(self.requests.get() * 7 % 4)).await;
         }
-        if volume.stuck {
+        if volume.stuck || volume.sent {
             while !volume.shared.released.load(Ordering::Relaxed) {
-                if request.client.is_gone() {
+                if volume.stuck && request.client.is_gone() {
                     return Err(Code::ClientGone);
                 }
                 monoio::time::sleep(Duration::from_millis(1)).await;

@@ -12,15 +12,17 @@ use monoio::net::{TcpListener, UnixListener};
 use monoio::{IoUringDriver, RuntimeBuilder};
 use xsan_dataplane::disk::buffers::BufferPool;
 use xsan_dataplane::gateway::nbd::{Counters, Gateway, Options};
+use xsan_protocol::ids::VolumeId;
 
 use crate::memory::{MemoryVolumes, Shared};
 
 pub const DISK_BYTES: u64 = 256 << 20;
-pub const VOLUMES: [(&str, u64); 4] = [
+pub const VOLUMES: [(&str, u64); 5] = [
     ("disk", DISK_BYTES),
     ("slow-disk", DISK_BYTES),
     ("faulty-disk", DISK_BYTES),
     ("stuck-disk", DISK_BYTES),
+    ("sent-disk", DISK_BYTES),
 ];
 
 pub struct Server {
@@ -31,6 +33,8 @@ pub struct Server {
     /// One for each of [`VOLUMES`].
     pub volumes: Vec<Arc<Shared>>,
     stop: Arc<AtomicBool>,
+    /// Volume of the sweep that is asked for.
+    sweep: mpsc::Sender<(VolumeId, mpsc::Sender<()>)>,
     _directory: tempfile::TempDir,
 }
 
@@ -49,6 +53,7 @@ impl Server {
         let (path, shared) = (unix.clone(), Arc::clone(&counters));
         let stop = Arc::new(AtomicBool::new(false));
         let stops = Arc::clone(&stop);
+        let (sweep, sweeps) = mpsc::channel::<(VolumeId, mpsc::Sender<()>)>();
         thread::spawn(move || {
             let mut runtime = RuntimeBuilder::<IoUringDriver>::new().enable_timer().build().unwrap();
             runtime.block_on(async move {
@@ -63,13 +68,27 @@ impl Server {
                 monoio::spawn(gateway.clone().serve_tcp(tcp));
                 while !stops.load(Ordering::Relaxed) {
                     monoio::time::sleep(Duration::from_millis(1)).await;
+                    while let Ok((volume, done)) = sweeps.try_recv() {
+                        let gateway = gateway.clone();
+                        monoio::spawn(async move {
+                            gateway.sweep(volume).await;
+                            let _ = done.send(());
+                        });
+                    }
                 }
                 gateway.stop();
                 std::future::pending::<()>().await;
             });
         });
         let (address, volumes) = started.recv().expect("the server started");
-        Self { address, unix, counters, pool, volumes, stop, _directory: directory }
+        Self { address, unix, counters, pool, volumes, stop, sweep, _directory: directory }
+    }
+
+    /// Has the gateway look for clients of a volume that are gone; it says when nothing of them is under way.
+    pub fn sweep(&self, volume: VolumeId) -> mpsc::Receiver<()> {
+        let (done, swept) = mpsc::channel();
+        self.sweep.send((volume, done)).unwrap();
+        swept
     }
 
     /// Has the gateway stop, soon.

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use xsan_dataplane::gateway::nbd::Options;
 use xsan_dataplane::gateway::nbd::wire::{Request, command};
+use xsan_protocol::ids::VolumeId;
 
 use crate::raw::{Raw, pattern};
 use crate::server::{Server, eventually};
@@ -137,6 +138,30 @@ fn requests_of_a_client_that_is_gone_are_given_up() {
     broken.assert_closed();
     server.assert_quiet();
     assert_eq!(server.volumes[3].carried_out.load(Ordering::Relaxed), 0);
+}
+
+/// A client came back by another connection and wrote; what it had sent before could still land on that. And where its
+/// requests filled the gateway's room, nobody had read yet that it was gone. Found by reading.
+#[test]
+fn a_volume_is_swept_of_clients_that_are_gone() {
+    let options = Options { operations_in_flight_max: 1, ..Options::default() };
+    let server = Server::with(options, 256 << 20);
+    let (volume, shared) = (VolumeId(5), &server.volumes[4]);
+    let mut gone = Raw::open(&server, "sent-disk");
+    for _ in 0..4 {
+        gone.request(command::WRITE, 0, 0, 4096, &pattern(1, 4096));
+    }
+    eventually("the first write has begun", || server.counters.requests.load(Ordering::Relaxed) > 0);
+    let swept = server.sweep(volume);
+    swept.recv_timeout(Duration::from_secs(5)).expect("nobody is gone");
+    drop(gone);
+    std::thread::sleep(Duration::from_millis(50));
+    let swept = server.sweep(volume);
+    swept.recv_timeout(Duration::from_millis(200)).expect_err("a write is on its way");
+    shared.released.store(true, Ordering::Relaxed);
+    swept.recv_timeout(Duration::from_secs(5)).expect("it has ended");
+    assert_eq!(shared.carried_out.load(Ordering::Relaxed), 1, "the others were not begun");
+    server.assert_quiet();
 }
 
 #[test]

@@ -26,6 +26,7 @@ pub mod wire;
 use std::cell::RefCell;
 use std::fmt;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -34,6 +35,7 @@ use std::time::Duration;
 use monoio::io::{AsyncReadRent, AsyncWriteRent, Split, Splitable};
 use monoio::net::{TcpListener, UnixListener};
 use xsan_protocol::error::Code;
+use xsan_protocol::ids::VolumeId;
 
 use crate::disk::buffers::BufferPool;
 use crate::disk::os;
@@ -41,7 +43,6 @@ use crate::net::receive::{ReceiveError, Receiver};
 use crate::volume::IO_TIMEOUT;
 use crate::volume::request::{Export, Volumes};
 use budget::Share;
-use outbox::Outbox;
 use wire::{Errno, Malformed};
 
 /// A listener that fails (out of file descriptors, most likely) is asked again after this.
@@ -186,14 +187,13 @@ enum Closed {
 }
 
 /// The NBD server of one shard.
-pub struct Gateway<V> {
+pub struct Gateway<V: Volumes> {
     volumes: V,
     pool: &'static BufferPool,
     options: Options,
     counters: Arc<Counters>,
     share: Rc<Share>,
-    /// Of the present sessions.
-    outboxes: Rc<RefCell<Vec<Weak<Outbox>>>>,
+    sessions: Rc<RefCell<Vec<Weak<session::Context<V>>>>>,
 }
 
 impl<V: Volumes> Clone for Gateway<V> {
@@ -204,7 +204,7 @@ impl<V: Volumes> Clone for Gateway<V> {
             options: self.options.clone(),
             counters: Arc::clone(&self.counters),
             share: Rc::clone(&self.share),
-            outboxes: Rc::clone(&self.outboxes),
+            sessions: Rc::clone(&self.sessions),
         }
     }
 }
@@ -219,22 +219,28 @@ impl<V: Volumes> Gateway<V> {
         assert!(options.bytes_in_flight_max > 0);
         assert!(options.operations_in_flight_max > 0);
         let share = Share::new(pool, Arc::clone(&counters));
-        Self { volumes, pool, options, counters, share, outboxes: Rc::default() }
+        Self { volumes, pool, options, counters, share, sessions: Rc::default() }
     }
 
     /// Ends every session when the requests are answered that it has read; no more are read or accepted.
     pub fn stop(&self) {
         self.counters.stop();
-        self.outboxes.borrow().iter().filter_map(Weak::upgrade).for_each(|outbox| outbox.wake_reader());
+        self.sessions.borrow().iter().filter_map(Weak::upgrade).for_each(|session| session.wake());
     }
 
-    /// The outbox of a new session.
-    fn outbox(&self) -> Rc<Outbox> {
-        let outbox = Rc::new(Outbox::new());
-        let mut outboxes = self.outboxes.borrow_mut();
-        outboxes.retain(|outbox| outbox.strong_count() > 0);
-        outboxes.push(Rc::downgrade(&outbox));
-        outbox
+    /// Ends the sessions of `volume` whose clients have closed their connections, also behind requests that are unread.
+    /// Returns when nothing of them is under way: a client that comes back must not be overtaken by its past.
+    pub async fn sweep(&self, volume: VolumeId) {
+        let present: Vec<_> = self.sessions.borrow().iter().filter_map(Weak::upgrade).collect();
+        for session in present.iter().filter(|session| session.volume() == volume) {
+            session.end_if_gone().await;
+        }
+    }
+
+    fn enter(&self, session: &Rc<session::Context<V>>) {
+        let mut sessions = self.sessions.borrow_mut();
+        sessions.retain(|session| session.strong_count() > 0);
+        sessions.push(Rc::downgrade(session));
     }
 
     /// Accepts connections for ever; each is served by a task of its own.
@@ -278,7 +284,7 @@ impl<V: Volumes> Gateway<V> {
     /// Serves one connection from its greeting to its end; `peer` names the client in the log.
     pub async fn serve<S>(self, stream: S, peer: impl fmt::Display)
     where
-        S: AsyncReadRent + AsyncWriteRent + Split + 'static,
+        S: AsyncReadRent + AsyncWriteRent + Split + AsRawFd + 'static,
     {
         let Some(connection) = self.counters.enter(self.options.connections_max) else {
             self.counters.refused_connections.fetch_add(1, Ordering::Relaxed);
@@ -298,13 +304,14 @@ impl<V: Volumes> Gateway<V> {
 
     async fn converse<S>(&self, stream: S) -> Result<(), Closed>
     where
-        S: AsyncReadRent + AsyncWriteRent + Split + 'static,
+        S: AsyncReadRent + AsyncWriteRent + Split + AsRawFd + 'static,
     {
+        let socket = stream.as_raw_fd();
         let (reader, mut writer) = stream.into_split();
         let mut receiver = Receiver::new(reader, wire::Request::SIZE);
         let timeout = self.options.handshake_timeout;
         match handshake::negotiate(&mut receiver, &mut writer, &self.volumes, timeout).await? {
-            Some(negotiated) => session::run(receiver, writer, negotiated, self).await,
+            Some(negotiated) => session::run(receiver, writer, socket, negotiated, self).await,
             None => Ok(()),
         }
     }

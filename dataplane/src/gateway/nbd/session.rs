@@ -13,6 +13,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
+use std::os::fd::RawFd;
 use std::pin::pin;
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
@@ -22,6 +23,7 @@ use std::time::Duration;
 
 use monoio::io::{AsyncReadRent, AsyncWriteRent};
 use xsan_protocol::error::Code;
+use xsan_protocol::ids::VolumeId;
 use xsan_protocol::units::PAGE_SIZE;
 
 use super::budget::{Budget, Permit, Slots};
@@ -31,6 +33,7 @@ use super::rules::{self, ASSEMBLED_BYTES_MAX, Agreed, Command, Piece, SKIPPED_BY
 use super::wire::{self, Errno, Request, command};
 use super::{Attachment, Closed, Counters, Gateway};
 use crate::disk::buffers::{Buffer, BufferMut, BufferPool, Claim};
+use crate::disk::os;
 use crate::net::receive::Receiver;
 use crate::volume::request::{
     BlockReply, BlockRequest, Client, Operation, Segment, Volumes, ZEROES_BYTES, ZEROES_PARTS_MAX,
@@ -54,9 +57,11 @@ const STALL_BYTES_MIN: u64 = 64 * 1024;
 const POOL_RETRY: Duration = Duration::from_millis(1);
 
 /// What the tasks of one connection share.
-struct Context<V: Volumes> {
+pub(super) struct Context<V: Volumes> {
     attachment: Attachment<V>,
     client: Client,
+    /// The connection's, while its reader is there to keep it open.
+    socket: Cell<Option<RawFd>>,
     agreed: Agreed,
     pool: &'static BufferPool,
     budget: Rc<Budget>,
@@ -70,6 +75,33 @@ struct Context<V: Volumes> {
     counters: Arc<Counters>,
 }
 
+impl<V: Volumes> Context<V> {
+    pub fn volume(&self) -> VolumeId {
+        self.attachment.export.volume
+    }
+
+    /// Has the session look whether it is to end.
+    pub fn wake(&self) {
+        self.outbox.wake_reader();
+    }
+
+    /// Ends the session if its client has closed the connection; returns when nothing of a session that has ended is under way.
+    pub async fn end_if_gone(&self) {
+        if self.socket.get().is_some_and(os::is_hung_up) {
+            self.end();
+        } else if self.socket.get().is_some() {
+            return;
+        }
+        self.budget.idle().await;
+    }
+
+    /// Nobody waits for answers any more.
+    fn end(&self) {
+        self.client.leave();
+        self.outbox.abort();
+    }
+}
+
 struct Session<R, V: Volumes> {
     receiver: Receiver<R>,
     context: Rc<Context<V>>,
@@ -80,6 +112,7 @@ struct Session<R, V: Volumes> {
 pub(super) async fn run<R, W, V>(
     mut receiver: Receiver<R>,
     writer: W,
+    socket: RawFd,
     negotiated: Negotiated<V>,
     gateway: &Gateway<V>,
 ) -> Result<(), Closed>
@@ -93,6 +126,7 @@ where
     let context = Rc::new(Context {
         attachment: negotiated.attachment,
         client: Client::default(),
+        socket: Cell::new(Some(socket)),
         agreed: negotiated.agreed,
         pool: gateway.pool,
         budget: Budget::new(
@@ -100,22 +134,23 @@ where
             options.operations_in_flight_max,
             Rc::clone(&gateway.share),
         ),
-        outbox: gateway.outbox(),
+        outbox: Rc::new(Outbox::new()),
         payload_awaited: Cell::new(false),
         payloads: Cell::new(0),
         received_bytes: receiver.received_bytes(),
         failure_logged: Cell::new(false),
         counters: Arc::clone(&gateway.counters),
     });
+    gateway.enter(&context);
     monoio::spawn(end_when_stalled(Rc::downgrade(&context), options.stall_timeout));
     let sender = Rc::clone(&context);
     let writer = monoio::spawn(async move { sender.outbox.write_to(writer).await });
     let mut session = Session { receiver, context: Rc::clone(&context) };
     let end = context.outbox.read_unless_aborted(session.receive()).await;
     if !matches!(end, Some(Ok(()))) {
-        context.client.leave();
-        context.outbox.abort();
+        context.end();
     }
+    context.socket.set(None);
     drop(session);
     context.budget.idle().await;
     context.outbox.close();
