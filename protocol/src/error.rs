@@ -82,16 +82,16 @@ errors! {
     112 NodeNeeded          Never   "the other nodes can not take over the node's replicas" "add a node or space first; a node that is dead goes with --force";
     113 LastNode            Never   "the cluster has no other node" "stop the node and wipe its data directory to end the cluster";
     114 NodeIsUp            Never   "the node is not down" "leave --force out, or stop the node first";
-    115 NodeRemoved         Never   "the node was removed from its cluster" "wipe its data directory; the host may join again as a new node";
+    115 NodeRemoved         Never   "the node was removed from its cluster" "wipe its data directory; the host may join again as a new node, with --force-format PATH for each of its block devices";
     116 NodeBusy            Backoff "the node can not leave yet" "wait until it holds no replica and no volume is attached there";
-    117 RaftLogLost         Never   "the node's Raft log and vote are gone" "put control/raft.redb back if it was moved; else give the node up with xsan-cli node remove --force, wipe its data directory and join again";
+    117 RaftLogLost         Never   "the node's Raft log and vote are gone" "put control/raft.redb back if it was moved; else give the node up with xsan-cli node remove --force, wipe its data directory and join again, with --force-format PATH for each of its block devices";
     118 LifeNotRegistered   Backoff "the cluster knows another life of the node's data process" "it registers by itself; if it lasts, look into the log of xsan-control there";
 
     200 StoreNotFormatted   Never   "the device holds no store" "correct the path; a node formats an empty device when it starts, and another when --force-format names it";
     201 DeviceInUse         Never   "the device holds data that is not XSAN's, a store of another cluster or node, a damaged one, or half of one" "correct the path, or start the node with --force-format PATH for the device that the message names; what it holds is lost";
     202 StorageFull         Never   "no space left in the pool for the write" "delete or trim data, or add devices";
     203 JournalFull         Backoff "the journal waits for destage" "try again; if it lasts, the capacity device is too slow";
-    204 StoreFailed         Refresh "the store's device failed, it takes no more writes" "its replicas are made elsewhere; replace the device and restart the node, with --force-format PATH if the new one is not empty";
+    204 StoreFailed         Refresh "the store's device failed, it takes no more writes" "its replicas are made elsewhere; replace the device, its path in its place in storage.devices, and restart the node, with --force-format PATH if the new one is not empty and for the other half of a store with a cache";
     205 ChecksumMismatch    Backoff "stored data does not match its checksum" "it is repaired from another replica; replace the device if it repeats";
     206 StoreCorrupt        Never   "the store's own records are damaged, it can not be opened" "its replicas are made elsewhere; restart the node with --force-format PATH for each device of the store, or replace the device if it repeats";
     207 DeviceTooSmall      Never   "the device is too small for a store" "use a device or file of at least the size that the message names";

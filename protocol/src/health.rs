@@ -71,7 +71,7 @@ checks! {
     ScrubErrors        "SCRUB_ERRORS"        Error   "the last scrubs of a group found replicas that differ, or damage that no replica can mend" "read the primary's log for the blocks; restore them, then scrub the group again: xsan-cli scrub start --deep --group G";
     NodeDown           "NODE_DOWN"           Warning "a node is not heard of" "start it; if it is to stay away, set maintenance or remove it";
     DataDown           "DATA_DOWN"           Warning "a node's control process runs, its data process does not serve" "read the node's log for the reason";
-    NoQuorumMargin     "NO_QUORUM_MARGIN"    Warning "one more voter lost stops the control plane" "bring voters back; three nodes bear the loss of one";
+    NoQuorumMargin     "NO_QUORUM_MARGIN"    Warning "one more voter lost stops the control plane" "bring voters back, or take one that stays away out with xsan-cli node remove: until then it keeps its vote; three nodes bear the loss of one, fewer none";
     GroupsDegraded     "GROUPS_DEGRADED"     Warning "groups have fewer live replicas than wanted" "bring back the nodes that are down, or wait for the resync";
     GroupsAtRisk       "GROUPS_AT_RISK"      Warning "one more failure stops the I/O of groups" "let nothing else go down until the resync is done";
     StoreNearfull      "STORE_NEARFULL"      Warning "a store is more than 85 % full" "delete or trim data, or add devices or nodes";

@@ -1,6 +1,8 @@
 //! Devices that fail under load: their replicas are made or led elsewhere, no client sees an error, `health` names
 //! them. The devices are loop devices; needs root.
 
+use std::time::{Duration, Instant};
+
 use serde_json::Value;
 use xsan_protocol::proto::NodeStatus;
 use xsan_tests::cluster::{Cluster, RESYNC_DEADLINE, SETTLE_DEADLINE};
@@ -17,6 +19,8 @@ const SEED: u64 = 91;
 const DEVICE_BYTES: u64 = 1 << 30;
 /// Less than the volume, more than a store lays out before it is written to.
 const POOL_BYTES: u64 = 200 << 20;
+/// A clean stop of a node with a failed store: far less than the 5 s that flushes may take.
+const STOP_MAX: Duration = Duration::from_secs(4);
 const OPERATIONS_AFTER: u64 = 200;
 const VICTIM: usize = 1;
 
@@ -70,7 +74,7 @@ fn a_device_that_turns_read_only_is_gone_on_without_until_it_is_mended() {
 
 #[test]
 fn a_node_goes_on_with_its_other_device_and_has_what_the_failed_one_held_made_there() {
-    let cluster =
+    let mut cluster =
         start(&[&|cluster| over_file(cluster, "disk-1.img"), &|cluster| over_file(cluster, "disk-2.img")]);
     let processes = cluster.processes().unwrap();
     let field = Field { first: 0, pages: VOLUME_PAGES, round: 0 };
@@ -93,6 +97,10 @@ fn a_node_goes_on_with_its_other_device_and_has_what_the_failed_one_held_made_th
     let summary = crowd.finish(&cluster, &[VICTIM]).unwrap();
     println!("one of a node's two devices failed, and all of its replicas are on the other: {summary:?}");
     assert_eq!((summary.losses, cluster.processes().unwrap()), (0, processes), "nothing ended");
+    // It had waited for the failed store, until it was killed.
+    let begin = Instant::now();
+    cluster.stop_node(VICTIM).unwrap();
+    assert!(begin.elapsed() < STOP_MAX, "{:?}", begin.elapsed());
 }
 
 #[test]
