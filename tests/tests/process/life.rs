@@ -247,8 +247,10 @@ fn what_would_lose_redundancy_is_refused_and_health_tells_what_is_missing() {
 
     let remove = ["node", "remove", "node-003", "--yes"];
     cluster.cli(&remove).unwrap().refused_with(&[Code::NodeNeeded], &["node-003", "add a node"]).unwrap();
-    let plan = cluster.cli_json(&["node", "remove", "node-003", "--dry-run"]).unwrap();
+    let dry_run = cluster.cli(&["--json", "node", "remove", "node-003", "--dry-run"]).unwrap();
+    let plan: Value = serde_json::from_str(&dry_run.stdout).unwrap();
     assert_eq!(plan["refusal"]["number"], Code::NodeNeeded.number());
+    assert_eq!(dry_run.exit_code, Some(1), "a script that goes on after it must not");
     let forced = ["node", "remove", "node-003", "--force", "--yes"];
     cluster.cli(&forced).unwrap().refused_with(&[Code::NodeIsUp], &["node-003"]).unwrap();
     let unknown = ["node", "remove", "node-009", "--yes"];
