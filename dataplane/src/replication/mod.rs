@@ -400,15 +400,23 @@ impl Replication {
         }
     }
 
-    /// The connection to `node` is broken: frames under way in both directions are lost.
-    pub fn on_peer_lost(&mut self, node: NodeId, stores: &dyn Stores, now_ns: u64, out: &mut Vec<Action>) {
+    /// The connection to a shard of `node` is broken: frames under way in both directions are lost, of the groups that
+    /// the shard `holds`.
+    pub fn on_peer_lost(
+        &mut self,
+        node: NodeId,
+        holds: &dyn Fn(GroupId) -> bool,
+        stores: &dyn Stores,
+        now_ns: u64,
+        out: &mut Vec<Action>,
+    ) {
         self.begin(stores, now_ns, out);
-        self.core.early.retain(|(from, _)| *from != node);
+        self.core.early.retain(|(from, frame)| *from != node || !holds(frame.header.group));
         let mut call = Call { core: &mut self.core, stores, now_ns, out };
-        for group in self.groups.values_mut() {
+        for group in self.groups.values_mut().filter(|group| holds(group.id)) {
             group.on_peer_lost(&mut call, node);
         }
-        for mend in self.core.take_mends(|mend| mend.asked == node) {
+        for mend in self.core.take_mends(|mend| mend.asked == node && holds(mend.read.group)) {
             self.with(mend.read.group, stores, now_ns, out, |group, call| {
                 group.on_unanswered_mend(call, mend)
             });

@@ -351,7 +351,16 @@ impl Shard {
                 let there = |group| map.route(group).is_some_and(|(_, owner, _)| owner == shard);
                 destination.node == node && destination.group.is_none_or(there)
             });
-            self.replicate(|replication, stores, now, out| replication.on_peer_lost(node, stores, now, out));
+            // Where the map does not tell the shard of a replica, it may be any.
+            let holds = |group| {
+                let store =
+                    map.groups.get(&group).and_then(|group| group.member(node)).map(|member| member.store);
+                let owner = store.and_then(|store| map.nodes.get(&node)?.shard_of(store));
+                owner.is_none_or(|owner| owner == shard)
+            };
+            self.replicate(|replication, stores, now, out| {
+                replication.on_peer_lost(node, &holds, stores, now, out);
+            });
         }
     }
 

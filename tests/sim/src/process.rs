@@ -243,9 +243,9 @@ impl World {
         for number in lost {
             self.complete(host, process, number, Err(Code::GroupInactive));
         }
-        process
-            .driver
-            .call(now, out, |replication, stores, now, out| replication.on_peer_lost(node, stores, now, out));
+        process.driver.call(now, out, |replication, stores, now, out| {
+            replication.on_peer_lost(node, &|_| true, stores, now, out);
+        });
     }
 
     fn on_frame(

@@ -221,8 +221,9 @@ impl Script {
                 self.store.refusing = words.has("journal-full").then_some(StoreError::JournalFull);
                 self.store.full = words.has("storage-full");
             }
-            "lost" => self
-                .call(|replication, store, now_ns, out| replication.on_peer_lost(node(), store, now_ns, out)),
+            "lost" => self.call(|replication, store, now_ns, out| {
+                replication.on_peer_lost(node(), &|_| true, store, now_ns, out)
+            }),
             "up" => self
                 .call(|replication, store, now_ns, out| replication.on_peer_up(node(), store, now_ns, out)),
             "gone" => {

@@ -16,7 +16,7 @@ impl Cluster {
         for (from, to) in [(a, b), (b, a)] {
             self.links.get_mut(&(from, to)).unwrap().clear();
             self.call(from, |replication, store, now_ns, out| {
-                replication.on_peer_lost(to, store, now_ns, out)
+                replication.on_peer_lost(to, &|_| true, store, now_ns, out)
             });
         }
     }
