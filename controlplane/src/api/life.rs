@@ -75,7 +75,7 @@ pub async fn remove_node(
         plan.groups_lost = lost.iter().map(|group| group.0).collect();
         plan.volumes_lost = volumes_of(&survey, &lost);
         plan.groups_in_doubt = count(in_doubt(&survey, node.id));
-        is_up(&survey, node).or_else(|| more_than_agreed(node, &plan, request.groups_given_up))
+        is_up(&survey, node).or_else(|| more_than_agreed(node, &plan, request.agreed))
     } else {
         too_few_others(&survey, node)
             .or_else(|| without_room(&survey, node, &moves, replica_bytes))
@@ -280,17 +280,21 @@ fn needed(node: &Node, message: String) -> Refusal {
     Refusal { code: Code::NodeNeeded, object: format!("node {}", node.name), message }
 }
 
-/// More would be given up than the operator has agreed to: others died while they were asked.
-fn more_than_agreed(node: &Node, plan: &proto::NodePlan, agreed: Option<u32>) -> Option<Refusal> {
-    let groups = plan.groups_lost.len() as u32 + plan.groups_in_doubt;
-    agreed.is_some_and(|agreed| groups > agreed).then(|| {
-        let name = &node.name;
-        needed(
-            node,
-            format!(
-                "node {name}: {groups} groups would be given up by now, more than were agreed to; look again"
-            ),
-        )
+/// More would be given up than the operator has agreed to: others died, or were given up, while they were asked.
+fn more_than_agreed(
+    node: &Node,
+    plan: &proto::NodePlan,
+    agreed: Option<proto::AgreedLosses>,
+) -> Option<Refusal> {
+    let agreed = agreed?;
+    let (lost, in_doubt) = (plan.groups_lost.len() as u32, plan.groups_in_doubt);
+    let all_agreed = agreed.groups_lost.saturating_add(agreed.groups_in_doubt);
+    let name = &node.name;
+    (lost > agreed.groups_lost || lost + in_doubt > all_agreed).then(|| {
+        let message = format!(
+            "node {name}: by now {lost} groups would be lost and {in_doubt} at risk, more than was agreed to; look again"
+        );
+        needed(node, message)
     })
 }
 

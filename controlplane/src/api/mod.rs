@@ -98,11 +98,9 @@ impl Context {
 
 /// A node by its name or its number; no name is a number.
 fn find_node<'a>(state: &'a ClusterState, name: &str) -> Result<&'a Node, ApiError> {
-    let by_number = || state.map().nodes.get(&NodeId(name.parse().ok()?));
-    state
-        .map()
-        .node_named(name)
-        .or_else(by_number)
+    let by_number = name.parse().ok().and_then(|number| state.map().nodes.get(&NodeId(number)));
+    by_number
+        .or_else(|| state.map().node_named(name))
         .ok_or_else(|| ApiError::NodeNotFound { name: name.to_owned() })
 }
 

@@ -24,6 +24,13 @@ pub fn command(request: proto::JoinRequest) -> Result<Command, Refusal> {
         );
         return Err(Refusal { code: Code::VersionMismatch, object, message });
     }
+    // Commands take a name or a number: `node remove 2` was of the node with that name, and once that was gone of the one
+    // with that number.
+    if request.name.bytes().all(|byte| byte.is_ascii_digit()) {
+        let message =
+            format!("node id {:?} has only digits, and would be taken for a node's number", request.name);
+        return Err(Refusal { code: Code::InvalidArgument, object, message });
+    }
     let message = proto::command::AddNode {
         cluster_id: request.cluster_id,
         name: request.name,

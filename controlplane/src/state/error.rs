@@ -16,8 +16,6 @@ pub enum StateError {
         "{what} name {name:?} must be 1 to {NAME_BYTES_MAX} letters, digits, '.', '_' or '-', the first a letter or digit"
     )]
     NameInvalid { what: &'static str, name: String },
-    #[error("node {name}: digits alone would be taken for the number of another node")]
-    NameIsNumber { name: String },
     #[error("cluster {found} was asked for, this is cluster {expected}")]
     ClusterIdMismatch { found: String, expected: String },
     #[error("the cluster is being founded; try again in a moment")]
@@ -74,7 +72,6 @@ impl StateError {
     pub const fn code(&self) -> Code {
         match self {
             Self::NameInvalid { .. }
-            | Self::NameIsNumber { .. }
             | Self::SizeInvalid { .. }
             | Self::ReplicaCountInvalid { .. }
             | Self::NodeStays { .. }
@@ -105,7 +102,6 @@ impl StateError {
             Self::NameInvalid { what, name } => format!("{what} {name}"),
             Self::ClusterIdMismatch { found, .. } => format!("cluster {found}"),
             Self::NodeIdTaken { name }
-            | Self::NameIsNumber { name }
             | Self::MaintenanceStopsIo { name, .. }
             | Self::NodeNeeded { name, .. }
             | Self::LastNode { name }

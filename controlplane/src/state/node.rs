@@ -13,9 +13,6 @@ impl ClusterState {
     pub(super) fn add_node(&mut self, new: &NewNode, touched: &mut Touched) -> Result<Reply, StateError> {
         check_name("cluster", &new.cluster_id)?;
         check_name("node", &new.name)?;
-        if new.name.bytes().all(|byte| byte.is_ascii_digit()) {
-            return Err(StateError::NameIsNumber { name: new.name.clone() });
-        }
         if !new.failure_domain.is_empty() {
             check_name("failure domain", &new.failure_domain)?;
         }

@@ -53,7 +53,9 @@ pub enum Output {
 pub struct Driver {
     pub replication: Replication,
     stores: StoreTable,
-    /// Stores whose flush a clean stop waits for.
+    /// Stores that were told to have failed.
+    failed: BTreeSet<StoreId>,
+    /// Stores whose flush, or failure, a clean stop waits for.
     stopping: BTreeSet<StoreId>,
     /// Emptied by every call; kept for their memory.
     actions: Vec<Action>,
@@ -84,6 +86,7 @@ impl Driver {
         Self {
             replication,
             stores: StoreTable::default(),
+            failed: BTreeSet::new(),
             stopping: BTreeSet::new(),
             actions: Vec::new(),
             events: Vec::new(),
@@ -225,6 +228,7 @@ impl Driver {
         match event {
             StoreEvent::Flushed { token: STOP_TOKEN } => return self.stopped(store, out),
             StoreEvent::Failed => {
+                self.failed.insert(store);
                 out.push(Output::StoreFailed(store));
                 self.stopped(store, out);
             }
@@ -241,8 +245,8 @@ impl Driver {
             self.stopping.insert(*id);
             store.flush(STOP_TOKEN);
         }
-        let failed = self.stores.0.iter().filter(|(_, store)| store.has_failed()).map(|(id, _)| *id);
-        for id in failed.collect::<Vec<_>>() {
+        // Of one whose failure is not told yet, that comes first.
+        for id in self.failed.clone() {
             self.stopped(id, out);
         }
     }

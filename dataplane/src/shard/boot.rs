@@ -400,6 +400,7 @@ fn assemble(
         devices,
         broken_stores: opened.broken,
         failures: plan.failures,
+        notes: Vec::new(),
         tells_failures: plan.shard == ShardIndex(0),
         ring,
         peers: Peers::default(),

@@ -16,6 +16,7 @@ use std::collections::{HashMap, VecDeque};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{self, AtomicU64, Ordering};
+use std::thread::JoinHandle;
 
 use xsan_protocol::error::Code;
 use xsan_protocol::ids::{GroupId, Incarnation, MapVersion, NodeId, PoolId, ShardIndex, StoreId};
@@ -160,6 +161,8 @@ pub struct Shard {
     /// Stores that could not be opened: told to the control plane, and otherwise not there.
     broken_stores: Vec<BrokenStore>,
     failures: Failures,
+    /// Threads that note failures of stores: a clean stop waits for them.
+    notes: Vec<JoinHandle<()>>,
     /// Shard 0 alone, until the cluster knows of this life, and so of failures in earlier ones.
     tells_failures: bool,
     ring: DiskRing,

@@ -28,6 +28,8 @@ const DIAL_WAIT_MAX: Duration = Duration::from_millis(500);
 const EXHAUSTED_WARN_INTERVAL: Duration = Duration::from_secs(10);
 /// How long a peer may be out of reach before the log says why.
 const TROUBLE_AFTER: Duration = Duration::from_secs(10);
+/// Between two warnings of one peer.
+const TROUBLE_INTERVAL: Duration = Duration::from_secs(60);
 /// What a shard has open beside its connections: devices, rings, eventfds, sockets that listen.
 const FILES_PER_SHARD: u64 = 32;
 
@@ -251,21 +253,22 @@ impl Connections {
     }
 }
 
-/// Why a peer is not connected: told once it lasts longer than a restart, and again when the reason is another.
+/// Why a peer is not connected: told once it lasts longer than a restart, and again when the reason is another, now and then.
 #[derive(Default)]
 struct Trouble {
     since: Option<Instant>,
-    told: String,
+    told: Option<(Instant, String)>,
 }
 
 impl Trouble {
     fn is_to_be_told(&mut self, error: &str, now: Instant) -> bool {
         let lasts = now - *self.since.get_or_insert(now) >= TROUBLE_AFTER;
-        let told = lasts && self.told != error;
-        if told {
-            error.clone_into(&mut self.told);
+        let is_new = |(when, told): &(Instant, String)| *told != error && now - *when >= TROUBLE_INTERVAL;
+        let is_due = lasts && self.told.as_ref().is_none_or(is_new);
+        if is_due {
+            self.told = Some((now, error.to_owned()));
         }
-        told
+        is_due
     }
 }
 
@@ -384,13 +387,14 @@ mod tests {
 
     /// A firewall that left only the control port open was not to be seen in any log.
     #[test]
-    fn a_peer_out_of_reach_is_told_when_it_lasts_and_once_for_each_reason() {
+    fn a_peer_out_of_reach_is_told_when_it_lasts_and_again_when_the_reason_changes() {
         let (mut trouble, start) = (Trouble::default(), Instant::now());
         assert!(!trouble.is_to_be_told("refused", start));
         assert!(!trouble.is_to_be_told("refused", start + TROUBLE_AFTER / 2), "it may be a restart");
         assert!(trouble.is_to_be_told("refused", start + TROUBLE_AFTER));
         assert!(!trouble.is_to_be_told("refused", start + TROUBLE_AFTER * 2));
-        assert!(trouble.is_to_be_told("no route to host", start + TROUBLE_AFTER * 2));
+        assert!(!trouble.is_to_be_told("no route to host", start + TROUBLE_AFTER * 2), "they may alternate");
+        assert!(trouble.is_to_be_told("no route to host", start + TROUBLE_AFTER + TROUBLE_INTERVAL));
     }
 
     #[test]

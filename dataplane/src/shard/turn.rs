@@ -112,10 +112,10 @@ impl Shard {
     }
 
     /// Keeps in mind that a store failed, whatever becomes of this process.
-    fn note_failure(&self, store: StoreId) {
-        self.in_data_directory("the failure of a store can not be noted", move |failures| {
-            failures.note(store)
-        });
+    fn note_failure(&mut self, store: StoreId) {
+        let note = move |failures: &Failures| failures.note(store);
+        let thread = self.in_data_directory("the failure of a store can not be noted", note);
+        self.notes.extend(thread);
     }
 
     /// Does something with what failed, on a thread of its own: the directory may be on a device that hangs.
@@ -123,16 +123,19 @@ impl Shard {
         &self,
         problem: &'static str,
         work: impl FnOnce(&Failures) -> io::Result<()> + Send + 'static,
-    ) {
+    ) -> Option<JoinHandle<()>> {
         let failures = self.failures.clone();
         let work = move || {
             if let Err(error) = work(&failures) {
                 tracing::error!(%error, "the data directory: {problem}");
             }
         };
-        if let Err(error) = std::thread::Builder::new().name("data-dir".to_owned()).spawn(work) {
-            tracing::error!(%error, "no thread can be had for the data directory: {problem}");
-        }
+        let thread = std::thread::Builder::new().name("data-dir".to_owned()).spawn(work);
+        thread
+            .inspect_err(
+                |error| tracing::error!(%error, "no thread can be had for the data directory: {problem}"),
+            )
+            .ok()
     }
 
     /// The cluster has taken this life of the process in, and knows what failed in earlier ones.
@@ -201,6 +204,8 @@ impl Shard {
 
     fn maybe_stopped(&mut self) {
         if self.stopping == Some(0) {
+            // The next life must know what failed in this one. The main thread does not wait for ever.
+            self.notes.drain(..).for_each(|note| drop(note.join()));
             // The main thread may have given up waiting: then the process ends anyway.
             let _ = self.stopped.send(self.identity.shard);
         }

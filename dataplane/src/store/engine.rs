@@ -251,10 +251,6 @@ impl Store {
         state.apply_ready(group, &mut self.index, &mut self.reserved);
     }
 
-    pub fn has_failed(&self) -> bool {
-        self.failed
-    }
-
     /// Asks for `Flushed { token }`: everything durable now is on stable media. A store that has failed, or fails before, says
     /// nothing.
     pub fn flush(&mut self, token: u64) {

@@ -300,6 +300,7 @@ impl<'a> Recovery<'a> {
             let valid = BlockRecord::decode(bytes).ok().filter(|record| {
                 record.store == self.superblock.store
                     && record.slot == number
+                    && record.generation < COUNTER_MAX
                     && record.generation % 2 == half as u64
             });
             if let Some(record) = valid {

@@ -53,7 +53,7 @@ fn cluster(config: &NodeConfig) -> Result<(), FieldError> {
     let cluster = &config.cluster;
     name("cluster.cluster_id", &cluster.cluster_id)?;
     name("cluster.node_id", &cluster.node_id)?;
-    if cluster.node_id.bytes().all(|byte| byte.is_ascii_digit()) {
+    if !config.established && cluster.node_id.bytes().all(|byte| byte.is_ascii_digit()) {
         let problem =
             format!("{:?} has only digits, and would be taken for a node's number", cluster.node_id);
         return Err(FieldError::new("cluster.node_id", problem));

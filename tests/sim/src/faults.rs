@@ -282,7 +282,8 @@ impl World {
     fn has_failed(&self, host: usize) -> bool {
         let this = &self.hosts[host];
         let mut stores = this.process.iter().flat_map(|process| process.driver.stores());
-        this.devices().any(SimDevice::is_failing) || stores.any(|store| store.status().failed)
+        let unheard = this.flush_failed_in == Some(this.life);
+        unheard || this.devices().any(SimDevice::is_failing) || stores.any(|store| store.status().failed)
     }
 
     /// SIGSTOP, for a while: of the data process, the control process or both.

@@ -35,6 +35,8 @@ pub struct Host {
     pub damage_allowed: bool,
     /// A device of it failed an operation, or was to, in this run.
     pub failure_allowed: bool,
+    /// The life of the data process in which a flush failed: stopped, it may not have heard of it yet.
+    pub flush_failed_in: Option<u64>,
     /// Damaged pages that earlier lives of its data process met.
     pub checksum_errors: u64,
     /// Its store failed, in this life of its data process or in an earlier one of which the cluster does not know yet.
@@ -104,6 +106,7 @@ impl Host {
             damaged_stores: Vec::new(),
             damage_allowed: false,
             failure_allowed: false,
+            flush_failed_in: None,
             checksum_errors: 0,
             capacity: SimDevice::new(plan.device_bytes),
             cache: plan.cached.then(|| SimDevice::new(JOURNAL_BYTES + (1 << 20))),
@@ -182,6 +185,7 @@ impl World {
             self.count("flush failed, the next one did not");
             self.hosts[host].flush_to_fail = None;
             self.hosts[host].failure_allowed = true;
+            self.hosts[host].flush_failed_in = Some(life);
             self.hosts[host].device(role).fail_next_flush();
         }
         let device = self.hosts[host].device(role).clone();

@@ -11,6 +11,7 @@ use xsan_tests::cluster::{Cluster, RESYNC_DEADLINE, SETTLE_DEADLINE};
 use xsan_tests::crowd::{Crowd, Field};
 use xsan_tests::node::NodeOptions;
 use xsan_tests::stamp::{PAGE_SIZE, Stamp};
+use xsan_tests::wait::{Look, until};
 
 const VOLUME: &str = "shards";
 const VOLUME_PAGES: u64 = (256 << 20) / PAGE_SIZE as u64;
@@ -35,7 +36,13 @@ fn nodes_of_two_shards_and_two_stores_lose_nothing_when_their_processes_die() {
     for node in &status.nodes {
         let data = node.node.as_ref().and_then(|node| node.data.as_ref()).unwrap();
         let shards: BTreeSet<_> = data.stores.iter().map(|store| store.shard).collect();
-        assert_eq!((data.shard_ports.len(), shards), (2, [0, 1].into()), "{node:?}");
+        let expected: BTreeSet<_> = (0..data.shard_ports.len() as u32).collect();
+        assert_eq!(shards, expected, "{node:?}");
+        assert_eq!(
+            data.shard_ports.len(),
+            2.min(std::thread::available_parallelism().unwrap().get()),
+            "{node:?}"
+        );
         assert!(
             node.stores.iter().all(|store| store.used_bytes > 0 && store.checksum_errors == 0),
             "{node:?}"
@@ -56,8 +63,11 @@ fn a_node_whose_only_store_is_damaged_serves_its_clients() {
     cluster.stop_node(VICTIM).unwrap();
     lose_checkpoints(&cluster.node(VICTIM).data_dir.join("data/store-0.img"));
     cluster.start_again(&[VICTIM]).unwrap();
-    let health = cluster.cli(&["--json", "health"]).unwrap();
-    assert!(health.stdout.contains("STORE_FAILED"), "{}", health.stdout);
+    until("health to name the damaged store", SETTLE_DEADLINE, || {
+        let health = cluster.cli(&["--json", "health"])?.stdout;
+        Ok(if health.contains("STORE_FAILED") { Look::Done(()) } else { Look::NotYet(health) })
+    })
+    .unwrap();
     let mut client = cluster.connect(VICTIM, VOLUME).unwrap();
     let mut bytes = vec![0; PAGE_SIZE];
     client.read(7 * PAGE_SIZE as u64, &mut bytes).unwrap();

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use xsan_client::{Address, ClientError, ControlClient, Refusal};
 use xsan_nodekit::exit;
 use xsan_protocol::proto::{
-    ClusterStatusReply, Node, NodePlan, NodeStatus, RemoveNodeRequest, SetMaintenanceRequest,
+    AgreedLosses, ClusterStatusReply, Node, NodePlan, NodeStatus, RemoveNodeRequest, SetMaintenanceRequest,
 };
 
 use super::args::{RemoveOptions, Switch};
@@ -58,7 +58,7 @@ pub fn dry_run(plan: &NodePlan, as_json: bool) -> Shown {
 
 pub async fn remove(client: &ControlClient, options: RemoveOptions, as_json: bool) -> Result<Shown, Failure> {
     let RemoveOptions { id, force, cancel, dry_run, wait, yes } = options;
-    let mut request = RemoveNodeRequest { node: id.clone(), force, cancel, dry_run, groups_given_up: None };
+    let mut request = RemoveNodeRequest { node: id.clone(), force, cancel, dry_run, agreed: None };
     if dry_run {
         let plan = client.remove_node(request).await.about("node", &id)?;
         return Ok(self::dry_run(&plan, as_json));
@@ -75,7 +75,8 @@ pub async fn remove(client: &ControlClient, options: RemoveOptions, as_json: boo
         }
         // That node, and no more than was agreed to, whatever happened while we asked.
         request.node = plan.node.to_string();
-        request.groups_given_up = Some(plan.groups_lost.len() as u32 + plan.groups_in_doubt);
+        let (groups_lost, groups_in_doubt) = (plan.groups_lost.len() as u32, plan.groups_in_doubt);
+        request.agreed = Some(AgreedLosses { groups_lost, groups_in_doubt });
     }
     // Before the change: a node without replicas is gone at once.
     let (node, others) = if wait { look_around(client, &request.node).await? } else { Default::default() };

@@ -209,8 +209,13 @@ fn a_copy_that_came_back_with_losses_is_told() {
 fn no_more_is_given_up_than_was_agreed_to() {
     let survey = survey(&state(3, 3), answers(3, &[]));
     let plan = proto::NodePlan { groups_lost: vec![1, 2], groups_in_doubt: 3, ..Default::default() };
-    let refused = |agreed| more_than_agreed(node(&survey, 2), &plan, agreed).map(|refusal| refusal.code);
+    let refused = |agreed: Option<(u32, u32)>| {
+        let agreed =
+            agreed.map(|(groups_lost, groups_in_doubt)| proto::AgreedLosses { groups_lost, groups_in_doubt });
+        more_than_agreed(node(&survey, 2), &plan, agreed).map(|refusal| refusal.code)
+    };
     assert_eq!(refused(None), None, "the operator did not want to be asked");
-    assert_eq!(refused(Some(5)), None);
-    assert_eq!(refused(Some(4)), Some(Code::NodeNeeded));
+    assert_eq!((refused(Some((2, 3))), refused(Some((9, 0)))), (None, None));
+    assert_eq!(refused(Some((2, 2))), Some(Code::NodeNeeded));
+    assert_eq!(refused(Some((1, 9))), Some(Code::NodeNeeded), "what was at risk would be lost");
 }

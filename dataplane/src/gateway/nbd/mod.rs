@@ -42,7 +42,7 @@ use crate::disk::os;
 use crate::net::receive::{ReceiveError, Receiver};
 use crate::volume::IO_TIMEOUT;
 use crate::volume::request::{Export, Volumes};
-use budget::Share;
+use budget::{Budget, Share};
 use wire::{Errno, Malformed};
 
 /// A listener that fails (out of file descriptors, most likely) is asked again after this.
@@ -231,10 +231,17 @@ impl<V: Volumes> Gateway<V> {
     /// Ends the sessions of `volume` whose clients have closed their connections, also behind requests that are unread.
     /// Returns when nothing of them is under way: a client that comes back must not be overtaken by its past.
     pub async fn sweep(&self, volume: VolumeId) {
-        let present: Vec<_> = self.sessions.borrow().iter().filter_map(Weak::upgrade).collect();
-        for session in present.iter().filter(|session| session.volume() == volume) {
-            session.end_if_gone().await;
+        for budget in self.end_gone(volume) {
+            budget.idle().await;
         }
+    }
+
+    /// What is under way of the sessions of `volume` that have ended, or end now because their clients are gone.
+    fn end_gone(&self, volume: VolumeId) -> Vec<Rc<Budget>> {
+        let sessions = self.sessions.borrow();
+        let of_volume =
+            sessions.iter().filter_map(Weak::upgrade).filter(|session| session.volume() == volume);
+        of_volume.filter_map(|session| session.end_if_gone()).collect()
     }
 
     fn enter(&self, session: &Rc<session::Context<V>>) {

@@ -7,7 +7,8 @@
 //! - Every operation, also a refused one, holds a permit until its reply is written; without room nothing is
 //!   read from the socket.
 //! - The volume is closed after the last of its requests ended, however the connection ended.
-//! - What a client asked for that disconnected is finished; for one that is gone without a word nothing more is begun.
+//! - What a client asked for that disconnected is finished; for one that is gone without a word nothing more is begun, nor
+//!   for one that left without waiting for its answers once another client opens the volume.
 //!
 //! Source: <https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md>, "Transmission phase".
 
@@ -62,6 +63,8 @@ pub(super) struct Context<V: Volumes> {
     client: Client,
     /// The connection's, while its reader is there to keep it open.
     socket: Cell<Option<RawFd>>,
+    /// It was ended because its client had closed the connection.
+    swept: Cell<bool>,
     agreed: Agreed,
     pool: &'static BufferPool,
     budget: Rc<Budget>,
@@ -85,14 +88,16 @@ impl<V: Volumes> Context<V> {
         self.outbox.wake_reader();
     }
 
-    /// Ends the session if its client has closed the connection; returns when nothing of a session that has ended is under way.
-    pub async fn end_if_gone(&self) {
-        if self.socket.get().is_some_and(os::is_hung_up) {
+    /// Ends the session if its client has closed the connection; what is under way of a session that has ended, or does now.
+    pub fn end_if_gone(&self) -> Option<Rc<Budget>> {
+        let present = self.socket.get();
+        if present.is_some_and(os::is_hung_up) {
+            self.swept.set(true);
             self.end();
-        } else if self.socket.get().is_some() {
-            return;
+        } else if present.is_some() {
+            return None;
         }
-        self.budget.idle().await;
+        Some(Rc::clone(&self.budget))
     }
 
     /// Nobody waits for answers any more.
@@ -127,6 +132,7 @@ where
         attachment: negotiated.attachment,
         client: Client::default(),
         socket: Cell::new(Some(socket)),
+        swept: Cell::new(false),
         agreed: negotiated.agreed,
         pool: gateway.pool,
         budget: Budget::new(
@@ -155,7 +161,7 @@ where
     context.budget.idle().await;
     context.outbox.close();
     writer.await?;
-    end.unwrap_or(Err(Closed::Stalled))
+    end.unwrap_or(if context.swept.get() { Ok(()) } else { Err(Closed::Stalled) })
 }
 
 /// Ends a connection whose client holds buffers and does next to nothing to free them for `timeout`, or a little

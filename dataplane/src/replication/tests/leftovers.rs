@@ -200,3 +200,31 @@ fn nothing_is_emptied_by_a_map_that_may_be_older_than_this_life() {
     shard.rest();
     assert_eq!(shard.used()[0], 0);
 }
+
+/// The failure of a store is told before its stop, so that the next life can know of it: also one that the flush of the
+/// stop finds.
+#[test]
+fn a_store_that_fails_is_told_before_it_has_stopped() {
+    let told = |out: &[Output]| -> Vec<(bool, StoreId)> {
+        let of_store = |output: &Output| match output {
+            Output::StoreFailed(store) => Some((false, *store)),
+            Output::StoreStopped(store) => Some((true, *store)),
+            _ => None,
+        };
+        out.iter().filter_map(of_store).collect()
+    };
+    let mut shard = Shard::new();
+    shard.map(1, STORES[0], shard.incarnation);
+    shard.write(1);
+    shard.devices[&STORES[0]].fail_next_flush();
+    let mut out = Vec::new();
+    shard.driver.stop(&mut out);
+    shard.settle(&mut out);
+    let order = told(&out);
+    let place = |what| order.iter().position(|other| *other == what).expect("it is told");
+    assert!(place((false, STORES[0])) < place((true, STORES[0])), "{order:?}");
+    assert_eq!((order.len(), order.contains(&(true, STORES[1]))), (3, true), "{order:?}");
+    let mut again = Vec::new();
+    shard.driver.stop(&mut again);
+    assert!(told(&again).contains(&(true, STORES[0])), "it is known to have failed");
+}
