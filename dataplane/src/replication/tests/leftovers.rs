@@ -120,6 +120,11 @@ impl Shard {
     }
 
     fn write(&mut self, block: u32) {
+        self.write_to_journal(block);
+        self.rest();
+    }
+
+    fn write_to_journal(&mut self, block: u32) {
         let mut buffer = pool().alloc(PAGES.bytes()).unwrap();
         buffer.fill(block as u8 + 1);
         let bytes = buffer.freeze();
@@ -142,7 +147,6 @@ impl Shard {
             replication.on_request(request, stores, now_ns, out);
         });
         self.settle(&mut out);
-        self.rest();
     }
 
     fn used(&self) -> [u64; 2] {
@@ -215,7 +219,7 @@ fn a_store_that_fails_is_told_before_it_has_stopped() {
     };
     let mut shard = Shard::new();
     shard.map(1, STORES[0], shard.incarnation);
-    shard.write(1);
+    shard.write_to_journal(1);
     shard.devices[&STORES[0]].fail_next_flush();
     let mut out = Vec::new();
     shard.driver.stop(&mut out);

@@ -567,7 +567,7 @@ fn a_rotten_block_record_is_noticed_if_it_is_the_newest_of_its_slot() {
     }
 }
 
-/// Its generation is the largest that a record can have: the sum of all is larger.
+/// Its generation is the largest that a record can have: the sum of all is larger, and the next record there would be none.
 #[test]
 fn a_store_with_a_record_that_nobody_wrote_opens_again() {
     let mut rig = Rig::new(7, false);
@@ -581,10 +581,13 @@ fn a_store_with_a_record_that_nobody_wrote_opens_again() {
     record.encode(&mut half);
     rig.capacity.write_at(offset, &half).unwrap();
     rig = rig.crash(false);
-    assert!(rig.recovered.damaged);
-    rig.expect(GROUP, key(1), PAGES, |page| 98 + u64::from(page));
+    assert!(rig.recovered.damaged, "block 1 is not there");
+    rig.expect(GROUP, key(2), PAGES, |page| 198 + u64::from(page));
+    rig.write_through(GROUP, key(1), PAGES, 300);
+    rig.idle();
     rig = rig.crash(false);
-    rig.expect(GROUP, key(1), PAGES, |page| 98 + u64::from(page));
+    rig.expect(GROUP, key(1), PAGES, |page| 298 + u64::from(page));
+    rig.expect(GROUP, key(2), PAGES, |page| 198 + u64::from(page));
 }
 
 /// It was opened, and its next checkpoints were none that an opening reads. Found by the fuzzer.
