@@ -113,29 +113,26 @@ impl Shard {
 
     /// Keeps in mind that a store failed, whatever becomes of this process.
     fn note_failure(&mut self, store: StoreId) {
-        let note = move |failures: &Failures| failures.note(store);
-        let thread = self.in_data_directory("the failure of a store can not be noted", note);
+        let problem = format!("the failure of store {store} can not be noted");
+        let thread = self.in_data_directory(problem, move |failures| failures.note(store));
         self.notes.extend(thread);
     }
 
     /// Does something with what failed, on a thread of its own: the directory may be on a device that hangs.
     fn in_data_directory(
         &self,
-        problem: &'static str,
+        problem: String,
         work: impl FnOnce(&Failures) -> io::Result<()> + Send + 'static,
     ) -> Option<JoinHandle<()>> {
         let failures = self.failures.clone();
+        let without_thread = format!("no thread can be had for the data directory: {problem}");
         let work = move || {
             if let Err(error) = work(&failures) {
                 tracing::error!(%error, "the data directory: {problem}");
             }
         };
         let thread = std::thread::Builder::new().name("data-dir".to_owned()).spawn(work);
-        thread
-            .inspect_err(
-                |error| tracing::error!(%error, "no thread can be had for the data directory: {problem}"),
-            )
-            .ok()
+        thread.inspect_err(|error| tracing::error!(%error, "{without_thread}")).ok()
     }
 
     /// The cluster has taken this life of the process in, and knows what failed in earlier ones.
@@ -144,9 +141,8 @@ impl Shard {
         let Some(own) = own.filter(|data| data.incarnation == self.identity.incarnation) else { return };
         let told = own.stores.iter().filter(|store| store.failed_before).map(|store| store.id).collect();
         self.tells_failures = false;
-        self.in_data_directory("what failed in earlier lives can not be removed", move |failures| {
-            failures.forget_earlier(&told)
-        });
+        let problem = "what failed in earlier lives can not be removed".to_owned();
+        self.in_data_directory(problem, move |failures| failures.forget_earlier(&told));
     }
 
     /// Feeds the ring's completions to the stores.

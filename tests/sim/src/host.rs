@@ -21,6 +21,8 @@ use crate::world::{Event, TICK, World};
 const JOURNAL_BYTES: u64 = 16 << 20;
 /// How much longer every operation of a slow device takes.
 pub const SLOW_FACTOR: u64 = 100;
+/// A device that has had an operation for so long hangs.
+const HANGS_AFTER: u64 = 500 * MS;
 
 pub struct Host {
     pub node: NodeId,
@@ -74,10 +76,11 @@ pub struct Host {
     pub maps_late_until: u64,
 }
 
-/// A device operation, with what a flush covers.
+/// A device operation, with what a flush covers, and when it was handed over.
 pub struct InFlight {
     pub action: DiskAction,
     pub mark: u64,
+    pub since: u64,
 }
 
 /// The control process: what its host knows of the cluster, and the link to the data process.
@@ -143,6 +146,11 @@ impl Host {
         [&self.capacity].into_iter().chain(&self.cache)
     }
 
+    /// Is there an operation that its devices have had for longer than a device that is only busy takes?
+    pub fn device_hangs(&self, now: u64) -> bool {
+        self.in_flight.values().any(|operation| now >= operation.since + HANGS_AFTER)
+    }
+
     /// Are there processes that can answer?
     pub fn control_runs(&self, now: u64) -> bool {
         self.powered && self.control.alive && self.control_paused_until <= now
@@ -168,7 +176,7 @@ impl World {
             DiskAction::Flush { device, .. } => this.device(*device).mark(),
             DiskAction::Read { .. } | DiskAction::Write { .. } => 0,
         };
-        this.in_flight.insert(number, InFlight { action, mark });
+        this.in_flight.insert(number, InFlight { action, mark, since: self.now });
         let life = this.life;
         self.after(wait, Event::Disk { host, life, number });
     }
@@ -178,7 +186,7 @@ impl World {
         if this.life != life {
             return;
         }
-        let Some(InFlight { action, mark }) = this.in_flight.remove(&number) else { return };
+        let Some(InFlight { action, mark, .. }) = this.in_flight.remove(&number) else { return };
         let role = action.device();
         if matches!(action, DiskAction::Flush { .. }) && self.flush_may_fail(host, role) {
             self.log(|| format!("host {host}: a flush fails ({role:?})"));

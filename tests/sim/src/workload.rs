@@ -23,7 +23,7 @@ use crate::world::{Event, TICK, World};
 const IO_TIMEOUT: u64 = 30 * SECOND;
 /// So long after the last fault no operation may end for its age.
 const LATE_AFTER_FAULTS_MAX: u64 = 15 * SECOND;
-/// Clients wait for buffers that no request under way holds no longer than this.
+/// Clients wait for buffers that no request under way and no hanging device holds no longer than this.
 const STARVED_TICKS_MAX: u64 = SECOND / TICK;
 const BACKOFF_FIRST: u64 = 2 * MS;
 const BACKOFF_MAX: u64 = 50 * MS;
@@ -205,10 +205,12 @@ impl World {
     pub fn watch_starved(&mut self, host: usize) {
         let waiting = self.workload.starved_ticks.range((host, 0)..(host + 1, 0));
         let waiting: Vec<usize> = waiting.map(|((_, bytes), _)| *bytes).collect();
+        // What a device has been handed can not be taken back from it, and what comes behind waits in order.
+        let hangs = self.hosts[host].device_hangs(self.now);
         for bytes in waiting {
             let lacks = self.lacks_buffers(host, bytes);
             let entry = self.workload.starved_ticks.entry((host, bytes));
-            let ticks = *entry.and_modify(|ticks| *ticks += 1).or_default();
+            let ticks = *entry.and_modify(|ticks| *ticks += u64::from(!hangs)).or_default();
             if !lacks {
                 self.workload.starved_ticks.remove(&(host, bytes));
             } else if ticks > STARVED_TICKS_MAX {
